@@ -1,0 +1,152 @@
+"""Additive attention: fake kernels, autograd and the public functions."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..library import is_reference
+from . import checks
+
+_ops = torch.ops.seq2seq_fast
+
+
+@torch.library.register_fake("seq2seq_fast::additive_scores")
+def _(query, keys, v):
+    return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
+
+
+@torch.library.register_fake("seq2seq_fast::additive_scores_backward")
+def _(grad, query, keys, v):
+    return query.new_empty(query.shape), keys.new_empty(keys.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("seq2seq_fast::additive_attention")
+def _(query, keys, values, v, mask, score_bias, scale):
+    (B, T, _), S, D = query.shape, keys.shape[1], values.shape[2]
+    return query.new_empty(B, T, D), query.new_empty(B, T, S)
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, v):
+        ctx.save_for_backward(query, keys, v)
+        return _ops.additive_scores(query, keys, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _ops.additive_scores_backward(grad, *ctx.saved_tensors)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, values, v, mask, score_bias, scale):
+        context, weights = _ops.additive_attention(query, keys, values, v, mask, score_bias, scale)
+        ctx.save_for_backward(query, keys, values, v, weights)
+        ctx.scale = scale
+        return context, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_context, grad_weights):
+        query, keys, values, v, weights = ctx.saved_tensors
+        need_q, need_k, need_values, need_v, _, need_bias, _ = ctx.needs_input_grad
+        grad_query = grad_keys = grad_values = grad_v = grad_scores = None
+        if need_values:
+            grad_values = torch.bmm(weights.transpose(1, 2), grad_context)
+        if need_q or need_k or need_v or need_bias:
+            grad_scores = torch.bmm(grad_context, values.transpose(1, 2)) + grad_weights
+            grad_scores = reference.softmax_backward(grad_scores, weights)
+        if need_q or need_k or need_v:
+            grad_query, grad_keys, grad_v = _ops.additive_scores_backward(
+                grad_scores * ctx.scale, query, keys, v
+            )
+        return grad_query, grad_keys, grad_values, grad_v, None, grad_scores, None
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def additive_scores(
+    query: Tensor, keys: Tensor, v: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Scores of additive attention: sum_h v[h] * tanh(query[..., h] + keys[..., h]).
+
+    Args:
+        query: (B, T, H) or (B, H), floating point.
+        keys: (B, S, H), already projected, same dtype and device.
+        v: (H,), same dtype and device.
+        backend: None for the best there is, "native", or "reference".
+
+    Returns:
+        (B, T, S), or (B, S) where query has no T axis.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+
+    Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
+    translate", 2014, appendix A.1.2.
+    """
+    checks.scores(query, keys, v)
+    single = query.dim() == 2
+    q = query.unsqueeze(1) if single else query
+    if is_reference("additive_scores", query.device.type, backend):
+        out = reference.additive_scores(q, keys, v)
+    elif _needs_grad(query, keys, v):
+        out = _Scores.apply(q, keys, v)
+    else:
+        out = _ops.additive_scores(q, keys, v)
+    return out.squeeze(1) if single else out
+
+
+def additive_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Additive attention: softmax(scale * scores + score_bias) over the source, and its context.
+
+    Args:
+        query: (B, T, H) or (B, H), floating point.
+        keys: (B, S, H), already projected.
+        values: (B, S, D).
+        v: (H,).
+        mask: bool, True = attend, (B, S) or (B, T, S). A row that is masked everywhere gives
+            zeros in both results, and no gradient.
+        score_bias: added to the scaled scores, broadcastable to (B, T, S) (or (B, S) where
+            query has no T axis).
+        scale: factor of the scores.
+        backend: None for the best there is, "native", or "reference".
+
+    Returns:
+        context (B, T, D) and weights (B, T, S), without the T axis where query has none.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    checks.attention(query, keys, values, v, mask, score_bias)
+    single = query.dim() == 2
+    q = query.unsqueeze(1) if single else query
+    B, T, S = q.shape[0], q.shape[1], keys.shape[1]
+    if mask is not None and mask.dim() == 2:
+        mask = mask.unsqueeze(1)
+    if score_bias is not None:
+        if single:
+            score_bias = score_bias.expand(B, S).unsqueeze(1)
+        score_bias = score_bias.expand(B, T, S)
+    if is_reference("additive_attention", query.device.type, backend):
+        out = reference.additive_attention(q, keys, values, v, mask, score_bias, scale)
+    elif _needs_grad(query, keys, values, v, score_bias):
+        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale)
+    else:
+        out = _ops.additive_attention(q, keys, values, v, mask, score_bias, scale)
+    context, weights = out
+    return (context.squeeze(1), weights.squeeze(1)) if single else (context, weights)

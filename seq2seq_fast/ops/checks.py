@@ -1,0 +1,72 @@
+"""Argument checks of the public functions: they name the argument, what came, what was expected."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _tensor(name: str, x: object, like: Tensor | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+    if like is None and x.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {x.dtype}, expected one of {[str(d) for d in DTYPES]}")
+    if like is not None and x.dtype != like.dtype:
+        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as query has")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as query is")
+
+
+def _shape(name: str, x: Tensor, spelled: str, *expected: tuple[int | None, ...]) -> None:
+    for shape in expected:
+        if x.dim() == len(shape) and all(
+            e is None or e == n for e, n in zip(shape, x.shape, strict=True)
+        ):
+            return
+    wanted = " or ".join(
+        "(" + ", ".join("any" if e is None else str(e) for e in s) + ")" for s in expected
+    )
+    raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = {wanted}")
+
+
+def scores(query: Tensor, keys: Tensor, v: Tensor) -> None:
+    _tensor("query", query)
+    _tensor("keys", keys, query)
+    _tensor("v", v, query)
+    _shape("query", query, "(B, T, H) or (B, H)", (None, None, None), (None, None))
+    B, H = query.shape[0], query.shape[-1]
+    _shape("keys", keys, "(B, S, H)", (B, None, H))
+    _shape("v", v, "(H,)", (H,))
+    if keys.shape[1] == 0:
+        raise ValueError("keys: got an empty source (S = 0), expected at least one position")
+    if H == 0:
+        raise ValueError("query: got H = 0, expected at least one feature")
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    score_bias: Tensor | None,
+) -> None:
+    scores(query, keys, v)
+    B, S = keys.shape[:2]
+    full = (B, query.shape[1], S) if query.dim() == 3 else (B, S)
+    _tensor("values", values, query)
+    _shape("values", values, "(B, S, D)", (B, S, None))
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+        if mask.device != query.device:
+            raise ValueError(f"mask: is on {mask.device}, expected {query.device} as query is")
+        _shape("mask", mask, "(B, S) or (B, T, S)", (B, S), full)
+    if score_bias is not None:
+        _tensor("score_bias", score_bias, query)
+        sizes = zip(score_bias.shape[::-1], full[::-1], strict=False)
+        if score_bias.dim() > len(full) or any(n not in (1, e) for n, e in sizes):
+            raise ValueError(
+                f"score_bias: got shape {tuple(score_bias.shape)}, expected broadcastable to {full}"
+            )

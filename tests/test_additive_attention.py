@@ -1,0 +1,103 @@
+"""Parity with float64 by the accuracy rule: at most twice the plain form's error, plus rounding."""
+
+import pytest
+import torch
+
+import seq2seq_fast as s2s
+from seq2seq_fast import reference
+
+SHAPES = [
+    (1, 1, 3, 8, 5),
+    (2, 5, 7, 13, 3),
+    (3, 1, 1, 1, 1),
+    (2, 17, 33, 64, 31),
+    (1, 9, 70, 257, 20),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def inputs(shape, dtype, size=1.0, seed=0):
+    B, T, S, H, D = shape
+    g = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(s, generator=g, dtype=torch.float64) * size for s in ((B, T, H), (B, S, H))]
+    draw += [torch.randn(s, generator=g, dtype=torch.float64) for s in ((B, S, D), (H,))]
+    return [x.to(dtype) for x in draw]
+
+
+def run(fn, tensors, dtype, mask, bias, **kw):
+    leaves = [x.to(dtype).detach().requires_grad_() for x in tensors]
+    b = bias.to(dtype).detach().requires_grad_()
+    context, weights = fn(*leaves, mask=mask, score_bias=b, scale=0.7, **kw)
+    g = torch.Generator().manual_seed(7)
+    gc = torch.randn(context.shape, generator=g, dtype=torch.float64).to(tensors[0].dtype)
+    gw = torch.randn(weights.shape, generator=g, dtype=torch.float64).to(tensors[0].dtype)
+    grads = torch.autograd.grad([context, weights], [*leaves, b], [gc.to(dtype), gw.to(dtype)])
+    return [context, weights, *grads]
+
+
+@pytest.mark.parametrize("size", [1.0, 6.0, 50.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_parity(shape, dtype, size):
+    tensors = inputs(shape, dtype, size)
+    B, T, S, H, D = shape
+    g = torch.Generator().manual_seed(3)
+    mask = torch.rand(B, T, S, generator=g) < 0.7
+    bias = torch.randn(B, 1, S, generator=g).to(dtype)
+    exact = run(s2s.additive_attention, tensors, torch.float64, mask, bias, backend="reference")
+    plain = run(s2s.additive_attention, tensors, dtype, mask, bias, backend="reference")
+    ours = run(s2s.additive_attention, tensors, dtype, mask, bias)
+    eps = torch.finfo(dtype).eps
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        top = e.abs().max().item()
+        err, base = ((x.double() - e).abs().max().item() for x in (o, p))
+        assert err <= 2 * base + 4 * eps * top + 1e-30, (err, base, top)
+
+
+def test_rows_masked_everywhere_are_zero_and_have_no_gradient():
+    q, k, values, v = (x.requires_grad_() for x in inputs((2, 3, 4, 5, 6), torch.float32))
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[1, 2] = False
+    context, weights = s2s.additive_attention(q, k, values, v, mask=mask)
+    assert (context[1, 2] == 0).all() and (weights[1, 2] == 0).all()
+    (context.sum() + (weights**2).sum()).backward()
+    assert (q.grad[1, 2] == 0).all() and all(x.grad.isfinite().all() for x in (q, k, values, v))
+
+
+def test_reference_passes_gradcheck():
+    tensors = [x.requires_grad_() for x in inputs((2, 2, 3, 4, 3), torch.float64)]
+    assert torch.autograd.gradcheck(
+        lambda *a: s2s.additive_attention(*a, backend="reference"), tensors
+    )
+    q, k, _, v = tensors
+    g = torch.randn(2, 2, 3, dtype=torch.float64)
+    ours = reference.additive_scores_backward(g, q, k, v)
+    auto = torch.autograd.grad(reference.additive_scores(q, k, v), [q, k, v], g)
+    for a, b in zip(ours, auto, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "name"),
+    [
+        (dict(keys=torch.randn(2, 4, 6)), ValueError, "keys"),
+        (dict(keys=torch.randn(2, 0, 5)), ValueError, "S = 0"),
+        (dict(v=torch.randn(4)), ValueError, "v:"),
+        (dict(values=torch.randn(2, 3, 6)), ValueError, "values"),
+        (dict(query=torch.ones(2, 3, 5, dtype=torch.long)), TypeError, "query"),
+        (dict(v=torch.randn(5).double()), TypeError, "v:"),
+        (dict(mask=torch.ones(2, 4)), TypeError, "mask"),
+        (dict(mask=torch.ones(2, 5, dtype=torch.bool)), ValueError, "mask"),
+        (dict(score_bias=torch.ones(3, 4)[:2]), ValueError, "score_bias"),
+        (dict(backend="nope"), ValueError, "backend"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, name):
+    args = dict(
+        query=torch.randn(2, 3, 5),
+        keys=torch.randn(2, 4, 5),
+        values=torch.randn(2, 4, 6),
+        v=torch.randn(5),
+    )
+    with pytest.raises(error, match=name):
+        s2s.additive_attention(**{**args, **change})
