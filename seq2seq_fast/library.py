@@ -16,19 +16,35 @@ SCHEMAS = {
     " Tensor? score_bias, float scale) -> (Tensor, Tensor)",
 }
 
+
+def _attention(query, keys, values, v, mask, score_bias, scale):
+    """Scores by the best kernel there is; softmax and context by PyTorch."""
+    scores = torch.ops.seq2seq_fast.additive_scores(query, keys, v)
+    return reference.attend(scores, values, mask, score_bias, scale)
+
+
+_FALLBACKS = {
+    "additive_scores": reference.additive_scores,
+    "additive_scores_backward": reference.additive_scores_backward,
+    "additive_attention": _attention,
+}
+
 _lib = torch.library.Library("seq2seq_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
-    _lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
 # find_spec, not `except ImportError`: a broken build must be seen.
 if importlib.util.find_spec("seq2seq_fast._C") is not None:
     import seq2seq_fast._C  # noqa: F401
 
-# Asked once: the query itself breaks torch.compile(fullgraph=True).
+# Asked once: the query itself breaks torch.compile(fullgraph=True). Attention stands on the scores.
 _NATIVE = {
     (name, device): torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"seq2seq_fast::{name}", device.upper()
+        "seq2seq_fast::additive_scores"
+        if name == "additive_attention"
+        else f"seq2seq_fast::{name}",
+        device.upper(),
     )
     for name in SCHEMAS
     for device in ("cpu", "cuda")

@@ -40,7 +40,15 @@ def additive_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """weights = softmax(scale * scores + score_bias), context = weights @ values."""
-    scores = additive_scores(query, keys, v) * scale
+    return attend(additive_scores(query, keys, v), values, mask, score_bias, scale)
+
+
+def attend(
+    scores: Tensor, values: Tensor, mask: Tensor | None, score_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The part of `additive_attention` behind the scores (B, T, S): (context, weights)."""
+    if scale != 1:
+        scores = scores * scale
     if score_bias is not None:
         scores = scores + score_bias
     weights = masked_softmax(scores, mask)

@@ -48,10 +48,55 @@ def test_parity(shape, dtype, size):
     plain = run(s2s.additive_attention, tensors, dtype, mask, bias, backend="reference")
     ours = run(s2s.additive_attention, tensors, dtype, mask, bias)
     eps = torch.finfo(dtype).eps
-    for o, p, e in zip(ours, plain, exact, strict=True):
+    names = ("context", "weights", "query", "keys", "values", "v", "bias")
+    for name, o, p, e in zip(names, ours, plain, exact, strict=True):
         top = e.abs().max().item()
+        if dtype == torch.float64:  # nothing wider to compare with
+            torch.testing.assert_close(o, e, rtol=1e-11, atol=1e-12 * top)
+            continue
         err, base = ((x.double() - e).abs().max().item() for x in (o, p))
-        assert err <= 2 * base + 4 * eps * top + 1e-30, (err, base, top)
+        assert err <= 2 * base + 4 * eps * top + 1e-30, (name, err, base, top)
+
+
+def test_the_extension_was_built():
+    assert s2s.backends()["additive_scores"]["cpu"][0] == "native"
+
+
+def test_adversarial_pair_and_non_finite_values():
+    q, k, v = torch.full((1, 1, 5), 60.0), torch.full((1, 3, 5), -59.5), torch.ones(5)
+    got = s2s.additive_scores(q, k, v)
+    torch.testing.assert_close(got, torch.full((1, 1, 3), 5 * 0.46211715726))
+    for bad in (float("inf"), float("-inf"), float("nan"), 1e30):
+        q[0, 0, 2] = bad
+        want = s2s.additive_scores(q, k, v, backend="reference")
+        torch.testing.assert_close(s2s.additive_scores(q, k, v), want, equal_nan=True)
+
+
+def test_strided_inputs_and_empty_axes():
+    q = torch.randn(7, 2, 13).transpose(0, 1)
+    k, v = torch.randn(2, 13, 9).transpose(1, 2), torch.randn(26)[::2]
+    want = s2s.additive_scores(q.double(), k.double(), v.double(), backend="reference")
+    torch.testing.assert_close(s2s.additive_scores(q, k, v).double(), want, atol=1e-5, rtol=0)
+    assert s2s.additive_scores(q[:, :0], k, v).shape == (2, 0, 9)
+    assert s2s.additive_scores(q[:0], k[:0], v).shape == (0, 7, 9)
+
+
+def test_opcheck_compile_and_bits():
+    q, k, values, v = (x.requires_grad_() for x in inputs((2, 5, 19, 12, 6), torch.float32))
+    ops = torch.ops.seq2seq_fast
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.additive_scores, (q, k, v), test_utils=tests)
+    g = torch.randn(2, 5, 19)
+    torch.library.opcheck(ops.additive_scores_backward, (g, q, k, v), test_utils=tests)
+    args = (q, k, values, v, None, None, 1.0)
+    torch.library.opcheck(ops.additive_attention, args, test_utils=tests)
+
+    compiled = torch.compile(s2s.additive_attention, fullgraph=True, backend="aot_eager")
+    for call in (s2s.additive_attention, compiled):
+        first, again = (
+            torch.autograd.grad(call(q, k, values, v)[0].sum(), [q, k, values, v]) for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_rows_masked_everywhere_are_zero_and_have_no_gradient():

@@ -62,7 +62,8 @@ class _Attention(torch.autograd.Function):
             grad_query, grad_keys, grad_v = _ops.additive_scores_backward(
                 grad_scores * ctx.scale, query, keys, v
             )
-        return grad_query, grad_keys, grad_values, grad_v, None, grad_scores, None
+        grad_bias = grad_scores if need_bias else None
+        return grad_query, grad_keys, grad_values, grad_v, None, grad_bias, None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
