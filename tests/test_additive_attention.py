@@ -146,3 +146,11 @@ def test_bad_input_names_the_argument(change, error, name):
     )
     with pytest.raises(error, match=name):
         s2s.additive_attention(**{**args, **change})
+
+
+def test_double_backward_raises():
+    q, k, values, v = (x.requires_grad_() for x in inputs((1, 2, 3, 4, 3), torch.float32))
+    for out in (s2s.additive_scores(q, k, v), s2s.additive_attention(q, k, values, v)[0]):
+        (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="no double backward"):
+            grad.sum().backward()

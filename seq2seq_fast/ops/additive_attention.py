@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..library import is_reference
@@ -27,6 +26,26 @@ def _(query, keys, values, v, mask, score_bias, scale):
     return query.new_empty(B, T, D), query.new_empty(B, T, S)
 
 
+class _Once(torch.autograd.Function):
+    """Passes a gradient on, tied to what it depends on; differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx, grad, *depends_on):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "seq2seq_fast has no double backward; use backend='reference' where it is needed"
+        )
+
+
+def _once(grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor, ...]):
+    if not torch.is_grad_enabled():  # true only with create_graph=True
+        return grads
+    return tuple(None if g is None else _Once.apply(g, *depends_on) for g in grads)
+
+
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, keys, v):
@@ -34,9 +53,11 @@ class _Scores(torch.autograd.Function):
         return _ops.additive_scores(query, keys, v)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _ops.additive_scores_backward(grad, *ctx.saved_tensors)
+        inputs = (grad, *ctx.saved_tensors)
+        with torch.no_grad():
+            grads = _ops.additive_scores_backward(*inputs)
+        return _once(grads, inputs)
 
 
 class _Attention(torch.autograd.Function):
@@ -48,8 +69,13 @@ class _Attention(torch.autograd.Function):
         return context, weights
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_context, grad_weights):
+        with torch.no_grad():
+            grads = _Attention.gradients(ctx, grad_context, grad_weights)
+        return _once(grads, (grad_context, grad_weights, *ctx.saved_tensors[:4]))
+
+    @staticmethod
+    def gradients(ctx, grad_context, grad_weights):
         query, keys, values, v, weights = ctx.saved_tensors
         need_q, need_k, need_values, need_v, _, need_bias, _ = ctx.needs_input_grad
         grad_query = grad_keys = grad_values = grad_v = grad_scores = None
