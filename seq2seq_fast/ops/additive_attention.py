@@ -1,5 +1,7 @@
 """Additive attention: fake kernels, autograd and the public functions."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,13 @@ def _(grad, query, keys, v):
 def _(query, keys, values, v, mask, score_bias, scale):
     (B, T, _), S, D = query.shape, keys.shape[1], values.shape[2]
     return query.new_empty(B, T, D), query.new_empty(B, T, S)
+
+
+class PreparedKeys(NamedTuple):
+    """Keys (B, S, H) together with what a kernel derives from them once per source."""
+
+    keys: Tensor
+    powers: Tensor | None = None
 
 
 class _Once(torch.autograd.Function):
@@ -128,9 +137,22 @@ def additive_scores(
     return out.squeeze(1) if single else out
 
 
+def prepare_keys(keys: Tensor) -> PreparedKeys:
+    """Does the work on keys (B, S, H) that every query of a source shares.
+
+    The result takes the place of keys in `additive_attention`, with gradients to keys as before.
+    Worth it where a source is attended to in several calls, as in a decoder's loop.
+
+    Raises:
+        TypeError, ValueError: keys is no floating-point tensor (B, S, H) with S and H above 0.
+    """
+    checks.keys(keys)
+    return PreparedKeys(keys)
+
+
 def additive_attention(
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor | PreparedKeys,
     values: Tensor,
     v: Tensor,
     *,
@@ -143,7 +165,7 @@ def additive_attention(
 
     Args:
         query: (B, T, H) or (B, H), floating point.
-        keys: (B, S, H), already projected.
+        keys: (B, S, H), already projected; or what `prepare_keys` made of them.
         values: (B, S, D).
         v: (H,).
         mask: bool, True = attend, (B, S) or (B, T, S). A row that is masked everywhere gives
@@ -159,6 +181,8 @@ def additive_attention(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    if isinstance(keys, PreparedKeys):
+        keys = keys.keys
     checks.attention(query, keys, values, v, mask, score_bias)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query

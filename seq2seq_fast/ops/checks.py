@@ -29,6 +29,13 @@ def _shape(name: str, x: Tensor, spelled: str, *expected: tuple[int | None, ...]
     raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = {wanted}")
 
 
+def keys(keys: Tensor) -> None:
+    _tensor("keys", keys)
+    _shape("keys", keys, "(B, S, H)", (None, None, None))
+    if 0 in keys.shape[1:]:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected S and H above 0")
+
+
 def scores(query: Tensor, keys: Tensor, v: Tensor) -> None:
     _tensor("query", query)
     _tensor("keys", keys, query)
