@@ -16,6 +16,7 @@ setup(
             extra_compile_args=[
                 "-O3",
                 "-std=c++20",
+                "-fvisibility=hidden",
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 f"-DTORCH_TARGET_VERSION={STABLE_ABI}",

@@ -9,24 +9,53 @@ import torch
 from . import reference
 
 SCHEMAS = {
+    "prepare_keys": "(Tensor keys) -> Tensor",
     "additive_scores": "(Tensor query, Tensor keys, Tensor v) -> Tensor",
-    "additive_scores_backward": "(Tensor grad, Tensor query, Tensor keys, Tensor v)"
-    " -> (Tensor, Tensor, Tensor)",
+    "additive_scores_backward": "(Tensor grad, Tensor query, Tensor keys, Tensor v,"
+    " bool need_query, bool need_keys, bool need_v) -> (Tensor, Tensor, Tensor)",
     "additive_attention": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? mask,"
-    " Tensor? score_bias, float scale) -> (Tensor, Tensor)",
+    " Tensor? score_bias, float scale, Tensor? powers) -> (Tensor, Tensor)",
+    "additive_attention_backward": "(Tensor grad_context, Tensor grad_weights, Tensor query,"
+    " Tensor keys, Tensor values, Tensor v, Tensor weights, float scale, Tensor? powers,"
+    " bool need_query, bool need_keys, bool need_values, bool need_v, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
-def _attention(query, keys, values, v, mask, score_bias, scale):
-    """Scores by the best kernel there is; softmax and context by PyTorch."""
-    scores = torch.ops.seq2seq_fast.additive_scores(query, keys, v)
-    return reference.attend(scores, values, mask, score_bias, scale)
+def _prepare_keys(keys):
+    """Nothing: the plain form has no use for exponentials of the keys."""
+    return keys.new_empty(0)
+
+
+def _scores_backward(grad, query, keys, v, need_query, need_keys, need_v):
+    grads = reference.additive_scores_backward(grad, query, keys, v)
+    return _needed(grads, (need_query, need_keys, need_v))
+
+
+def _attention(query, keys, values, v, mask, score_bias, scale, powers):
+    return reference.additive_attention(query, keys, values, v, mask, score_bias, scale)
+
+
+def _attention_backward(
+    grad_context, grad_weights, query, keys, values, v, weights, scale, powers, *needs
+):
+    grads = reference.additive_attention_backward(
+        grad_context, grad_weights, query, keys, values, v, weights, scale
+    )
+    return _needed(grads, needs)
+
+
+def _needed(grads, needs):
+    """What is not needed is an empty tensor: the number of outputs of a schema is fixed."""
+    return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
 _FALLBACKS = {
+    "prepare_keys": _prepare_keys,
     "additive_scores": reference.additive_scores,
-    "additive_scores_backward": reference.additive_scores_backward,
+    "additive_scores_backward": _scores_backward,
     "additive_attention": _attention,
+    "additive_attention_backward": _attention_backward,
 }
 
 _lib = torch.library.Library("seq2seq_fast", "DEF")
@@ -38,13 +67,10 @@ for _name, _schema in SCHEMAS.items():
 if importlib.util.find_spec("seq2seq_fast._C") is not None:
     import seq2seq_fast._C  # noqa: F401
 
-# Asked once: the query itself breaks torch.compile(fullgraph=True). Attention stands on the scores.
-_NATIVE = {
+# Asked once: the query itself breaks torch.compile(fullgraph=True).
+HAS_KERNEL = {
     (name, device): torch._C._dispatch_has_kernel_for_dispatch_key(
-        "seq2seq_fast::additive_scores"
-        if name == "additive_attention"
-        else f"seq2seq_fast::{name}",
-        device.upper(),
+        f"seq2seq_fast::{name}", device.upper()
     )
     for name in SCHEMAS
     for device in ("cpu", "cuda")
@@ -56,7 +82,7 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     """Usable backends per op and device, best first; the first one is used by default."""
     return {
         name: {
-            device: (("native", "reference") if _NATIVE[name, device] else ("reference",))
+            device: (("native", "reference") if HAS_KERNEL[name, device] else ("reference",))
             for device in ("cpu", "cuda")
         }
         for name in SCHEMAS
@@ -84,8 +110,8 @@ def is_reference(op: str, device: str, backend: str | None) -> bool:
     if backend is None:
         backend = _forced[-1] if _forced else None
     if backend is None:
-        return not _NATIVE.get((op, device), False)
+        return not HAS_KERNEL.get((op, device), False)
     check_backend_name(backend)
-    if backend == "native" and not _NATIVE.get((op, device), False):
+    if backend == "native" and not HAS_KERNEL.get((op, device), False):
         raise ValueError(f"backend: 'native' was asked for, but has no {op} kernel for {device}")
     return backend == "reference"

@@ -40,19 +40,31 @@ def additive_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """weights = softmax(scale * scores + score_bias), context = weights @ values."""
-    return attend(additive_scores(query, keys, v), values, mask, score_bias, scale)
-
-
-def attend(
-    scores: Tensor, values: Tensor, mask: Tensor | None, score_bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The part of `additive_attention` behind the scores (B, T, S): (context, weights)."""
+    scores = additive_scores(query, keys, v)
     if scale != 1:
         scores = scores * scale
     if score_bias is not None:
         scores = scores + score_bias
     weights = masked_softmax(scores, mask)
     return torch.bmm(weights, values), weights
+
+
+def additive_attention_backward(
+    grad_context: Tensor,
+    grad_weights: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `additive_attention` for query, keys, values, v and score_bias (B, T, S)."""
+    grad_values = torch.bmm(weights.transpose(1, 2), grad_context)
+    grad_weights = grad_weights + torch.bmm(grad_context, values.transpose(1, 2))
+    grad_bias = softmax_backward(grad_weights, weights)
+    grad_query, grad_keys, grad_v = additive_scores_backward(grad_bias * scale, query, keys, v)
+    return grad_query, grad_keys, grad_values, grad_v, grad_bias
 
 
 def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:

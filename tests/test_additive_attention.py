@@ -35,27 +35,41 @@ def run(fn, tensors, dtype, mask, bias, **kw):
     return [context, weights, *grads]
 
 
-@pytest.mark.parametrize("size", [1.0, 6.0, 50.0, 1e4])
+def errors(outputs, exact):
+    return [(o.double() - e).abs().max().item() for o, e in zip(outputs, exact, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1e-4, 0.3, 1.0, 6.0, 50.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape, dtype, size):
-    tensors = inputs(shape, dtype, size)
+    """The rule must hold in the median of five draws, and within a factor of five in each.
+
+    A softmax that is all but decided makes the largest error of one draw a matter of luck.
+    """
     B, T, S, H, D = shape
-    g = torch.Generator().manual_seed(3)
-    mask = torch.rand(B, T, S, generator=g) < 0.7
-    bias = torch.randn(B, 1, S, generator=g).to(dtype)
-    exact = run(s2s.additive_attention, tensors, torch.float64, mask, bias, backend="reference")
-    plain = run(s2s.additive_attention, tensors, dtype, mask, bias, backend="reference")
-    ours = run(s2s.additive_attention, tensors, dtype, mask, bias)
-    eps = torch.finfo(dtype).eps
     names = ("context", "weights", "query", "keys", "values", "v", "bias")
-    for name, o, p, e in zip(names, ours, plain, exact, strict=True):
-        top = e.abs().max().item()
-        if dtype == torch.float64:  # nothing wider to compare with
-            torch.testing.assert_close(o, e, rtol=1e-11, atol=1e-12 * top)
-            continue
-        err, base = ((x.double() - e).abs().max().item() for x in (o, p))
-        assert err <= 2 * base + 4 * eps * top + 1e-30, (name, err, base, top)
+    ratios = {name: [] for name in names}
+    eps = torch.finfo(dtype).eps
+    for seed in range(5):
+        tensors = inputs(shape, dtype, size, seed)
+        g = torch.Generator().manual_seed(seed)
+        mask = torch.rand(B, T, S, generator=g) < 0.7
+        bias = torch.randn(B, 1, S, generator=g).to(dtype)
+        args = (s2s.additive_attention, tensors)
+        exact = run(*args, torch.float64, mask, bias, backend="reference")
+        plain = run(*args, dtype, mask, bias, backend="reference")
+        ours = run(*args, dtype, mask, bias)
+        for name, o, p, e in zip(
+            names, *(errors(x, exact) for x in (ours, plain)), exact, strict=True
+        ):
+            top = e.abs().max().item()
+            if dtype == torch.float64:  # nothing wider to compare with
+                assert o <= 1e-11 * top + 1e-13, name
+            ratios[name].append(o / (2 * p + eps * top + 1e-30))
+    for name, ratio in ratios.items():
+        if dtype != torch.float64:
+            assert sorted(ratio)[2] <= 1 and max(ratio) <= 5, (name, ratio)
 
 
 def test_the_extension_was_built():
@@ -87,8 +101,10 @@ def test_opcheck_compile_and_bits():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.additive_scores, (q, k, v), test_utils=tests)
     g = torch.randn(2, 5, 19)
-    torch.library.opcheck(ops.additive_scores_backward, (g, q, k, v), test_utils=tests)
-    args = (q, k, values, v, None, None, 1.0)
+    torch.library.opcheck(
+        ops.additive_scores_backward, (g, q, k, v, True, False, True), test_utils=tests
+    )
+    args = (q, k, values, v, None, None, 1.0, None)
     torch.library.opcheck(ops.additive_attention, args, test_utils=tests)
 
     compiled = torch.compile(s2s.additive_attention, fullgraph=True, backend="aot_eager")

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..library import is_reference
+from ..library import HAS_KERNEL, is_reference
 from . import checks
 
 _ops = torch.ops.seq2seq_fast
+
+
+@torch.library.register_fake("seq2seq_fast::prepare_keys")
+def _(keys):
+    if not HAS_KERNEL.get(("prepare_keys", keys.device.type)):
+        return keys.new_empty(0)
+    B, S, H = keys.shape  # (B, blocks of 16 positions, H in groups of four + 1, 16)
+    return keys.new_empty((B, (S + 15) // 16, (H + 3) // 4 * 4 + 1, 16), dtype=torch.float32)
 
 
 @torch.library.register_fake("seq2seq_fast::additive_scores")
@@ -17,15 +25,24 @@ def _(query, keys, v):
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
 
+def _empty_gradients(tensors, needs):
+    return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(tensors, needs, strict=True))
+
+
 @torch.library.register_fake("seq2seq_fast::additive_scores_backward")
-def _(grad, query, keys, v):
-    return query.new_empty(query.shape), keys.new_empty(keys.shape), v.new_empty(v.shape)
+def _(grad, query, keys, v, *needs):
+    return _empty_gradients((query, keys, v), needs)
 
 
 @torch.library.register_fake("seq2seq_fast::additive_attention")
-def _(query, keys, values, v, mask, score_bias, scale):
+def _(query, keys, values, v, mask, score_bias, scale, powers):
     (B, T, _), S, D = query.shape, keys.shape[1], values.shape[2]
     return query.new_empty(B, T, D), query.new_empty(B, T, S)
+
+
+@torch.library.register_fake("seq2seq_fast::additive_attention_backward")
+def _(grad_context, grad_weights, query, keys, values, v, weights, scale, powers, *needs):
+    return _empty_gradients((query, keys, values, v, weights), needs)
 
 
 class PreparedKeys(NamedTuple):
@@ -55,6 +72,10 @@ def _once(grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor, ...]):
     return tuple(None if g is None else _Once.apply(g, *depends_on) for g in grads)
 
 
+def _wanted(grads, needs):
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, keys, v):
@@ -63,42 +84,33 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inputs = (grad, *ctx.saved_tensors)
+        inputs, needs = (grad, *ctx.saved_tensors), ctx.needs_input_grad
         with torch.no_grad():
-            grads = _ops.additive_scores_backward(*inputs)
-        return _once(grads, inputs)
+            grads = _ops.additive_scores_backward(*inputs, *needs)
+        return _once(_wanted(grads, needs), inputs)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, keys, values, v, mask, score_bias, scale):
-        context, weights = _ops.additive_attention(query, keys, values, v, mask, score_bias, scale)
-        ctx.save_for_backward(query, keys, values, v, weights)
+    def forward(ctx, query, keys, values, v, mask, score_bias, scale, powers):
+        context, weights = _ops.additive_attention(
+            query, keys, values, v, mask, score_bias, scale, powers
+        )
+        ctx.save_for_backward(query, keys, values, v, weights, powers)
         ctx.scale = scale
         return context, weights
 
     @staticmethod
     def backward(ctx, grad_context, grad_weights):
+        *inputs, weights, powers = ctx.saved_tensors
+        need_q, need_k, need_values, need_v, _, need_bias, _, _ = ctx.needs_input_grad
+        needs = (need_q, need_k, need_values, need_v, need_bias)
         with torch.no_grad():
-            grads = _Attention.gradients(ctx, grad_context, grad_weights)
-        return _once(grads, (grad_context, grad_weights, *ctx.saved_tensors[:4]))
-
-    @staticmethod
-    def gradients(ctx, grad_context, grad_weights):
-        query, keys, values, v, weights = ctx.saved_tensors
-        need_q, need_k, need_values, need_v, _, need_bias, _ = ctx.needs_input_grad
-        grad_query = grad_keys = grad_values = grad_v = grad_scores = None
-        if need_values:
-            grad_values = torch.bmm(weights.transpose(1, 2), grad_context)
-        if need_q or need_k or need_v or need_bias:
-            grad_scores = torch.bmm(grad_context, values.transpose(1, 2)) + grad_weights
-            grad_scores = reference.softmax_backward(grad_scores, weights)
-        if need_q or need_k or need_v:
-            grad_query, grad_keys, grad_v = _ops.additive_scores_backward(
-                grad_scores * ctx.scale, query, keys, v
+            grads = _ops.additive_attention_backward(
+                grad_context, grad_weights, *inputs, weights, ctx.scale, powers, *needs
             )
-        grad_bias = grad_scores if need_bias else None
-        return grad_query, grad_keys, grad_values, grad_v, None, grad_bias, None
+        *grads, grad_bias = _once(_wanted(grads, needs), (grad_context, grad_weights, *inputs))
+        return *grads, None, grad_bias, None, None
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -147,7 +159,10 @@ def prepare_keys(keys: Tensor) -> PreparedKeys:
         TypeError, ValueError: keys is no floating-point tensor (B, S, H) with S and H above 0.
     """
     checks.keys(keys)
-    return PreparedKeys(keys)
+    powers = None
+    if keys.dtype != torch.float64 and HAS_KERNEL.get(("prepare_keys", keys.device.type)):
+        powers = _ops.prepare_keys(keys.detach())
+    return PreparedKeys(keys, powers)
 
 
 def additive_attention(
@@ -181,8 +196,9 @@ def additive_attention(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    powers = None
     if isinstance(keys, PreparedKeys):
-        keys = keys.keys
+        keys, powers = keys
     checks.attention(query, keys, values, v, mask, score_bias)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
@@ -196,8 +212,8 @@ def additive_attention(
     if is_reference("additive_attention", query.device.type, backend):
         out = reference.additive_attention(q, keys, values, v, mask, score_bias, scale)
     elif _needs_grad(query, keys, values, v, score_bias):
-        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale)
+        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale, powers)
     else:
-        out = _ops.additive_attention(q, keys, values, v, mask, score_bias, scale)
+        out = _ops.additive_attention(q, keys, values, v, mask, score_bias, scale, powers)
     context, weights = out
     return (context.squeeze(1), weights.squeeze(1)) if single else (context, weights)

@@ -1,58 +1,32 @@
-// scores[b,t,s] = sum_h v[h] tanh(q[b,t,h] + k[b,s,h]) and its gradients, on the CPU.
+// Additive scores on the CPU: preparation, tiles, threads, registration. See additive_scores.h.
 //
-// With r = 1 / (1 + exp(2q) exp(2k)), tanh(q + k) = 1 - 2 r and 1 - tanh^2 = 4 r (1 - r).
-// Buffers beyond inputs and outputs: float32 copies of q and k, their exponentials, and in backward
-// the gradients of both; never (B, T, S, H). float64 is computed with tanh in double.
-// Threads own (b, block of s, t) in forward and (b, group of h) in backward, so that no result
-// depends on how many there are.
+// Memory beyond inputs and outputs: three rows per query, one per key, and in backward tiles of a
+// thread; never (B, T, S, H). Forward threads own (b, tile of queries, block of keys), backward
+// threads own (b, tile of features), so that no result depends on how many there are.
 #include "additive_scores.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
 #include <cmath>
 #include <tuple>
-#include <vector>
+
+#include "vec.h"
 
 namespace seq2seq_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+constexpr int64_t kTile = 16;  // queries, or features, of a tile
 
-template <typename F>
-auto dispatch(ScalarType dtype, F f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f.template operator()<float>();
-    case ScalarType::Double:
-      return f.template operator()<double>();
-    case ScalarType::BFloat16:
-      return f.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half:
-      return f.template operator()<torch::headeronly::Half>();
-    default:
-      STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 tensor");
-  }
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+Mode choose(float max_q, float max_k, float max_v) {
+  const float m = max_q + max_k;
+  if (!(m < 43.f && max_v < 1e5f)) return Mode::kExact;  // v x^4 stays finite
+  if (m < 2.f && max_k < kSmallKeys) return Mode::kSmall;
+  return m < 9.5f ? Mode::kFast : Mode::kClamped;
 }
 
-// A strided view of up to three axes.
-template <typename T>
-struct View {
-  T* data;
-  int64_t stride[3];
-  explicit View(const Tensor& x) : data(static_cast<T*>(x.data_ptr())), stride{} {
-    for (int64_t i = 0; i < x.dim(); ++i) stride[i] = x.stride(i);
-  }
-  T& operator()(int64_t i, int64_t j = 0, int64_t k = 0) const {
-    return data[i * stride[0] + j * stride[1] + k * stride[2]];
-  }
-};
+}  // namespace
 
 void check(const Tensor& query, const Tensor& keys, const Tensor& v) {
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3 && v.dim() == 1 &&
@@ -64,210 +38,226 @@ void check(const Tensor& query, const Tensor& keys, const Tensor& v) {
       "expected query, keys and v of one dtype");
 }
 
-// float32 inputs in kernel layout: queries (B, T, H4), keys (B, blocks, H4, kLanes), v (H4,), where
-// H4 is H padded with zeros to whole groups.
-struct Prepared {
-  int64_t B, T, S, H, H4, blocks;
-  std::vector<float> q, k, v, half_v, Q, K, max_q, max_k;
-  Path path(int64_t b, int64_t t, int64_t block) const {
-    return choose(max_q[b * T + t], max_k[b * blocks + block]);
-  }
-};
-
-template <typename T>
-Prepared prepare(const Tensor& query, const Tensor& keys, const Tensor& v) {
-  Prepared p;
-  p.B = query.size(0), p.T = query.size(1), p.S = keys.size(1), p.H = query.size(2);
-  p.H4 = (p.H + kGroup - 1) / kGroup * kGroup;
-  p.blocks = (p.S + kLanes - 1) / kLanes;
-  const View<T> vq(query), vk(keys), vv(v);
-  p.q.resize(p.B * p.T * p.H4), p.Q.resize(p.q.size()), p.max_q.resize(p.B * p.T);
-  p.k.resize(p.B * p.blocks * p.H4 * kLanes), p.K.resize(p.k.size());
-  p.max_k.resize(p.B * p.blocks), p.v.resize(p.H4);
-  p.half_v.resize(p.H4 / kGroup);
-  for (int64_t h = 0; h < p.H; ++h) {
-    p.v[h] = static_cast<float>(vv(h));
-    p.half_v[h / kGroup] += 0.5f * p.v[h];
-  }
-  torch::stable::parallel_for(0, p.B * p.T, 16, [&](int64_t begin, int64_t end) {
+Queries::Queries(const Tensor& query, const Tensor& v_)
+    : B(query.size(0)),
+      T(query.size(1)),
+      H(query.size(2)),
+      H4(round_up(H, kGroup)),
+      ld(round_up(H, 8)),
+      rows(B * T * 3 * ld),
+      v(H4),
+      max(B * T) {
+  const Rows<float> vs(v_), qs(query);
+  Buffer<float> scratch(vs.scratch(1));
+  std::fill(std::copy_n(vs.block(0, 0, 1, scratch).data, H, +v), v + H4, 0.f);
+  max_v = loops::largest(v, H);
+  parallel(B * T, 4 * H, [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(qs.scratch(1));
     for (int64_t i = begin; i < end; ++i) {
-      float* row = &p.q[i * p.H4];
-      for (int64_t h = 0; h < p.H; ++h) row[h] = static_cast<float>(vq(i / p.T, i % p.T, h));
-      exp2x(row, p.H4, &p.Q[i * p.H4]);
-      p.max_q[i] = largest(row, p.H4);
+      float *row = rows + i * 3 * ld, *raw = row + 2 * ld;
+      std::fill(std::copy_n(qs.block(i / T, i % T, 1, scratch).data, H, raw), raw + ld, 0.f);
+      max[i] = loops::largest(raw, H);
+      if (max[i] < 43.f) loops::exp2x(raw, ld, row);
+      if (max[i] < 2.f) loops::expm1_2x(raw, ld, row + ld);
     }
   });
-  torch::stable::parallel_for(0, p.B * p.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / p.blocks, s0 = i % p.blocks * kLanes, size = p.H4 * kLanes;
-      float* block = &p.k[i * size];
-      for (int64_t h = 0; h < p.H; ++h)
-        for (int64_t s = 0; s < std::min(kLanes, p.S - s0); ++s)
-          block[h * kLanes + s] = static_cast<float>(vk(b, s0 + s, h));
-      exp2x(block, size, &p.K[i * size]);
-      p.max_k[i] = largest(block, size);
-    }
-  });
-  return p;
 }
 
-template <typename T>
-void forward(const Tensor& query, const Tensor& keys, const Tensor& v, T* out) {
-  const Prepared p = prepare<T>(query, keys, v);
-  torch::stable::parallel_for(0, p.B * p.blocks * p.T, 8, [&](int64_t begin, int64_t end) {
+Tensor prepare_keys(Tensor keys) {
+  STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
+  const int64_t B = keys.size(0), S = keys.size(1), H = keys.size(2);
+  const int64_t H4 = round_up(H, kGroup), blocks = (S + kLanes - 1) / kLanes;
+  Tensor powers = torch::stable::new_empty(keys, {B, blocks, H4 + 1, kLanes}, ScalarType::Float);
+  float* data = static_cast<float*>(powers.data_ptr());
+  const Rows<float> raw(keys);
+  parallel(B * blocks, 8 * H * kLanes, [&](int64_t begin, int64_t end) {
+    Buffer<float> block(H4 * kLanes), scratch(raw.scratch(kLanes));
+    std::fill(block + H * kLanes, block + H4 * kLanes, 0.f);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / (p.blocks * p.T), block = i / p.T % p.blocks, t = i % p.T;
-      const int64_t row = b * p.T + t, at = (b * p.blocks + block) * p.H4 * kLanes;
-      const int64_t width = std::min(kLanes, p.S - block * kLanes);
-      const Path path = p.path(b, t, block);
-      float tile[kLanes];
-      if (path == Path::kExact) {
-        for (int64_t s = 0; s < width; ++s) {
-          float sum = 0.f;
-          for (int64_t h = 0; h < p.H; ++h)
-            sum += p.v[h] * std::tanh(p.q[row * p.H4 + h] + p.k[at + h * kLanes + s]);
-          tile[s] = sum;
-        }
-      } else {
-        scores_tile(&p.Q[row * p.H4], &p.K[at], p.v.data(), p.half_v.data(), p.H4,
-                    path != Path::kFast, tile);
+      const int64_t s = i % blocks * kLanes, width = std::min(kLanes, S - s);
+      const auto rows = raw.block(i / blocks, s, width, scratch);
+      loops::transpose_block(rows.data, rows.ld, width, H, block);
+      float* out = data + i * (H4 + 1) * kLanes;
+      const float max = loops::largest(block, H * kLanes);
+      if (max < kSmallKeys) {
+        loops::expm1_2x(block, H4 * kLanes, out);
+      } else if (max < 43.f) {
+        loops::exp2x(block, H4 * kLanes, out);
       }
-      T* o = out + row * p.S + block * kLanes;
-      for (int64_t s = 0; s < width; ++s) o[s] = static_cast<T>(tile[s]);
+      std::fill_n(out + H4 * kLanes, kLanes, max);
     }
   });
+  return powers;
 }
 
-template <>
-void forward<double>(const Tensor& query, const Tensor& keys, const Tensor& v, double* out) {
-  const View<double> q(query), k(keys), w(v);
-  const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), H = query.size(2);
-  torch::stable::parallel_for(0, B * T * S, 16, [&](int64_t begin, int64_t end) {
+Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers_)
+    : B(keys.size(0)),
+      S(keys.size(1)),
+      H(keys.size(2)),
+      H4(round_up(H, kGroup)),
+      blocks((S + kLanes - 1) / kLanes),
+      raw(keys),
+      powers(powers_ ? *powers_ : prepare_keys(keys)),
+      data(static_cast<const float*>(powers.data_ptr())) {
+  STD_TORCH_CHECK(powers.dim() == 4 && powers.size(0) == B && powers.size(1) == blocks &&
+                      powers.size(2) == H4 + 1 && powers.size(3) == kLanes &&
+                      powers.is_contiguous() && powers.scalar_type() == ScalarType::Float,
+                  "powers: expected what prepare_keys made of these keys");
+}
+
+void Keys::gather(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const {
+  const int64_t s = i * kLanes, count = std::min(kLanes, S - s), used = std::min(width, H - h);
+  const auto rows = raw.block(b, s, count, buffer + width * kLanes);
+  loops::transpose_block(rows.data + h, rows.ld, count, used, buffer);
+  std::fill(buffer + used * kLanes, buffer + width * kLanes, 0.f);
+}
+
+void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
+                 int64_t last, float* out, int64_t ld, float* buffer) {
+  for (int64_t i = first; i < last; ++i, out += kLanes) {
+    const float max_k = k.max(b, i);
+    bool gathered = false;
+    for (int64_t j = 0; j < n; ++j) {
+      const Mode mode = choose(q.max[b * q.T + t + j], max_k, q.max_v);
+      if (mode == Mode::kExact && !gathered) {
+        k.gather(b, i, 0, k.H4, buffer);
+        gathered = true;
+      }
+      loops::scores(mode, max_k < kSmallKeys, q.row(b, t + j), q.ld,
+                    mode == Mode::kExact ? buffer : k.block(b, i), q.v, q.H4, out + j * ld);
+    }
+  }
+}
+
+std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g,
+                                      const Tensor& query, const Tensor& keys, const Tensor& v,
+                                      Needs needs) {
+  const auto make = [](const Tensor& like, bool needed) {
+    return needed ? torch::stable::new_empty(like, like.sizes())
+                  : torch::stable::new_empty(like, {0});
+  };
+  Tensor dq = make(query, needs.query), dk = make(keys, needs.keys), dv = make(v, needs.v);
+  const int64_t B = q.B, T = q.T, S = k.S, H = q.H, Sp = k.blocks * kLanes;
+  const int64_t tiles = (q.H4 + kTile - 1) / kTile, tile_t = std::min(kTile, T);
+  Buffer<float> max_g(B * T), partial_v(B * q.H4);
+  Buffer<Mode> modes(B * k.blocks * T);
+  parallel(B * T, Sp, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / (T * S), t = i / S % T, s = i % S;
-      double sum = 0;
-      for (int64_t h = 0; h < H; ++h) sum += w(h) * std::tanh(q(b, t, h) + k(b, s, h));
-      out[i] = sum;
+      const float max_g = loops::largest(g + i * Sp, Sp);
+      for (int64_t block = 0; block < k.blocks; ++block)
+        modes[(i / T * k.blocks + block) * T + i % T] =
+            max_g < INFINITY ? choose(q.max[i], k.max(i / T, block), q.max_v) : Mode::kExact;
     }
   });
-}
-
-template <typename T>
-void backward(const Tensor& grad, const Tensor& query, const Tensor& keys, const Tensor& v, T* dq,
-              T* dk, T* dv) {
-  const Prepared p = prepare<T>(query, keys, v);
-  const View<T> vg(grad);
-  const int64_t width = p.blocks * kLanes, size = p.H4 * kLanes, groups = p.H4 / kGroup;
-  std::vector<float> g(p.B * p.T * width), dK(p.k.size()), partial_v(p.B * p.H4);
-  torch::stable::parallel_for(0, p.B * p.T, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t s = 0; s < p.S; ++s)
-        g[i * width + s] = static_cast<float>(vg(i / p.T, i % p.T, s));
-  });
-  torch::stable::parallel_for(0, p.B * groups, 1, [&](int64_t begin, int64_t end) {
+  // Every gradient has a factor v that is left to the end, unless v is infinite or NaN.
+  const bool v_last = q.max_v < INFINITY;
+  parallel(B * tiles, 4 * kTile * T * S, [&](int64_t begin, int64_t end) {
+    Buffer<float> sum_k(Sp * kTile), sum_q(tile_t * kTile * kVec), sum_t(tile_t * kTile);
+    Buffer<float> rows(kLanes * kTile), raw(k.gather_floats());
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / groups, h = i % groups * kGroup, used = std::min(kGroup, p.H - h);
-      const int64_t at = b * p.blocks * size + h * kLanes;
-      float sum_v[kGroup] = {};
-      for (int64_t t = 0; t < p.T; ++t) {
-        const int64_t row = b * p.T + t;
-        float sum_q[kGroup] = {};
-        for (int64_t first = 0, last; first < p.blocks; first = last) {  // runs of one path
-          const Path path = p.path(b, t, first);
-          for (last = first + 1; last < p.blocks && p.path(b, t, last) == path;) ++last;
-          const float* g0 = &g[row * width + first * kLanes];
-          if (path != Path::kExact) {
-            float part[kGroup];
-            backward_row(&p.Q[row * p.H4 + h], &p.K[at + first * size], g0, last - first, size,
-                         path != Path::kFast, part, &dK[at + first * size], sum_v);
-            for (int64_t j = 0; j < kGroup; ++j) sum_q[j] += 4.f * part[j];
-            continue;
-          }
-          for (int64_t s = 0; s < (last - first) * kLanes; ++s) {
-            if (first * kLanes + s >= p.S) break;
-            const int64_t block = first + s / kLanes, lane = s % kLanes;
-            for (int64_t j = 0; j < used; ++j) {
-              const int64_t o = at + block * size + j * kLanes + lane;
-              const float y = std::tanh(p.q[row * p.H4 + h + j] + p.k[o]);
-              const float e = g0[s] * (1.f - y) * (1.f + y);
-              sum_q[j] += e;
-              dK[o] += 0.25f * e;
-              sum_v[j] += g0[s] * y;
+      const int64_t b = i / tiles, h = i % tiles * kTile;
+      const int64_t width = std::min(kTile, q.H4 - h), used = std::min(kTile, H - h);
+      float sum_v[kTile * kVec] = {}, w[kTile] = {}, scale[kTile] = {};
+      for (int64_t j = 0; j < width; ++j) {
+        w[j] = v_last ? 0.25f : q.v[h + j];
+        scale[j] = v_last ? 4.f * q.v[h + j] : 1.f;
+      }
+      std::fill_n(+sum_k, Sp * kTile, 0.f);
+      for (int64_t t0 = 0; t0 < T; t0 += kTile) {
+        const int64_t n = std::min(kTile, T - t0), lanes = width * kVec;
+        std::fill_n(+sum_q, n * lanes, 0.f);
+        for (int64_t block = 0; block < k.blocks; ++block) {
+          const Mode* mode = modes + (b * k.blocks + block) * T;
+          bool gathered = false;
+          for (int64_t t = t0, last; t < t0 + n; t = last) {  // runs of one mode
+            for (last = t + 1; last < t0 + n && mode[last] == mode[t];) ++last;
+            const bool exact = mode[t] == Mode::kExact;
+            if (exact && !gathered) {
+              k.gather(b, block, h, width, raw);
+              gathered = true;
             }
+            loops::gradients(mode[t], k.max(b, block) < kSmallKeys, q.row(b, t) + h, q.ld,
+                             exact ? +raw : k.block(b, block) + h * kLanes,
+                             g + (b * T + t) * Sp + block * kLanes, Sp, w, last - t, width,
+                             sum_q + (t - t0) * lanes, sum_k + block * kTile * kLanes, sum_v);
           }
         }
-        for (int64_t j = 0; j < used; ++j)
-          dq[row * p.H + h + j] = static_cast<T>(p.v[h + j] * sum_q[j]);
+        if (!needs.query) continue;
+        loops::lane_sums(sum_q, n * width, sum_t);
+        for (int64_t t = 0; t < n; ++t)
+          for (int64_t j = 0; j < width; ++j) sum_t[t * width + j] *= scale[j];
+        write<float>(dq, (b * T + t0) * H + h, H, sum_t, width, n, used);
       }
-      for (int64_t j = 0; j < used; ++j) {
-        partial_v[b * p.H4 + h + j] = sum_v[j];
-        for (int64_t s = 0; s < p.S; ++s)
-          dk[(b * p.S + s) * p.H + h + j] = static_cast<T>(
-              4.f * p.v[h + j] * dK[at + s / kLanes * size + j * kLanes + s % kLanes]);
+      loops::lane_sums(sum_v, width, partial_v + b * q.H4 + h);
+      for (int64_t s = 0; needs.keys && s < S; s += kLanes) {
+        loops::scaled_transpose(sum_k + s * kTile, scale, rows);
+        write<float>(dk, (b * S + s) * H + h, H, rows, kTile, std::min(kLanes, S - s), used);
       }
     }
   });
-  for (int64_t h = 0; h < p.H; ++h) {
-    float sum = 0.f;
-    for (int64_t b = 0; b < p.B; ++b) sum += partial_v[b * p.H4 + h];
-    dv[h] = static_cast<T>(sum);
+  if (needs.v) {
+    Buffer<float> total(H);
+    std::fill_n(+total, H, 0.f);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < H; ++h) total[h] += partial_v[b * q.H4 + h];
+    write<float>(dv, 0, H, total, H, 1, H);
   }
+  return {dq, dk, dv};
 }
 
-template <>
-void backward<double>(const Tensor& grad, const Tensor& query, const Tensor& keys, const Tensor& v,
-                      double* dq, double* dk, double* dv) {
-  const View<double> g(grad), q(query), k(keys), w(v);
-  const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), H = query.size(2);
-  std::fill_n(dk, B * S * H, 0.0);
-  torch::stable::parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      double sum_v = 0;
-      for (int64_t b = 0; b < B; ++b)
-        for (int64_t t = 0; t < T; ++t) {
-          double sum_q = 0;
-          for (int64_t s = 0; s < S; ++s) {
-            const double y = std::tanh(q(b, t, h) + k(b, s, h));
-            const double e = g(b, t, s) * w(h) * (1 - y) * (1 + y);
-            sum_q += e, sum_v += g(b, t, s) * y;
-            dk[(b * S + s) * H + h] += e;
-          }
-          dq[(b * T + t) * H + h] = sum_q;
-        }
-      dv[h] = sum_v;
-    }
-  });
-}
+namespace {
 
 Tensor additive_scores(Tensor query, Tensor keys, Tensor v) {
   check(query, keys, v);
-  Tensor out = torch::stable::new_empty(query, {query.size(0), query.size(1), keys.size(1)});
-  dispatch(query.scalar_type(),
-           [&]<typename T>() { forward<T>(query, keys, v, static_cast<T*>(out.data_ptr())); });
+  if (query.scalar_type() == ScalarType::Double) return scores_double(query, keys, v);
+  const Queries q(query, v);
+  const Keys k(keys, std::nullopt);
+  Tensor out = torch::stable::new_empty(query, {q.B, q.T, k.S});
+  const int64_t tiles = (q.T + kTile - 1) / kTile, items = q.B * k.blocks * tiles;
+  parallel(items, kTile * kLanes * q.H, [&](int64_t begin, int64_t end) {
+    Buffer<float> tile(kTile * kLanes), buffer(k.gather_floats());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / (k.blocks * tiles), block = i / tiles % k.blocks, t = i % tiles * kTile;
+      const int64_t n = std::min(kTile, q.T - t), s = block * kLanes;
+      scores_tile(q, k, b, t, n, block, block + 1, tile, kLanes, buffer);
+      write<float>(out, (b * q.T + t) * k.S + s, k.S, tile, kLanes, n, std::min(kLanes, k.S - s));
+    }
+  });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor query, Tensor keys,
-                                                            Tensor v) {
+                                                            Tensor v, bool need_query,
+                                                            bool need_keys, bool need_v) {
   check(query, keys, v);
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == query.size(0) &&
                       grad.size(1) == query.size(1) && grad.size(2) == keys.size(1) &&
                       grad.scalar_type() == query.scalar_type(),
                   "expected grad (B, T, S) of query's dtype");
-  Tensor dq = torch::stable::new_empty(query, query.sizes());
-  Tensor dk = torch::stable::new_empty(keys, keys.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
-  dispatch(query.scalar_type(), [&]<typename T>() {
-    backward<T>(grad, query, keys, v, static_cast<T*>(dq.data_ptr()),
-                static_cast<T*>(dk.data_ptr()), static_cast<T*>(dv.data_ptr()));
-  });
-  return {dq, dk, dv};
+  const Needs needs{need_query, need_keys, need_v};
+  std::array<Tensor, 3> out;
+  if (query.scalar_type() == ScalarType::Double) {
+    out = scores_backward_double(grad, query, keys, v, needs);
+  } else {
+    const Queries q(query, v);
+    const Keys k(keys, std::nullopt);
+    const Rows<float> rows(grad);
+    const int64_t Sp = k.blocks * kLanes;
+    Buffer<float> g(q.B * q.T * Sp), scratch(rows.scratch(1));
+    for (int64_t i = 0; i < q.B * q.T; ++i) {
+      float* to = g + i * Sp;
+      std::fill(std::copy_n(rows.block(i / q.T, i % q.T, 1, scratch).data, k.S, to), to + Sp, 0.f);
+    }
+    out = scores_backward(q, k, g, query, keys, v, needs);
+  }
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
 }  // namespace seq2seq_fast
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
+  m.impl("prepare_keys", TORCH_BOX(&seq2seq_fast::prepare_keys));
   m.impl("additive_scores", TORCH_BOX(&seq2seq_fast::additive_scores));
   m.impl("additive_scores_backward", TORCH_BOX(&seq2seq_fast::additive_scores_backward));
 }

@@ -1,43 +1,73 @@
-// Inner loops of additive scores; no torch header. See additive_scores.cpp for the formula.
-//
-// Source positions come in blocks of kLanes, features in groups of kGroup that share one division:
-// v1/a + v2/b = (v1 b + v2 a) / (a b), twice. exp(2q) and exp(2k) are made once per element of q
-// and k, so that no transcendental is left in the loop.
+// Additive scores in float32 for the ops that stand on them. The arithmetic is told in
+// additive_scores_loops.h.
 #pragma once
+#include <array>
 #include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../common.h"
+#include "additive_scores_loops.h"
 
 namespace seq2seq_fast {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kGroup = 4;
+// Queries and v of a call, padded with zeros to H4, a whole number of groups.
+struct Queries {
+  int64_t B, T, H, H4, ld;
+  Buffer<float> rows;    // (B, T, 3, ld): exp(2q), exp(2q) - 1, q
+  Buffer<float> v, max;  // (H4,), max|q| (B, T)
+  float max_v;
+  Queries(const Tensor& query, const Tensor& v);
+  const float* row(int64_t b, int64_t t) const { return rows + (b * T + t) * 3 * ld; }
+};
 
-// How a tile is computed, from the largest |q| + |k| in it: a product of four (1 + exp(2(q+k)))
-// stays finite below 11; clamped factors do where a single exponential stays finite; else tanh.
-enum class Path { kFast, kClamped, kExact };
+// Keys as exponentials: (B, blocks, H4 + 1, kLanes), each block followed by a row that begins with
+// the block's max|k|.
+struct Keys {
+  int64_t B, S, H, H4, blocks;
+  Rows<float> raw;
+  Tensor powers;
+  const float* data;
+  Keys(const Tensor& keys, const std::optional<Tensor>& powers);
+  const float* block(int64_t b, int64_t i) const {
+    return data + (b * blocks + i) * (H4 + 1) * kLanes;
+  }
+  float max(int64_t b, int64_t i) const { return block(b, i)[H4 * kLanes]; }
+  // Features [h, h + width) of a block of k itself, which Mode::kExact works on, into the front of
+  // `buffer`: (width, kLanes), zeros as padding
+  void gather(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const;
+  int64_t gather_floats() const { return H4 * kLanes + raw.scratch(kLanes); }
+};
 
-inline Path choose(float max_q, float max_k) {
-  const float m = max_q + max_k;
-  return m < 10.9f                                    ? Path::kFast
-         : (max_q < 43.f && max_k < 43.f && m < 43.f) ? Path::kClamped
-                                                      : Path::kExact;
-}
+Tensor prepare_keys(Tensor keys);
+void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 
-// out[s] = sum_h v[h] (1 - 2 / (1 + Q[h] K[h][s])), centred group by group so that rounding stays
-// small.  Q (H,), K (H, kLanes), v (H,), half_v (H / kGroup,) half the sum of each group of v
-void scores_tile(const float* Q, const float* K, const float* v, const float* half_v, int64_t H,
-                 bool clamp, float* out);
+// Scores of queries [t, t + n) with blocks [first, last), into out (n, ld); `buffer` holds
+// keys.gather_floats().
+void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
+                 int64_t last, float* out, int64_t ld, float* buffer);
 
-// One group of features over all blocks: with e = g r (1 - r) and r = 1 / (1 + Q K),
-//   dq[j] = sum_s e;  dk[block][j][s] += e;  dv[j] += sum_s g tanh;  blocks are `stride` floats
-//   apart.
-// Q (kGroup,), K and dk (blocks, kGroup, kLanes) strided, g (blocks, kLanes)
-void backward_row(const float* Q, const float* K, const float* g, int64_t blocks, int64_t stride,
-                  bool clamp, float* dq, float* dk, float* dv);
+// Gradients of query, keys and v, given g (B, T, blocks * kLanes), which is zero behind S. What is
+// not needed comes back empty.
+struct Needs {
+  bool query, keys, v;
+};
+std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g,
+                                      const Tensor& query, const Tensor& keys, const Tensor& v,
+                                      Needs needs);
 
-// The largest magnitude, or NaN if there is one.
-float largest(const float* x, int64_t n);
+// float64, in plain loops
+Tensor scores_double(const Tensor& query, const Tensor& keys, const Tensor& v);
+std::array<Tensor, 3> scores_backward_double(const Tensor& grad, const Tensor& query,
+                                             const Tensor& keys, const Tensor& v, Needs needs);
 
-// out[i] = exp(2 x[i]), to float32 rounding, for |x| < 43
-void exp2x(const float* x, int64_t n, float* out);
+std::tuple<Tensor, Tensor> attention_double(const Tensor& query, const Tensor& keys,
+                                            const Tensor& values, const Tensor& v,
+                                            const std::optional<Tensor>& mask,
+                                            const std::optional<Tensor>& score_bias, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_double(
+    const Tensor& grad_context, const Tensor& grad_weights, const Tensor& query, const Tensor& keys,
+    const Tensor& values, const Tensor& v, const Tensor& weights, double scale, Needs needs,
+    bool need_values, bool need_bias);
 
 }  // namespace seq2seq_fast

@@ -1,103 +1,178 @@
-// Vectorised loops in GCC/Clang vector extensions; AVX-512, AVX2 or plain chosen at load time.
-#include <cstring>
+// The inner loops of additive scores. See the header for the formulas.
+#include "additive_scores_loops.h"
 
-#include "additive_scores.h"
+#include "vec.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define S2S_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define S2S_CLONES
-#endif
-
-namespace seq2seq_fast {
+namespace seq2seq_fast::loops {
 namespace {
 
-typedef float Vec __attribute__((vector_size(32), aligned(4)));
-constexpr int64_t kVec = 8;
-constexpr float kLargest =
-    3.2e9f;  // below exp(22): its fourth power is finite, its inverse < 2^-31
+// Clamps of x: in scores behind 2^26, where tanh rounds to 1, so that v x^4 is
+// finite for |v| < 1e5; in gradients, where 4 / x remains, as far as x^4 goes.
+constexpr float kLargestInScores = 2e8f, kLargestInGradients = 3.2e9f;
 
-#define LOAD(p) (*reinterpret_cast<const Vec*>(p))
-#define STORE(p, x) (*reinterpret_cast<Vec*>(p) = (x))
+// x = exp(2(q + k)) from Q and K, or from Q and K - 1
+template <Mode mode, bool minus_one>
+S2S_INLINE Vec product(float Q, Vec K, float largest) {
+  const Vec x = minus_one ? Q * K + Q : Q * K;
+  return mode == Mode::kClamped ? (x < largest ? x : largest - Vec{}) : x;
+}
 
-// x = exp(2(q + k)), which saturates far behind the last bit of tanh
-#define POWER(x, j)                      \
-  Vec x = Q[j] * LOAD(K + (j) * kLanes); \
-  if (clamp) x = x < kLargest ? x : kLargest - Vec{};
+template <Mode mode, bool minus_one>
+S2S_INLINE void scores_of(const float* q, int64_t ldq, const float* K, const float* v, int64_t H4,
+                          float* out) {
+  const float *Q = q, *E = Q + ldq, *raw = E + ldq;
+  for (int64_t half = 0; half < kLanes; half += kVec) {
+    // Sums of eight features are added up in double: the rounding of a long sum is what most of a
+    // float32 score's error would be.
+    DoubleSum total;
+    for (int64_t first = 0; first < H4; first += 2 * kGroup) {
+      Vec acc = {};
+      const int64_t last = first + 2 * kGroup < H4 ? first + 2 * kGroup : H4;
+      for (int64_t h = first; h < last; h += kGroup) {
+        const auto k = [&](int64_t j) S2S_LAMBDA { return load(K + (h + j) * kLanes + half); };
+        if constexpr (mode == Mode::kExact) {
+          Vec y[kGroup];
+          for (int64_t j = 0; j < kGroup; ++j) y[j] = v[h + j] * tanh(raw[h + j] + k(j));
+          acc += (y[0] + y[1]) + (y[2] + y[3]);
+          continue;
+        }
+        // tanh = (x - 1) / (x + 1): numerators v (x - 1), denominators x + 1
+        Vec n[kGroup], d[kGroup];
+        for (int64_t j = 0; j < kGroup; ++j) {
+          if constexpr (mode == Mode::kSmall) {
+            const Vec y = Q[h + j] * k(j) + E[h + j];
+            n[j] = v[h + j] * y, d[j] = 2.f + y;
+          } else {
+            const Vec x = product<mode, minus_one>(Q[h + j], k(j), kLargestInScores);
+            n[j] = v[h + j] * x - v[h + j], d[j] = 1.f + x;
+          }
+        }
+        const Vec n01 = n[0] * d[1] + n[1] * d[0], n23 = n[2] * d[3] + n[3] * d[2];
+        const Vec d01 = d[0] * d[1], d23 = d[2] * d[3];
+        acc += (n01 * d23 + n23 * d01) / (d01 * d23);
+      }
+      total.add(acc);
+    }
+    store(out + half, total.rounded());
+  }
+}
+
+template <Mode mode, bool minus_one>
+S2S_INLINE void gradients_of_group(const float* q, int64_t ldq, const float* K, const float* g,
+                                   int64_t ldg, const float* w, int64_t n, float* dq, int64_t lddq,
+                                   float* dk, float* dv) {
+  for (int64_t half = 0; half < kLanes; half += kVec) {
+    const auto k = [&](int64_t j) S2S_LAMBDA { return load(K + j * kLanes + half); };
+    Vec sum_k[kGroup], sum_v[kGroup];
+    for (int64_t j = 0; j < kGroup; ++j) {
+      sum_k[j] = load(dk + j * kLanes + half);
+      sum_v[j] = load(dv + j * kVec);
+    }
+    for (int64_t t = 0; t < n; ++t) {
+      const float *Q = q + t * 3 * ldq, *E = Q + ldq, *raw = E + ldq;
+      const Vec gs = load(g + t * ldg + half);
+      Vec e[kGroup];
+      if constexpr (mode == Mode::kExact) {
+        for (int64_t j = 0; j < kGroup; ++j) {
+          const Vec y = tanh(raw[j] + k(j));
+          e[j] = w[j] * gs * ((1.f - y) * (1.f + y));
+          sum_v[j] += gs * y;
+        }
+      } else {
+        Vec x[kGroup], y[kGroup], d[kGroup];  // y = x - 1, d = x + 1
+        for (int64_t j = 0; j < kGroup; ++j) {
+          if constexpr (mode == Mode::kSmall) {
+            y[j] = Q[j] * k(j) + E[j];
+            d[j] = 2.f + y[j];
+          } else {
+            x[j] = product<mode, minus_one>(Q[j], k(j), kLargestInGradients);
+            y[j] = x[j] - 1.f;
+            d[j] = 1.f + x[j];
+          }
+        }
+        const Vec d01 = d[0] * d[1], d23 = d[2] * d[3], inverse = 1.f / (d01 * d23);
+        const Vec i01 = inverse * d23, i23 = inverse * d01;
+        const Vec r[kGroup] = {i01 * d[1], i01 * d[0], i23 * d[3], i23 * d[2]};
+        for (int64_t j = 0; j < kGroup; ++j) {
+          // The gradients of a softmax sum to zero, and what differs from 1 in 1 - tanh^2 is what
+          // is left of them: near zero it must be small and exact.
+          if constexpr (mode == Mode::kSmall) {
+            const Vec tanh = y[j] * r[j];
+            e[j] = 0.25f * gs * (1.f - tanh * tanh);
+            sum_v[j] += gs * tanh;
+          } else {
+            const Vec gr = gs * r[j];
+            e[j] = gr * x[j] * r[j];
+            sum_v[j] += gr * y[j];
+          }
+        }
+      }
+      float* o = dq + t * lddq;
+      for (int64_t j = 0; j < kGroup; ++j) {
+        store(o + j * kVec, load(o + j * kVec) + e[j]);
+        sum_k[j] += e[j];
+      }
+    }
+    for (int64_t j = 0; j < kGroup; ++j) {
+      store(dk + j * kLanes + half, sum_k[j]);
+      store(dv + j * kVec, sum_v[j]);
+    }
+  }
+}
+
+// Calls f<mode, minus_one> for the combinations that occur.
+template <typename F>
+S2S_INLINE void with_mode(Mode mode, bool minus_one, F f) {
+  if (mode == Mode::kSmall) return f.template operator()<Mode::kSmall, true>();
+  if (mode == Mode::kExact) return f.template operator()<Mode::kExact, false>();
+  if (mode == Mode::kFast && minus_one) return f.template operator()<Mode::kFast, true>();
+  if (mode == Mode::kFast) return f.template operator()<Mode::kFast, false>();
+  if (minus_one) return f.template operator()<Mode::kClamped, true>();
+  return f.template operator()<Mode::kClamped, false>();
+}
 
 }  // namespace
 
-S2S_CLONES void scores_tile(const float* Q, const float* K, const float* v, const float* half_v,
-                            int64_t H, bool clamp, float* out) {
-  Vec acc0 = {}, acc1 = {};
-  const auto run = [&](auto clamp) __attribute__((always_inline)) {
-    for (int64_t h = 0; h < H;
-         h += kGroup, Q += kGroup, K += kGroup * kLanes, v += kGroup, ++half_v) {
-      const float* K0 = K;
-      for (int half = 0; half < 2; ++half) {
-        const float* K = K0 + half * kVec;
-        POWER(xa, 0)
-        POWER(xb, 1) POWER(xc, 2) POWER(xd, 3) const Vec a = 1.f + xa,
-                                                         b = 1.f + xb, c = 1.f + xc, d = 1.f + xd;
-        const Vec ab = a * b, cd = c * d;
-        const Vec n1 = v[0] * b + v[1] * a, n2 = v[2] * d + v[3] * c;
-        const Vec quotient = (n1 * cd + n2 * ab) / (ab * cd) - *half_v;
-        if (half)
-          acc1 += quotient;
-        else
-          acc0 += quotient;
-      }
-    }
-  };
-  struct Yes {
-    constexpr operator bool() const { return true; }
-  };
-  struct No {
-    constexpr operator bool() const { return false; }
-  };
-  if (clamp)
-    run(Yes{});
-  else
-    run(No{});
-  STORE(out, -2.f * acc0);
-  STORE(out + kVec, -2.f * acc1);
+S2S_CLONES void scores(Mode mode, bool minus_one, const float* q, int64_t ldq, const float* K,
+                       const float* v, int64_t H4, float* out) {
+  with_mode(mode, minus_one,
+            [&]<Mode m, bool minus>() S2S_LAMBDA { scores_of<m, minus>(q, ldq, K, v, H4, out); });
 }
 
-S2S_CLONES void backward_row(const float* Q, const float* K, const float* g, int64_t blocks,
-                             int64_t stride, bool clamp, float* dq, float* dk, float* dv) {
-  Vec sq[kGroup] = {}, sv[kGroup] = {};
-  for (int64_t i = 0; i < blocks; ++i, K += stride, dk += stride, g += kLanes) {
-    const float* K0 = K;
-    for (int half = 0; half < 2; ++half) {
-      const float* K = K0 + half * kVec;
-      float* out = dk + half * kVec;
-      const Vec gs = LOAD(g + half * kVec);
-      POWER(xa, 0)
-      POWER(xb, 1) POWER(xc, 2) POWER(xd, 3) const Vec a = 1.f + xa,
-                                                       b = 1.f + xb, c = 1.f + xc, d = 1.f + xd;
-      const Vec ab = a * b, cd = c * d, inverse = 1.f / (ab * cd);
-      const Vec iab = inverse * cd, icd = inverse * ab;
-      const Vec x[kGroup] = {xa, xb, xc, xd};
-      const Vec r[kGroup] = {iab * b, iab * a, icd * d, icd * c};
-#pragma GCC unroll 4
-      for (int j = 0; j < kGroup; ++j) {
-        // 1 - r = x r, without the cancellation of 1 - r where r is near 1
-        const Vec gr = gs * r[j], grx = gr * x[j], e = grx * r[j];
-        sq[j] += e;
-        sv[j] += grx - gr;
-        STORE(out + j * kLanes, LOAD(out + j * kLanes) + e);
-      }
+S2S_CLONES void gradients(Mode mode, bool minus_one, const float* q, int64_t ldq, const float* K,
+                          const float* g, int64_t ldg, const float* w, int64_t n, int64_t width,
+                          float* dq, float* dk, float* dv) {
+  with_mode(mode, minus_one, [&]<Mode m, bool minus>() S2S_LAMBDA {
+    for (int64_t j = 0; j < width; j += kGroup)
+      gradients_of_group<m, minus>(q + j, ldq, K + j * kLanes, g, ldg, w + j, n, dq + j * kVec,
+                                   width * kVec, dk + j * kLanes, dv + j * kVec);
+  });
+}
+
+S2S_CLONES void transpose_block(const float* rows, int64_t ld, int64_t width, int64_t H,
+                                float* out) {
+  if (width < kLanes) std::memset(out, 0, sizeof(float) * H * kLanes);
+  const int64_t whole = width == kLanes ? H / kVec * kVec : 0;
+  for (int64_t h = 0; h < whole; h += kVec)
+    for (int64_t s = 0; s < kLanes; s += kVec) {
+      Vec in[kVec], columns[kVec];
+      for (int64_t i = 0; i < kVec; ++i) in[i] = load(rows + (s + i) * ld + h);
+      transpose(in, columns);
+      for (int64_t i = 0; i < kVec; ++i) store(out + (h + i) * kLanes + s, columns[i]);
     }
-  }
-  for (int j = 0; j < kGroup; ++j) {
-    float q = 0.f, s = 0.f;
-    for (int64_t i = 0; i < kVec; ++i) {
-      q += sq[j][i];
-      s += sv[j][i];
+  for (int64_t s = 0; s < width; ++s)
+    for (int64_t h = whole; h < H; ++h) out[h * kLanes + s] = rows[s * ld + h];
+}
+
+S2S_CLONES void scaled_transpose(const float* in, const float* scale, float* out) {
+  for (int64_t h = 0; h < kLanes; h += kVec)
+    for (int64_t s = 0; s < kLanes; s += kVec) {
+      Vec rows[kVec], columns[kVec];
+      for (int64_t i = 0; i < kVec; ++i) rows[i] = load(in + (h + i) * kLanes + s);
+      transpose(rows, columns);
+      for (int64_t i = 0; i < kVec; ++i)
+        store(out + (s + i) * kLanes + h, columns[i] * load(scale + h));
     }
-    dq[j] = q;
-    dv[j] += s;
-  }
 }
 
 S2S_CLONES float largest(const float* x, int64_t n) {
@@ -115,24 +190,15 @@ S2S_CLONES float largest(const float* x, int64_t n) {
 }
 
 S2S_CLONES void exp2x(const float* x, int64_t n, float* out) {
-  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  for (int64_t i = 0; i < n; ++i) {
-    const float y = 2.f * x[i];
-    const float k = (y * 1.44269504f + kMagic) - kMagic;
-    const float f = (y - k * 0.693359375f) + k * 2.12194440e-4f;
-    float p = 1.f / 5040.f;
-    p = p * f + 1.f / 720.f;
-    p = p * f + 1.f / 120.f;
-    p = p * f + 1.f / 24.f;
-    p = p * f + 1.f / 6.f;
-    p = p * f + 0.5f;
-    p = p * f + 1.f;
-    p = p * f + 1.f;
-    const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    out[i] = p * power;
-  }
+  for (int64_t i = 0; i < n; i += kVec) store(out + i, exp_moderate(2.f * load(x + i)));
 }
 
-}  // namespace seq2seq_fast
+S2S_CLONES void expm1_2x(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kVec) store(out + i, expm1_moderate(2.f * load(x + i)));
+}
+
+S2S_CLONES void lane_sums(const float* in, int64_t n, float* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = sum(load(in + j * kVec));
+}
+
+}  // namespace seq2seq_fast::loops

@@ -1,0 +1,118 @@
+// What every kernel needs from torch: buffers, dtype dispatch, rows of a strided tensor as float32.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace seq2seq_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Uninitialised memory on a cache line boundary.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new[](bytes(n), kAlign))) {}
+  operator T*() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  static size_t bytes(int64_t n) {
+    return static_cast<size_t>(std::max<int64_t>(n, 1)) * sizeof(T);
+  }
+  struct Free {
+    void operator()(T* p) const { operator delete[](p, kAlign); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+template <typename F>
+auto dispatch(ScalarType dtype, F f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<torch::headeronly::BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<torch::headeronly::Half>();
+    default:
+      STD_TORCH_CHECK(false, "expected a float32, float64, bfloat16 or float16 tensor");
+  }
+}
+
+// Rows of a (B, N, W) or (N, W) or (W,) tensor, read as A whatever the dtype and the strides. A
+// default-made one stands for a tensor that is absent.
+template <typename A>
+class Rows {
+ public:
+  struct Block {
+    const A* data;
+    int64_t ld;  // from one row to the next
+  };
+
+  Rows() = default;
+  explicit Rows(const Tensor& x)
+      : data_(static_cast<const char*>(x.data_ptr())), dtype_(x.scalar_type()) {
+    const int64_t dim = x.dim();
+    width_ = x.size(dim - 1);
+    for (int64_t i = 0; i < dim; ++i) stride_[3 - dim + i] = x.stride(i);
+    direct_ = dtype_ == (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float) &&
+              (stride_[2] == 1 || width_ == 1);
+  }
+  explicit operator bool() const { return data_ != nullptr; }
+  int64_t width() const { return width_; }
+  int64_t scratch(int64_t rows) const { return direct_ ? 0 : rows * width_; }
+
+  // Rows [n, n + count) of batch b: in place where that is possible, else copied to scratch.
+  Block block(int64_t b, int64_t n, int64_t count, A* scratch) const {
+    const int64_t at = b * stride_[0] + n * stride_[1];
+    if (direct_) return {reinterpret_cast<const A*>(data_) + at, stride_[1]};
+    dispatch(dtype_, [&]<typename T>() {
+      const T* from = reinterpret_cast<const T*>(data_) + at;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < width_; ++j)
+          scratch[i * width_ + j] = static_cast<A>(from[i * stride_[1] + j * stride_[2]]);
+    });
+    return {scratch, width_};
+  }
+
+ private:
+  const char* data_ = nullptr;
+  ScalarType dtype_ = ScalarType::Float;
+  int64_t stride_[3] = {}, width_ = 0;
+  bool direct_ = false;
+};
+
+// Writes `count` rows of `width` values to a contiguous tensor from element `at` on, ld_to apart.
+template <typename A>
+void write(const Tensor& out, int64_t at, int64_t ld_to, const A* from, int64_t ld, int64_t count,
+           int64_t width) {
+  dispatch(out.scalar_type(), [&]<typename T>() {
+    T* to = static_cast<T*>(out.data_ptr()) + at;
+    for (int64_t i = 0; i < count; ++i, to += ld_to, from += ld)
+      for (int64_t j = 0; j < width; ++j) to[j] = static_cast<T>(from[j]);
+  });
+}
+
+// Splits [0, n) over threads in chunks of at least 20,000 operations, about 5 us of work.
+template <typename F>
+void parallel(int64_t n, int64_t operations_each, F f) {
+  const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(1, operations_each));
+  if (n <= grain) {
+    if (n > 0) f(0, n);
+  } else {
+    torch::stable::parallel_for(0, n, grain, f);
+  }
+}
+
+}  // namespace seq2seq_fast
