@@ -7,9 +7,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
 
 namespace seq2seq_fast {
 
@@ -33,6 +35,23 @@ class Buffer {
   };
   std::unique_ptr<T, Free> data_;
 };
+
+// A new contiguous CPU tensor, of like's dtype unless told. Not through the dispatcher, as
+// new_empty goes: with a few numbers to work on, three such calls are most of the time.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 4> strides;
+  const auto dim = static_cast<int64_t>(sizes.size());
+  for (int64_t i = dim - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(1, sizes[i--]))
+    strides[i] = stride;
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
 
 template <typename F>
 auto dispatch(ScalarType dtype, F f) {

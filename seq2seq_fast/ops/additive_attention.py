@@ -10,6 +10,7 @@ from ..library import HAS_KERNEL, is_reference
 from . import checks
 
 _ops = torch.ops.seq2seq_fast
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @torch.library.register_fake("seq2seq_fast::prepare_keys")
@@ -113,6 +114,19 @@ class _Attention(torch.autograd.Function):
         return *grads, None, grad_bias, None, None
 
 
+def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
+    """What autocast makes of the arguments of a matrix product; float64 it leaves alone."""
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, *_HALVES) else x
+        for x in (query, *others)
+    )
+
+
+def _autocast_on(query: object) -> bool:
+    return isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -137,6 +151,8 @@ def additive_scores(
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2014, appendix A.1.2.
     """
+    if _autocast_on(query):
+        query, keys, v = _autocast(query, keys, v)
     checks.scores(query, keys, v)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
@@ -193,19 +209,24 @@ def additive_attention(
     Returns:
         context (B, T, D) and weights (B, T, S), without the T axis where query has none.
 
+    Under autocast every floating-point argument but float64 is cast to autocast's dtype first, as
+    for a matrix product; sums are in float32 all the same.
+
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     powers = None
     if isinstance(keys, PreparedKeys):
         keys, powers = keys
+    if _autocast_on(query):
+        query, keys, values, v, score_bias = _autocast(query, keys, values, v, score_bias)
     checks.attention(query, keys, values, v, mask, score_bias)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
-    B, T, S = q.shape[0], q.shape[1], keys.shape[1]
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)
     if score_bias is not None:
+        B, T, S = q.shape[0], q.shape[1], keys.shape[1]
         if single:
             score_bias = score_bias.expand(B, S).unsqueeze(1)
         score_bias = score_bias.expand(B, T, S)

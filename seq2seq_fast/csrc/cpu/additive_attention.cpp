@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query, Tensor keys, Tensor 
   const Softmax softmax(mask, score_bias, scale);
   const int64_t B = q.B, T = q.T, S = k.S, D = values.size(2), Sp = k.blocks * kLanes;
   const int64_t tiles = (T + kTile - 1) / kTile, most = std::min(kTile, T);
-  Tensor context = torch::stable::new_empty(query, {B, T, D});
-  Tensor weights = torch::stable::new_empty(query, {B, T, S});
+  Tensor context = empty(query, {B, T, D});
+  Tensor weights = empty(query, {B, T, S});
 
   const auto softmax_rows = [&](int64_t b, int64_t t, int64_t n, float* w, float* scratch) {
     for (int64_t i = 0; i < n; ++i) {
@@ -138,15 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   check_shape(weights, B, T, S, "expected weights (B, T, S)");
   const Needs needs{need_query, need_keys, need_v};
   const bool need_scores = need_query || need_keys || need_v;
-  const Tensor none = torch::stable::new_empty(query, {0});
+  const Tensor none = empty(query, {0});
   if (query.scalar_type() == ScalarType::Double)
     return attention_backward_double(grad_context, grad_weights, query, keys, values, v, weights,
                                      scale, needs, need_values, need_bias);
 
   const Rows<float> dc(grad_context), dw(grad_weights), rows(values), w(weights);
   const int64_t Sp = (S + kLanes - 1) / kLanes * kLanes;
-  Tensor grad_values = need_values ? torch::stable::new_empty(values, {B, S, D}) : none;
-  Tensor grad_bias = need_bias ? torch::stable::new_empty(query, {B, T, S}) : none;
+  Tensor grad_values = need_values ? empty(values, {B, S, D}) : none;
+  Tensor grad_bias = need_bias ? empty(query, {B, T, S}) : none;
   if (need_values) {
     const int64_t strips = (S + kRows - 1) / kRows;
     parallel(B * strips, kRows * T * D / 4, [&](int64_t begin, int64_t end) {

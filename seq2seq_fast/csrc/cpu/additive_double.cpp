@@ -23,7 +23,7 @@ struct View {
 Tensor scores_double(const Tensor& query, const Tensor& keys, const Tensor& v) {
   const View q(query), k(keys), w(v);
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), H = query.size(2);
-  Tensor out = torch::stable::new_empty(query, {B, T, S});
+  Tensor out = empty(query, {B, T, S});
   const View o(out);
   parallel(B * T * S, 10 * H, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -40,8 +40,8 @@ std::array<Tensor, 3> scores_backward_double(const Tensor& grad, const Tensor& q
                                              const Tensor& keys, const Tensor& v, Needs needs) {
   const View g(grad), q(query), k(keys), w(v);
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), H = query.size(2);
-  Tensor dq = torch::stable::new_empty(query, {B, T, H});
-  Tensor dk = torch::stable::new_empty(keys, {B, S, H}), dv = torch::stable::new_empty(v, {H});
+  Tensor dq = empty(query, {B, T, H});
+  Tensor dk = empty(keys, {B, S, H}), dv = empty(v, {H});
   const View oq(dq), ok(dk), ov(dv);
   parallel(H, 10 * B * T * S, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
@@ -62,7 +62,7 @@ std::array<Tensor, 3> scores_backward_double(const Tensor& grad, const Tensor& q
       ov(h) = sum_v;
     }
   });
-  const Tensor none = torch::stable::new_empty(query, {0});
+  const Tensor none = empty(query, {0});
   return {needs.query ? dq : none, needs.keys ? dk : none, needs.v ? dv : none};
 }
 
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> attention_double(const Tensor& query, const Tensor& k
                                             const std::optional<Tensor>& score_bias, double scale) {
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), D = values.size(2);
   Tensor weights = scores_double(query, keys, v);
-  Tensor context = torch::stable::new_empty(query, {B, T, D});
+  Tensor context = empty(query, {B, T, D});
   const View w(weights), c(context), x(values);
   const std::optional<View> bias = score_bias ? std::optional<View>(*score_bias) : std::nullopt;
   const auto attended = [&](int64_t b, int64_t t, int64_t s) {
@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_double(
     const Tensor& values, const Tensor& v, const Tensor& weights, double scale, Needs needs,
     bool need_values, bool need_bias) {
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), D = values.size(2);
-  Tensor grad_values = torch::stable::new_empty(values, {B, S, D});
-  Tensor grad_bias = torch::stable::new_empty(query, {B, T, S});
-  Tensor grad_scores = torch::stable::new_empty(query, {B, T, S});
+  Tensor grad_values = empty(values, {B, S, D});
+  Tensor grad_bias = empty(query, {B, T, S});
+  Tensor grad_scores = empty(query, {B, T, S});
   const View dc(grad_context), dw(grad_weights), x(values), w(weights);
   const View dx(grad_values), db(grad_bias), g(grad_scores);
   parallel(B, 4 * T * S * D, [&](int64_t begin, int64_t end) {
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_double(
       }
     }
   });
-  const Tensor none = torch::stable::new_empty(query, {0});
+  const Tensor none = empty(query, {0});
   std::array<Tensor, 3> out = {none, none, none};
   if (needs.query || needs.keys || needs.v)
     out = scores_backward_double(grad_scores, query, keys, v, needs);

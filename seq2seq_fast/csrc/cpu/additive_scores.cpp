@@ -63,13 +63,11 @@ Queries::Queries(const Tensor& query, const Tensor& v_)
   });
 }
 
-Tensor prepare_keys(Tensor keys) {
-  STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
-  const int64_t B = keys.size(0), S = keys.size(1), H = keys.size(2);
+namespace {
+
+// powers (B, blocks, H4 + 1, kLanes) of raw (B, S, H)
+void make_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float* powers) {
   const int64_t H4 = round_up(H, kGroup), blocks = (S + kLanes - 1) / kLanes;
-  Tensor powers = torch::stable::new_empty(keys, {B, blocks, H4 + 1, kLanes}, ScalarType::Float);
-  float* data = static_cast<float*>(powers.data_ptr());
-  const Rows<float> raw(keys);
   parallel(B * blocks, 8 * H * kLanes, [&](int64_t begin, int64_t end) {
     Buffer<float> block(H4 * kLanes), scratch(raw.scratch(kLanes));
     std::fill(block + H * kLanes, block + H4 * kLanes, 0.f);
@@ -77,7 +75,7 @@ Tensor prepare_keys(Tensor keys) {
       const int64_t s = i % blocks * kLanes, width = std::min(kLanes, S - s);
       const auto rows = raw.block(i / blocks, s, width, scratch);
       loops::transpose_block(rows.data, rows.ld, width, H, block);
-      float* out = data + i * (H4 + 1) * kLanes;
+      float* out = powers + i * (H4 + 1) * kLanes;
       const float max = loops::largest(block, H * kLanes);
       if (max < kSmallKeys) {
         loops::expm1_2x(block, H4 * kLanes, out);
@@ -87,22 +85,34 @@ Tensor prepare_keys(Tensor keys) {
       std::fill_n(out + H4 * kLanes, kLanes, max);
     }
   });
+}
+
+Tensor prepare_keys(Tensor keys) {
+  STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
+  const int64_t B = keys.size(0), S = keys.size(1), H = keys.size(2);
+  Tensor powers = empty(keys, {B, (S + kLanes - 1) / kLanes, round_up(H, kGroup) + 1, kLanes},
+                        ScalarType::Float);
+  make_powers(Rows<float>(keys), B, S, H, static_cast<float*>(powers.data_ptr()));
   return powers;
 }
 
-Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers_)
+}  // namespace
+
+Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers)
     : B(keys.size(0)),
       S(keys.size(1)),
       H(keys.size(2)),
       H4(round_up(H, kGroup)),
       blocks((S + kLanes - 1) / kLanes),
       raw(keys),
-      powers(powers_ ? *powers_ : prepare_keys(keys)),
-      data(static_cast<const float*>(powers.data_ptr())) {
-  STD_TORCH_CHECK(powers.dim() == 4 && powers.size(0) == B && powers.size(1) == blocks &&
-                      powers.size(2) == H4 + 1 && powers.size(3) == kLanes &&
-                      powers.is_contiguous() && powers.scalar_type() == ScalarType::Float,
-                  "powers: expected what prepare_keys made of these keys");
+      own(powers ? 0 : B * blocks * (H4 + 1) * kLanes),
+      data(powers ? static_cast<const float*>(powers->data_ptr()) : own) {
+  if (!powers) make_powers(raw, B, S, H, own);
+  STD_TORCH_CHECK(
+      !powers || (powers->dim() == 4 && powers->size(0) == B && powers->size(1) == blocks &&
+                  powers->size(2) == H4 + 1 && powers->size(3) == kLanes &&
+                  powers->is_contiguous() && powers->scalar_type() == ScalarType::Float),
+      "powers: expected what prepare_keys made of these keys");
 }
 
 void Keys::gather(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const {
@@ -133,8 +143,7 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
                                       const Tensor& query, const Tensor& keys, const Tensor& v,
                                       Needs needs) {
   const auto make = [](const Tensor& like, bool needed) {
-    return needed ? torch::stable::new_empty(like, like.sizes())
-                  : torch::stable::new_empty(like, {0});
+    return needed ? empty(like, like.sizes()) : empty(like, {0});
   };
   Tensor dq = make(query, needs.query), dk = make(keys, needs.keys), dv = make(v, needs.v);
   const int64_t B = q.B, T = q.T, S = k.S, H = q.H, Sp = k.blocks * kLanes;
@@ -212,7 +221,7 @@ Tensor additive_scores(Tensor query, Tensor keys, Tensor v) {
   if (query.scalar_type() == ScalarType::Double) return scores_double(query, keys, v);
   const Queries q(query, v);
   const Keys k(keys, std::nullopt);
-  Tensor out = torch::stable::new_empty(query, {q.B, q.T, k.S});
+  Tensor out = empty(query, {q.B, q.T, k.S});
   const int64_t tiles = (q.T + kTile - 1) / kTile, items = q.B * k.blocks * tiles;
   parallel(items, kTile * kLanes * q.H, [&](int64_t begin, int64_t end) {
     Buffer<float> tile(kTile * kLanes), buffer(k.gather_floats());

@@ -26,7 +26,7 @@ struct Queries {
 struct Keys {
   int64_t B, S, H, H4, blocks;
   Rows<float> raw;
-  Tensor powers;
+  Buffer<float> own;  // where the caller brought no powers
   const float* data;
   Keys(const Tensor& keys, const std::optional<Tensor>& powers);
   const float* block(int64_t b, int64_t i) const {
@@ -39,7 +39,6 @@ struct Keys {
   int64_t gather_floats() const { return H4 * kLanes + raw.scratch(kLanes); }
 };
 
-Tensor prepare_keys(Tensor keys);
 void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 
 // Scores of queries [t, t + n) with blocks [first, last), into out (n, ld); `buffer` holds
