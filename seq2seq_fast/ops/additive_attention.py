@@ -17,8 +17,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 def _(keys):
     if not HAS_KERNEL.get(("prepare_keys", keys.device.type)):
         return keys.new_empty(0)
-    B, S, H = keys.shape  # (B, blocks of 16 positions, H in groups of four + 1, 16)
-    return keys.new_empty((B, (S + 15) // 16, (H + 3) // 4 * 4 + 1, 16), dtype=torch.float32)
+    B, S, H = keys.shape  # per block of 16 positions: H rounded up to groups of four, and a row
+    return keys.new_empty((B, (S + 15) // 16 * ((H + 3) // 4 * 4 + 1) * 16), dtype=torch.float32)
 
 
 @torch.library.register_fake("seq2seq_fast::additive_scores")
@@ -124,7 +124,11 @@ def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
 
 
 def _autocast_on(query: object) -> bool:
-    return isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type)
+    return (
+        isinstance(query, Tensor)
+        and query.device.type != "meta"  # not one of autocast's devices: asking raises
+        and torch.is_autocast_enabled(query.device.type)
+    )
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -219,7 +223,9 @@ def additive_attention(
     if isinstance(keys, PreparedKeys):
         keys, powers = keys
     if _autocast_on(query):
-        query, keys, values, v, score_bias = _autocast(query, keys, values, v, score_bias)
+        cast = _autocast(query, keys, values, v, score_bias)
+        powers = powers if cast[1] is keys else None
+        query, keys, values, v, score_bias = cast
     checks.attention(query, keys, values, v, mask, score_bias)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query

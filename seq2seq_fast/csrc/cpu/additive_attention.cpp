@@ -138,15 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   check_shape(weights, B, T, S, "expected weights (B, T, S)");
   const Needs needs{need_query, need_keys, need_v};
   const bool need_scores = need_query || need_keys || need_v;
-  const Tensor none = empty(query, {0});
+  // one each: outputs of an op may not alias
+  const auto none = [&] { return empty(query, {0}); };
   if (query.scalar_type() == ScalarType::Double)
     return attention_backward_double(grad_context, grad_weights, query, keys, values, v, weights,
                                      scale, needs, need_values, need_bias);
 
   const Rows<float> dc(grad_context), dw(grad_weights), rows(values), w(weights);
   const int64_t Sp = (S + kLanes - 1) / kLanes * kLanes;
-  Tensor grad_values = need_values ? empty(values, {B, S, D}) : none;
-  Tensor grad_bias = need_bias ? empty(query, {B, T, S}) : none;
+  Tensor grad_values = need_values ? empty(values, {B, S, D}) : none();
+  Tensor grad_bias = need_bias ? empty(query, {B, T, S}) : none();
   if (need_values) {
     const int64_t strips = (S + kRows - 1) / kRows;
     parallel(B * strips, kRows * T * D / 4, [&](int64_t begin, int64_t end) {
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
       }
     });
   }
-  if (!need_scores && !need_bias) return {none, none, grad_values, none, none};
+  if (!need_scores && !need_bias) return {none(), none(), grad_values, none(), none()};
 
   Buffer<float> g(B * T * Sp);
   const int64_t most = std::min<int64_t>(4, T), quads = (T + 3) / 4;
@@ -176,12 +177,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
         for (int64_t s = 0; s < S; ++s) to[s] += extra[s];
         loops::softmax_backward(to, w.block(b, t + j, 1, scratch_w).data, S);
         if (need_bias) write<float>(grad_bias, (b * T + t + j) * S, S, to, S, 1, S);
-        for (int64_t s = 0; s < S; ++s) to[s] *= static_cast<float>(scale);
+        loops::scale_and_flush(to, S, static_cast<float>(scale));
         std::fill(to + S, to + Sp, 0.f);
       }
     }
   });
-  if (!need_scores) return {none, none, grad_values, none, grad_bias};
+  if (!need_scores) return {none(), none(), grad_values, none(), grad_bias};
   auto [dq, dk, dv] =
       scores_backward(Queries(query, v), Keys(keys, powers), g, query, keys, v, needs);
   return {dq, dk, grad_values, dv, grad_bias};

@@ -115,6 +115,17 @@ S2S_CLONES void softmax(float* x, int64_t S, float scale, const float* bias, con
   for (int64_t i = 0; i < S; ++i) x[i] = mask == nullptr || mask[i * stride] ? x[i] / total : 0.f;
 }
 
+S2S_CLONES void scale_and_flush(float* x, int64_t n, float scale) {
+  float top = 0.f;
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] *= scale;
+    const float magnitude = x[i] < 0.f ? -x[i] : x[i];
+    top = magnitude > top ? magnitude : top;
+  }
+  const float least = top * 1e-20f < 1e-30f ? top * 1e-20f : 1e-30f;
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] < least && x[i] > -least ? 0.f : x[i];
+}
+
 S2S_CLONES void softmax_backward(float* dw, const float* w, int64_t S) {
   Vec dots = {}, sums = {};
   int64_t s = 0;

@@ -19,4 +19,8 @@ void products(const float* a, int64_t lda, const float* rows, int64_t ld, int64_
 // In place: the gradient of softmax's input from that of its output. dw, w (S,)
 void softmax_backward(float* dw, const float* w, int64_t S);
 
+// x *= scale, and zero in place of what is so small (below 1e-30 and 1e-20 of the largest) that its
+// products would be subnormal numbers, on which arithmetic is many times slower.
+void scale_and_flush(float* x, int64_t n, float scale);
+
 }  // namespace seq2seq_fast::loops

@@ -62,8 +62,9 @@ std::array<Tensor, 3> scores_backward_double(const Tensor& grad, const Tensor& q
       ov(h) = sum_v;
     }
   });
-  const Tensor none = empty(query, {0});
-  return {needs.query ? dq : none, needs.keys ? dk : none, needs.v ? dv : none};
+  // one each: outputs of an op may not alias
+  const auto none = [&] { return empty(query, {0}); };
+  return {needs.query ? dq : none(), needs.keys ? dk : none(), needs.v ? dv : none()};
 }
 
 std::tuple<Tensor, Tensor> attention_double(const Tensor& query, const Tensor& keys,
@@ -135,11 +136,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_double(
       }
     }
   });
-  const Tensor none = empty(query, {0});
-  std::array<Tensor, 3> out = {none, none, none};
+  // one each: outputs of an op may not alias
+  const auto none = [&] { return empty(query, {0}); };
+  std::array<Tensor, 3> out = {none(), none(), none()};
   if (needs.query || needs.keys || needs.v)
     out = scores_backward_double(grad_scores, query, keys, v, needs);
-  return {out[0], out[1], need_values ? grad_values : none, out[2], need_bias ? grad_bias : none};
+  return {out[0], out[1], need_values ? grad_values : none(), out[2],
+          need_bias ? grad_bias : none()};
 }
 
 }  // namespace seq2seq_fast

@@ -90,8 +90,8 @@ void make_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float*
 Tensor prepare_keys(Tensor keys) {
   STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
   const int64_t B = keys.size(0), S = keys.size(1), H = keys.size(2);
-  Tensor powers = empty(keys, {B, (S + kLanes - 1) / kLanes, round_up(H, kGroup) + 1, kLanes},
-                        ScalarType::Float);
+  const int64_t floats = round_up(S, kLanes) * (round_up(H, kGroup) + 1);
+  Tensor powers = empty(keys, {B, floats}, ScalarType::Float);
   make_powers(Rows<float>(keys), B, S, H, static_cast<float*>(powers.data_ptr()));
   return powers;
 }
@@ -109,9 +109,9 @@ Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers)
       data(powers ? static_cast<const float*>(powers->data_ptr()) : own) {
   if (!powers) make_powers(raw, B, S, H, own);
   STD_TORCH_CHECK(
-      !powers || (powers->dim() == 4 && powers->size(0) == B && powers->size(1) == blocks &&
-                  powers->size(2) == H4 + 1 && powers->size(3) == kLanes &&
-                  powers->is_contiguous() && powers->scalar_type() == ScalarType::Float),
+      !powers || (powers->dim() == 2 && powers->size(0) == B &&
+                  powers->size(1) == blocks * (H4 + 1) * kLanes && powers->is_contiguous() &&
+                  powers->scalar_type() == ScalarType::Float),
       "powers: expected what prepare_keys made of these keys");
 }
 
@@ -137,6 +137,20 @@ void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t 
                     mode == Mode::kExact ? buffer : k.block(b, i), q.v, q.H4, out + j * ld);
     }
   }
+}
+
+// Mode::kExact for `count` keys of a block and one query. Padding has a g of zero, which an
+// infinite v would turn into NaN.
+static void gradients_of_infinite_v(const float* q, const float* k, const float* g, const float* v,
+                                    int64_t count, int64_t width, float* dq, float* dk, float* dv) {
+  for (int64_t j = 0; j < width; ++j)
+    for (int64_t s = 0; s < count; ++s) {
+      const float y = std::tanh(q[j] + k[j * kLanes + s]);
+      const float e = g[s] * v[j] * (1.f - y * y);
+      dq[j * kVec + s % kVec] += e;
+      dk[j * kLanes + s] += e;
+      dv[j * kVec + s % kVec] += g[s] * y;
+    }
 }
 
 std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g,
@@ -181,9 +195,17 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
           for (int64_t t = t0, last; t < t0 + n; t = last) {  // runs of one mode
             for (last = t + 1; last < t0 + n && mode[last] == mode[t];) ++last;
             const bool exact = mode[t] == Mode::kExact;
+            const int64_t count = std::min(kLanes, S - block * kLanes);
             if (exact && !gathered) {
               k.gather(b, block, h, width, raw);
               gathered = true;
+            }
+            if (!v_last && count < kLanes) {
+              for (int64_t i = t; i < last; ++i)
+                gradients_of_infinite_v(
+                    q.row(b, i) + 2 * q.ld + h, raw, g + (b * T + i) * Sp + block * kLanes, w,
+                    count, width, sum_q + (i - t0) * lanes, sum_k + block * kTile * kLanes, sum_v);
+              continue;
             }
             loops::gradients(mode[t], k.max(b, block) < kSmallKeys, q.row(b, t) + h, q.ld,
                              exact ? +raw : k.block(b, block) + h * kLanes,
