@@ -33,7 +33,11 @@ def _scores_backward(grad, query, keys, v, need_query, need_keys, need_v):
 
 
 def _attention(query, keys, values, v, mask, score_bias, scale, powers):
-    return reference.additive_attention(query, keys, values, v, mask, score_bias, scale)
+    if query.dim() == 3:
+        return reference.additive_attention(query, keys, values, v, mask, score_bias, scale)
+    query = query.unsqueeze(1)
+    context, weights = _attention(query, keys, values, v, mask, score_bias, scale, powers)
+    return context.squeeze(1), weights.squeeze(1)
 
 
 def _attention_backward(

@@ -86,6 +86,25 @@ def test_adversarial_pair_and_non_finite_values():
         torch.testing.assert_close(s2s.additive_scores(q, k, v), want, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_without_t_axis_is_a_row_of_many(dtype):
+    q, k, values, v = inputs((3, 4, 21, 11, 6), dtype)
+    mask, bias = torch.rand(3, 21) < 0.7, torch.randn(3, 21).to(dtype)
+    for backend in ("native", "reference"):
+        kw = dict(mask=mask, backend=backend)
+        whole = s2s.additive_attention(q, k, values, v, score_bias=bias.unsqueeze(1), **kw)
+        scores = s2s.additive_scores(q, k, v, backend=backend)
+        for grad in (False, True):
+            one = q[:, 2].detach().requires_grad_(grad)
+            got = s2s.additive_attention(one, k, values, v, score_bias=bias, **kw)
+            assert got[0].shape == (3, 6) and got[1].shape == (3, 21)
+            near = dict(atol=2 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+            for a, b in zip(got, whole, strict=True):
+                torch.testing.assert_close(a, b[:, 2], **near)
+            row = s2s.additive_scores(one, k, v, backend=backend)
+            torch.testing.assert_close(row, scores[:, 2], atol=near["atol"] * 20, rtol=0)
+
+
 def test_strided_inputs_and_empty_axes():
     q = torch.randn(7, 2, 13).transpose(0, 1)
     k, v = torch.randn(2, 13, 9).transpose(1, 2), torch.randn(26)[::2]

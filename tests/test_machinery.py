@@ -1,4 +1,4 @@
-"""Memory, threads, torch.compile, torch.export, opcheck, autocast: what surrounds the arithmetic."""
+"""What surrounds the arithmetic: memory, threads, compile, export, opcheck, autocast."""
 
 import os
 import subprocess
@@ -160,6 +160,8 @@ def test_opcheck(dtype):
     check(ops.additive_scores, (q, k, v), test_utils=kinds)
     check(ops.additive_scores_backward, (gw, q, k, v, True, False, True), test_utils=kinds)
     check(ops.additive_attention, (q, k, values, v, mask, bias, 0.5, powers), test_utils=kinds)
+    one = (q[:, 2], k, values, v, mask, bias[:, :1], 0.5, powers)
+    check(ops.additive_attention, one, test_utils=kinds)
     args = (gc, gw, q, k, values, v, gw.softmax(-1), 0.5, powers)
     for needs in ((True,) * 5, (False,) * 5, (True, False, True, False, True)):
         check(ops.additive_attention_backward, (*args, *needs), test_utils=kinds)

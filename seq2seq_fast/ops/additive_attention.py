@@ -37,8 +37,8 @@ def _(grad, query, keys, v, *needs):
 
 @torch.library.register_fake("seq2seq_fast::additive_attention")
 def _(query, keys, values, v, mask, score_bias, scale, powers):
-    (B, T, _), S, D = query.shape, keys.shape[1], values.shape[2]
-    return query.new_empty(B, T, D), query.new_empty(B, T, S)
+    rows = query.shape[:-1]  # (B, T), or (B,): one query has no T axis in the results either
+    return query.new_empty(*rows, values.shape[2]), query.new_empty(*rows, keys.shape[1])
 
 
 @torch.library.register_fake("seq2seq_fast::additive_attention_backward")
@@ -228,19 +228,19 @@ def additive_attention(
         query, keys, values, v, score_bias = cast
     checks.attention(query, keys, values, v, mask, score_bias)
     single = query.dim() == 2
-    q = query.unsqueeze(1) if single else query
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)
     if score_bias is not None:
-        B, T, S = q.shape[0], q.shape[1], keys.shape[1]
+        B, S = keys.shape[:2]
         if single:
             score_bias = score_bias.expand(B, S).unsqueeze(1)
-        score_bias = score_bias.expand(B, T, S)
-    if is_reference("additive_attention", query.device.type, backend):
+        score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
+    plain = is_reference("additive_attention", query.device.type, backend)
+    if not plain and not _needs_grad(query, keys, values, v, score_bias):
+        return _ops.additive_attention(query, keys, values, v, mask, score_bias, scale, powers)
+    q = query.unsqueeze(1) if single else query
+    if plain:
         out = reference.additive_attention(q, keys, values, v, mask, score_bias, scale)
-    elif _needs_grad(query, keys, values, v, score_bias):
-        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale, powers)
     else:
-        out = _ops.additive_attention(q, keys, values, v, mask, score_bias, scale, powers)
-    context, weights = out
-    return (context.squeeze(1), weights.squeeze(1)) if single else (context, weights)
+        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale, powers)
+    return (out[0].squeeze(1), out[1].squeeze(1)) if single else out
