@@ -3,6 +3,7 @@
 python -m pytest -q benchmarks [--full] [--readme]
 """
 
+import os
 import statistics
 import sys
 import time
@@ -69,6 +70,25 @@ def interleaved(contenders):
     return samples
 
 
+def cpu_seconds():
+    """CPU time so far of (all processes and what the host withheld, this one); Linux only."""
+    try:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(x) for x in ticks)
+    busy = user + nice + system + irq + softirq + steal
+    return busy / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def taken_by_others(before, after, wall):
+    """Share of the machine's CPU time that this process did not use and others did."""
+    if before is None or after is None:
+        return None
+    busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - own) / (wall * os.cpu_count()))
+
+
 def runnable(contenders):
     """Without the contenders that torch.compile cannot build here (no compiler, say)."""
     kept = {}
@@ -101,7 +121,9 @@ def compare(benchmark, rows):
 
     def run(contenders, **what):
         contenders = runnable(contenders)
+        before, start = cpu_seconds(), time.perf_counter()
         samples = interleaved(contenders)
+        others = taken_by_others(before, cpu_seconds(), time.perf_counter() - start)
         medians = {name: statistics.median(x) for name, x in samples.items()}
         quartiles = {name: statistics.quantiles(x, n=4)[::2] for name, x in samples.items()}
         row = what | {
@@ -109,6 +131,7 @@ def compare(benchmark, rows):
             "rounds": len(samples["library"]),
             "seconds": medians,
             "quartiles": quartiles,
+            "taken_by_others": others,
         }
         rows.append(row)
         benchmark.extra_info["ratios"] = report.ratios(row)

@@ -11,6 +11,7 @@ BASELINES = {
     "compile": "compile",
     "compile, Linear": "compile, Linear(H, 1)",
 }
+DISTURBED = 0.05  # share of the machine's CPU time
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
@@ -52,6 +53,11 @@ def ratios(row: dict) -> dict[str, float]:
     }
 
 
+def _disturbed(row: dict) -> str:
+    """A star where other processes had the CPU for a noticeable part of the time."""
+    return " *" if (row.get("taken_by_others") or 0) > DISTURBED else ""
+
+
 def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
@@ -77,7 +83,10 @@ def _attention(rows: list[dict]) -> str:
     for row in rows:
         ratio = ratios(row)
         name = row["name"] + (" (keys prepared)" if row.get("prepared") else "")
-        time, rate = _time(row["seconds"]["library"]), row["elements_per_second"] / 1e9
+        time, rate = (
+            _time(row["seconds"]["library"]) + _disturbed(row),
+            row["elements_per_second"] / 1e9,
+        )
         against = [_ratio(ratio.get(baseline)) for baseline in BASELINES]
         line = [name, _shape(row), row["scale"], row["mode"], time, f"{rate:.3g}", *against]
         lines.append(line)
@@ -98,7 +107,7 @@ def _models(rows: list[dict]) -> str:
     slow = "reference, keys projected at every step"
     head = ["model", "shape", "what", "library", "against reference", "gain of hoisting alone"]
     lines = [
-        [row["name"], _shape(row), row["mode"], _time(row["seconds"]["library"])]
+        [row["name"], _shape(row), row["mode"], _time(row["seconds"]["library"]) + _disturbed(row)]
         + [_ratio(ratios(row)["reference"])]
         + [_ratio(row["seconds"][slow] / row["seconds"]["reference"])]
         for row in rows
@@ -132,6 +141,10 @@ def markdown(results: dict) -> str:
         f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, float32, {m['date']}. Medians"
         " of interleaved rounds; a ratio is the other's time over the library's, above 1 is faster."
     ]
+    if any(_disturbed(row) for row in rows):
+        parts[0] += (
+            f" * Other processes had more than {DISTURBED:.0%} of the CPU time: not to be relied on."
+        )
     sections = (
         ("", _attention, [r for r in rows if r["kind"] == "attention"]),
         ("", _models, [r for r in rows if r["kind"] == "model"]),

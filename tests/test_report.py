@@ -80,6 +80,14 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert line_of(text, "context")[-3:] == ["0.50", "0.75", "25%"]
 
 
+def test_disturbed_rows_are_marked():
+    assert "*" not in report.markdown(RESULTS)
+    results = RESULTS | {"rows": [ATTENTION | {"taken_by_others": 0.5}, MODEL]}
+    text = report.markdown(results)
+    assert line_of(text, "step (keys prepared)")[4] == "2.00 ms *"
+    assert "more than 5%" in text
+
+
 def test_block_replacement_is_idempotent_and_keeps_the_rest():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     once = report.replace_block(text, "new")
