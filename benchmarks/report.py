@@ -66,6 +66,10 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}×"
 
 
+def _name(row: dict) -> str:
+    return row["name"] + (" (keys prepared)" if row["prepared"] else "")
+
+
 def _shape(row: dict) -> str:
     return " ".join(f"{axis} {n}" for axis, n in row["shape"].items())
 
@@ -82,13 +86,12 @@ def _attention(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         ratio = ratios(row)
-        name = row["name"] + (" (keys prepared)" if row.get("prepared") else "")
         time, rate = (
             _time(row["seconds"]["library"]) + _disturbed(row),
             row["elements_per_second"] / 1e9,
         )
         against = [_ratio(ratio.get(baseline)) for baseline in BASELINES]
-        line = [name, _shape(row), row["scale"], row["mode"], time, f"{rate:.3g}", *against]
+        line = [_name(row), _shape(row), row["scale"], row["mode"], time, f"{rate:.3g}", *against]
         lines.append(line)
         if unprepared in row["seconds"]:
             seconds = row["seconds"][unprepared]
@@ -143,7 +146,7 @@ def markdown(results: dict) -> str:
     ]
     if any(_disturbed(row) for row in rows):
         parts[0] += (
-            f" * Other processes had more than {DISTURBED:.0%} of the CPU time: not to be relied on."
+            f" * Other processes had more than {DISTURBED:.0%} of the CPU: not to be relied on."
         )
     sections = (
         ("", _attention, [r for r in rows if r["kind"] == "attention"]),
@@ -186,13 +189,16 @@ def chart(results: dict, path: Path) -> str:
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(rows)), layout="constrained")
     for i, (baseline, label) in enumerate(BASELINES.items()):
         places = [y + 0.25 * (1 - i) for y in range(len(rows))]
-        values = [ratios(row).get(baseline, 0) for row in rows]
-        bars = axes.barh(places, values, height=0.25, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    axes.set_yticks(range(len(rows)), [f"{row['name']}\n{row['mode']}" for row in rows], fontsize=8)
+        values = [ratios(row).get(baseline, 1) for row in rows]
+        bars = axes.barh(places, [x - 1 for x in values], left=1, height=0.25, label=label)
+        labels = [_ratio(ratios(row).get(baseline)) for row in rows]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+    labels = [f"{_name(row)}\n{row['mode']}{_disturbed(row)}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("time over the library's time")
+    axes.margins(x=0.12)
+    axes.set_xlabel("time over the library's time: right of 1 the library is faster")
     axes.set_title(f"{results['machine']['cpu']}, {results['machine']['threads']} threads")
     axes.legend()
     figure.savefig(path, dpi=120)

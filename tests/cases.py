@@ -94,6 +94,6 @@ FIGURES = [
     (_speech, BOTH),
     (Case("decoder step", 64, 1, 50, 256, 256, prepared=True), FORWARD),
     (_tiny, FORWARD),
-    (replace(_tiny, name="tiny, prepared", prepared=True), FORWARD),
+    (replace(_tiny, name="tiny step", prepared=True), FORWARD),
     (_tiny, BOTH),
 ]

@@ -113,6 +113,12 @@ def test_written_files(tmp_path, monkeypatch):
     assert (tmp_path / "results" / f"{stem}.md").read_text().strip() in readme.read_text()
 
 
+def test_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.chart(RESULTS, tmp_path / "ratios.png") == "Wrote ratios.png"
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
 def test_machine_has_no_path():
     assert not any("/" in str(x) for x in report.machine().values())
 
