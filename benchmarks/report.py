@@ -1,0 +1,223 @@
+"""Results as JSON, Markdown and a chart. Ratios are baseline / library: above 1 is faster."""
+
+import datetime
+import json
+import platform
+import re
+from pathlib import Path
+
+BASELINES = {
+    "eager": "eager",
+    "compile": "compile",
+    "compile, Linear": "compile, Linear(H, 1)",
+}
+DISTURBED = 0.05  # share of the machine's CPU time
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine() -> dict:
+    import torch
+
+    return {
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def file_stem(machine: dict) -> str:
+    """cpu-amd-epyc-7763-64-core-processor-2-threads"""
+    name = re.sub(r"\((r|tm)\)|@.*", "", machine["cpu"].lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return f"cpu-{slug}-{machine['threads']}-threads"
+
+
+def ratios(row: dict) -> dict[str, float]:
+    """How many times as long as the library each of the others takes."""
+    return {
+        name: seconds / row["seconds"]["library"]
+        for name, seconds in row["seconds"].items()
+        if name != "library"
+    }
+
+
+def _disturbed(row: dict) -> str:
+    """A star where other processes had the CPU for a noticeable part of the time."""
+    return " *" if (row.get("taken_by_others") or 0) > DISTURBED else ""
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def _name(row: dict) -> str:
+    return row["name"] + (" (keys prepared)" if row["prepared"] else "")
+
+
+def _shape(row: dict) -> str:
+    return " ".join(f"{axis} {n}" for axis, n in row["shape"].items())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _attention(rows: list[dict]) -> str:
+    unprepared = "library, keys not prepared"
+    head = ["case", "shape", "scale", "what", "library", "G elements/s"]
+    head += [f"against {label}" for label in BASELINES.values()]
+    lines = []
+    for row in rows:
+        ratio = ratios(row)
+        time, rate = (
+            _time(row["seconds"]["library"]) + _disturbed(row),
+            row["elements_per_second"] / 1e9,
+        )
+        against = [_ratio(ratio.get(baseline)) for baseline in BASELINES]
+        line = [_name(row), _shape(row), row["scale"], row["mode"], time, f"{rate:.3g}", *against]
+        lines.append(line)
+        if unprepared in row["seconds"]:
+            seconds = row["seconds"][unprepared]
+            rate = rate * row["seconds"]["library"] / seconds
+            against = [
+                _ratio(r and r / ratio[unprepared]) for r in (ratio.get(b) for b in BASELINES)
+            ]
+            lines.append(
+                [f"{row['name']} (keys not prepared)", *line[1:4], _time(seconds), f"{rate:.3g}"]
+                + against
+            )
+    return _table(head, lines)
+
+
+def _models(rows: list[dict]) -> str:
+    slow = "reference, keys projected at every step"
+    head = ["model", "shape", "what", "library", "against reference", "gain of hoisting alone"]
+    lines = [
+        [row["name"], _shape(row), row["mode"], _time(row["seconds"]["library"]) + _disturbed(row)]
+        + [_ratio(ratios(row)["reference"])]
+        + [_ratio(row["seconds"][slow] / row["seconds"]["reference"])]
+        for row in rows
+    ]
+    return _table(head, lines)
+
+
+def _memory(rows: list[dict]) -> str:
+    head = ["case", "scale", "library", "eager"]
+    lines = [
+        [row["name"], row["scale"]]
+        + [f"{row['peak_bytes'][name] / 1e6:.0f} MB" for name in ("library", "eager")]
+        for row in rows
+    ]
+    return _table(head, lines)
+
+
+def _accuracy(entries: list[dict]) -> str:
+    head = ["case", "output", "library", "eager", "ratio, median", "ratio, largest", "of allowed"]
+    lines = [
+        [e["name"], e["output"], f"{e['library']:.2g}", f"{e['eager']:.2g}"]
+        + [f"{e['ratio_median']:.2f}", f"{e['ratio_max']:.2f}", f"{e['allowed_median']:.0%}"]
+        for e in entries
+    ]
+    return _table(head, lines)
+
+
+def markdown(results: dict) -> str:
+    m, rows = results["machine"], results["rows"]
+    parts = [
+        f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, float32, {m['date']}. Medians"
+        " of interleaved rounds; a ratio is the other's time over the library's, above 1 is faster."
+    ]
+    if any(_disturbed(row) for row in rows):
+        parts[0] += (
+            f" * Other processes had more than {DISTURBED:.0%} of the CPU: not to be relied on."
+        )
+    sections = (
+        ("", _attention, [r for r in rows if r["kind"] == "attention"]),
+        ("", _models, [r for r in rows if r["kind"] == "model"]),
+        (
+            "Peak memory that one forward and backward add:",
+            _memory,
+            [r for r in rows if "peak_bytes" in r],
+        ),
+        (
+            "Largest error against float64, medians of five draws; the tests allow 100%:",
+            _accuracy,
+            results["accuracy"],
+        ),
+    )
+    for title, table, entries in sections:
+        if entries:
+            parts += [title] * bool(title) + [table(entries)]
+    return "\n\n".join(parts)
+
+
+def replace_block(text: str, block: str) -> str:
+    """text with what stands between the two markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} before one {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def chart(results: dict, path: Path) -> str:
+    """Draws the ratios of the attention rows; returns a line that says what was done."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return "No chart: matplotlib is not installed."
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results["rows"] if row["kind"] == "attention"][::-1]
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(rows)), layout="constrained")
+    for i, (baseline, label) in enumerate(BASELINES.items()):
+        places = [y + 0.25 * (1 - i) for y in range(len(rows))]
+        values = [ratios(row).get(baseline, 1) for row in rows]
+        bars = axes.barh(places, [x - 1 for x in values], left=1, height=0.25, label=label)
+        labels = [_ratio(ratios(row).get(baseline)) for row in rows]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+    labels = [f"{_name(row)}\n{row['mode']}{_disturbed(row)}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("time over the library's time: right of 1 the library is faster")
+    axes.set_title(f"{results['machine']['cpu']}, {results['machine']['threads']} threads")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return f"Wrote {path.name}"
+
+
+def write(results: dict, folder: Path, readme: Path | None = None) -> list[str]:
+    """Writes the files of this machine, and the README's block if asked; says what it wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = file_stem(results["machine"])
+    text = markdown(results)
+    rows = [row | {"ratios": ratios(row)} for row in results["rows"]]
+    as_json = json.dumps(results | {"rows": rows}, indent=1, ensure_ascii=False)
+    (folder / f"{stem}.json").write_text(as_json + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
+    said = [f"Wrote {stem}.json, {stem}.md", chart(results, folder / f"{stem}.png")]
+    if readme:
+        replaced = replace_block(readme.read_text(encoding="utf-8"), text)
+        readme.write_text(replaced, encoding="utf-8")
+        said.append(f"Wrote {readme.name}")
+    return said

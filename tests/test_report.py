@@ -1,0 +1,136 @@
+"""The benchmark report on made-up figures, and the cases that it and the tests share."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import FIGURES, ODD, STEPS, WORKLOADS
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+report = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(report)
+
+ATTENTION = {
+    "kind": "attention",
+    "name": "step",
+    "mode": "forward",
+    "shape": {"B": 4, "T": 1, "S": 5, "H": 8, "D": 8},
+    "scale": "B 4 of 16",
+    "prepared": True,
+    "dtype": "float32",
+    "rounds": 5,
+    "seconds": {
+        "library": 2e-3,
+        "library, keys not prepared": 4e-3,
+        "eager": 1e-2,
+        "compile": 6e-3,
+    },
+    "elements_per_second": 8e4,
+    "peak_bytes": {"library": 1_000_000, "eager": 20_000_000},
+}
+MODEL = ATTENTION | {
+    "kind": "model",
+    "name": "small model",
+    "scale": "as stated",
+    "seconds": {
+        "library": 1.0,
+        "reference": 3.0,
+        "reference, keys projected at every step": 4.5,
+    },
+}
+del MODEL["peak_bytes"], MODEL["elements_per_second"]
+RESULTS = {
+    "machine": {
+        "cpu": "AMD EPYC(tm) 7-Core @ 2.00GHz",
+        "threads": 2,
+        "cpu_capability": "AVX2",
+        "torch": "2.0",
+        "python": "3.10",
+        "date": "2000-01-01",
+    },
+    "rows": [ATTENTION, MODEL],
+    "accuracy": [
+        {"name": "step", "output": "context", "library": 1e-7, "eager": 2e-7}
+        | {"ratio_median": 0.5, "ratio_max": 0.75, "allowed_median": 0.25}
+    ],
+}
+
+
+def line_of(text, *words):
+    (line,) = (x for x in text.splitlines() if all(word in x for word in words))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_ratios():
+    ratios = report.ratios(ATTENTION)
+    assert ratios == pytest.approx({"library, keys not prepared": 2, "eager": 5, "compile": 3})
+
+
+def test_markdown_shows_ratios_scale_and_what_did_not_run():
+    text = report.markdown(RESULTS)
+    prepared = line_of(text, "step (keys prepared)")
+    assert prepared[2:5] == ["B 4 of 16", "forward", "2.00 ms"]
+    assert prepared[-3:] == ["5.00×", "3.00×", "–"]
+    assert line_of(text, "step (keys not prepared)")[-3:] == ["2.50×", "1.50×", "–"]
+    assert line_of(text, "small model")[-2:] == ["3.00×", "1.50×"]
+    assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
+    assert line_of(text, "context")[-3:] == ["0.50", "0.75", "25%"]
+
+
+def test_disturbed_rows_are_marked():
+    assert "*" not in report.markdown(RESULTS)
+    results = RESULTS | {"rows": [ATTENTION | {"taken_by_others": 0.5}, MODEL]}
+    text = report.markdown(results)
+    assert line_of(text, "step (keys prepared)")[4] == "2.00 ms *"
+    assert "more than 5%" in text
+
+
+def test_block_replacement_is_idempotent_and_keeps_the_rest():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.replace_block(text, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.replace_block(once, "new") == once
+    for bad in ("", report.BEGIN, report.END + report.BEGIN, text + text):
+        with pytest.raises(ValueError, match="expected one"):
+            report.replace_block(bad, "new")
+
+
+def test_written_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "chart", lambda results, path: path.name)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}{report.END}")
+    said = report.write(RESULTS, tmp_path / "results", readme)
+    stem = "cpu-amd-epyc-7-core-2-threads"
+    assert said == [f"Wrote {stem}.json, {stem}.md", f"{stem}.png", "Wrote README.md"]
+    data = json.loads((tmp_path / "results" / f"{stem}.json").read_text())
+    assert data.keys() == {"machine", "rows", "accuracy"}
+    assert data["machine"].keys() >= {"cpu", "threads", "torch", "date"}
+    assert data["rows"][0].keys() >= {"name", "mode", "shape", "scale", "dtype", "seconds"}
+    assert data["rows"][0]["ratios"]["eager"] == pytest.approx(5)
+    assert (tmp_path / "results" / f"{stem}.md").read_text().strip() in readme.read_text()
+
+
+def test_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.chart(RESULTS, tmp_path / "ratios.png") == "Wrote ratios.png"
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
+
+
+def test_machine_has_no_path():
+    assert not any("/" in str(x) for x in report.machine().values())
+
+
+@pytest.mark.parametrize(
+    "case", [*ODD, *WORKLOADS, *STEPS, *dict(FIGURES)], ids=lambda case: case.name
+)
+def test_cases_make_inputs_of_the_stated_shapes(case):
+    B, T, S, H, D = case.B, case.T, case.S, case.H, case.D
+    assert case.plain_bytes == 4 * B * T * S * H <= 200e6
+    tensors = case.inputs(seed=1, dtype=torch.bfloat16)
+    assert [tuple(x.shape) for x in tensors] == [(B, T, H), (B, S, H), (B, S, D), (H,)]
+    assert all(x.dtype == torch.bfloat16 for x in tensors)
+    again = case.inputs(seed=1, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))
