@@ -1,7 +1,8 @@
 """Fast additive (Bahdanau) attention for recurrent encoder-decoder models."""
 
+from . import training
 from .library import backends, use_backend
-from .nn import Attention, Decoder, Encoder, Seq2Seq
+from .nn import Attention, Decoder, Encoder, PreparedSource, Seq2Seq
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
 
 __all__ = [
@@ -9,11 +10,13 @@ __all__ = [
     "Decoder",
     "Encoder",
     "PreparedKeys",
+    "PreparedSource",
     "Seq2Seq",
     "additive_attention",
     "additive_scores",
     "backends",
     "prepare_keys",
+    "training",
     "use_backend",
 ]
 __version__ = "0.1.0"

@@ -1,8 +1,19 @@
 """Additive attention with its projections."""
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-from ..ops.additive_attention import additive_attention
+from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
+from . import checks
+
+
+class PreparedSource(NamedTuple):
+    """What every decoder step needs of one source; made by `Attention.precompute`."""
+
+    keys: PreparedKeys  # Ua(encoder_outputs) (B, S, H) and what a kernel derives from it
+    values: Tensor  # encoder_outputs (B, S, H)
+    mask: Tensor | None  # (B, S) bool, True = attend
 
 
 class Attention(nn.Module):
@@ -17,20 +28,50 @@ class Attention(nn.Module):
         self.Ua = nn.Linear(hidden_dim, hidden_dim)
         self.Va = nn.Linear(hidden_dim, 1)
 
-    def forward(
-        self, hidden: Tensor, encoder_outputs: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """hidden (B, H), encoder_outputs (B, S, H), mask (B, S) bool, True = attend.
+    def precompute(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> PreparedSource:
+        """Projects encoder_outputs (B, S, H) once for all the queries of a source.
 
-        Returns context (B, 1, H) and weights (B, S).
+        The result takes the place of encoder_outputs in `Attention` and `Decoder`. mask is (B, S)
+        bool, True = attend. Gradients flow to encoder_outputs and the weights as without it.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        return self.attend(hidden, self.Ua(encoder_outputs), encoder_outputs, mask)
+        checks.encoder_outputs(encoder_outputs, self.Ua.in_features)
+        checks.mask(mask, encoder_outputs)
+        return PreparedSource(prepare_keys(self.Ua(encoder_outputs)), encoder_outputs, mask)
 
-    def attend(
-        self, hidden: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    def forward(
+        self,
+        hidden: Tensor,
+        encoder_outputs: Tensor | PreparedSource,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As forward, with keys = Ua(encoder_outputs) made beforehand."""
+        """One query per source.
+
+        Args:
+            hidden: (B, H).
+            encoder_outputs: (B, S, H), or what `precompute` made of them.
+            mask: (B, S) bool, True = attend; given to `precompute` where that was used.
+
+        Returns:
+            context (B, 1, H) and weights (B, S).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        source = self.source(encoder_outputs, mask)
+        checks.state("hidden", hidden, (source.values.shape[0], self.Wa.in_features))
         context, weights = additive_attention(
-            self.Wa(hidden), keys, values, self.Va.weight[0], mask=mask
+            self.Wa(hidden), source.keys, source.values, self.Va.weight[0], mask=source.mask
         )
         return context.unsqueeze(1), weights
+
+    def source(
+        self, encoder_outputs: Tensor | PreparedSource, mask: Tensor | None
+    ) -> PreparedSource:
+        if not isinstance(encoder_outputs, PreparedSource):
+            return self.precompute(encoder_outputs, mask)
+        if mask is not None:
+            raise ValueError("mask: got a Tensor, expected None: the prepared source has its own")
+        return encoder_outputs

@@ -219,28 +219,26 @@ def additive_attention(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    powers = None
-    if isinstance(keys, PreparedKeys):
-        keys, powers = keys
+    k, powers = keys if isinstance(keys, PreparedKeys) else (keys, None)
     if _autocast_on(query):
-        cast = _autocast(query, keys, values, v, score_bias)
-        powers = powers if cast[1] is keys else None
-        query, keys, values, v, score_bias = cast
-    checks.attention(query, keys, values, v, mask, score_bias)
+        cast = _autocast(query, k, values, v, score_bias)
+        powers = powers if cast[1] is k else None
+        query, k, values, v, score_bias = cast
+    checks.attention(query, k, values, v, mask, score_bias)
     single = query.dim() == 2
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)
     if score_bias is not None:
-        B, S = keys.shape[:2]
+        B, S = k.shape[:2]
         if single:
             score_bias = score_bias.expand(B, S).unsqueeze(1)
         score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
     plain = is_reference("additive_attention", query.device.type, backend)
-    if not plain and not _needs_grad(query, keys, values, v, score_bias):
-        return _ops.additive_attention(query, keys, values, v, mask, score_bias, scale, powers)
+    if not plain and not _needs_grad(query, k, values, v, score_bias):
+        return _ops.additive_attention(query, k, values, v, mask, score_bias, scale, powers)
     q = query.unsqueeze(1) if single else query
     if plain:
-        out = reference.additive_attention(q, keys, values, v, mask, score_bias, scale)
+        out = reference.additive_attention(q, k, values, v, mask, score_bias, scale)
     else:
-        out = _Attention.apply(q, keys, values, v, mask, score_bias, scale, powers)
+        out = _Attention.apply(q, k, values, v, mask, score_bias, scale, powers)
     return (out[0].squeeze(1), out[1].squeeze(1)) if single else out

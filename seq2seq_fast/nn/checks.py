@@ -1,0 +1,66 @@
+"""Argument checks of the modules: they name the argument, what came, what was expected."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: got {size!r}, expected a whole number above 0")
+
+
+def probability(name: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: got {p}, expected between 0 and 1")
+
+
+def _tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+
+
+def tokens(name: str, x: Tensor, spelled: str, dims: int, vocabulary: int) -> None:
+    """x: ids below `vocabulary`. On a GPU or in a compiler their range is left to the embedding,
+    because looking would wait for the device or break the graph."""
+    _tensor(name, x)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got {x.dtype}, expected int64 or int32 token ids")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled}")
+    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        low, high = (int(n) for n in torch.aminmax(x))
+        if low < 0 or high >= vocabulary:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
+
+
+def state(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    _tensor(name, x)
+    if tuple(x.shape) != shape:
+        what = "(B, H)" if len(shape) == 2 else "(n_layers, B, H)"
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {what} = {shape}")
+
+
+def encoder_outputs(x: Tensor, width: int) -> None:
+    _tensor("encoder_outputs", x)
+    if x.dim() != 3 or x.shape[2] != width:
+        raise ValueError(
+            f"encoder_outputs: got shape {tuple(x.shape)}, expected (B, S, H) with H = {width}"
+        )
+    if x.shape[1] == 0:
+        raise ValueError("encoder_outputs: got an empty source (S = 0), expected S above 0")
+
+
+def mask(x: Tensor | None, outputs: Tensor) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+    if x.shape != outputs.shape[:2]:
+        raise ValueError(
+            f"mask: got shape {tuple(x.shape)}, expected (B, S) = {tuple(outputs.shape[:2])}"
+        )
+    if x.device != outputs.device:
+        raise ValueError(f"mask: is on {x.device}, expected {outputs.device}")

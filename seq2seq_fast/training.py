@@ -1,0 +1,138 @@
+"""The training and evaluation loops of the tutorial's form."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """What an iterator gives: token ids, batch first."""
+
+    src: Tensor  # (B, S)
+    trg: Tensor  # (B, T)
+
+
+def _batches(iterator: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    empty = True
+    for i, batch in enumerate(iterator):
+        if not (hasattr(batch, "src") and hasattr(batch, "trg")):
+            raise TypeError(
+                f"iterator: batch {i} is a {type(batch).__name__}, expected one with .src and .trg"
+            )
+        empty = False
+        yield batch.src, batch.trg
+    if empty:
+        raise ValueError("iterator: got no batch, expected at least one")
+
+
+def _loss(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    src: Tensor,
+    trg: Tensor,
+    ratio: float,
+) -> Tensor:
+    logits = model(src, trg, ratio)[:, 1:]  # t = 0 is the start token, which nothing predicts
+    return criterion(logits.flatten(0, 1), trg[:, 1:].flatten())
+
+
+def _finite(loss: float, i: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss: got {loss} in batch {i}, expected a finite number")
+    return loss
+
+
+class _Progress:
+    """One line on standard error, rewritten a few times a second."""
+
+    def __init__(self, iterator: object, name: str, shown: bool):
+        self.total = len(iterator) if hasattr(iterator, "__len__") else None
+        self.name, self.shown = name, shown
+        self.start = self.last = time.perf_counter()
+        self.done = self.sequences = 0
+
+    def add(self, sequences: int, mean_loss: float) -> None:
+        self.done, self.sequences = self.done + 1, self.sequences + sequences
+        now = time.perf_counter()
+        if not self.shown or (now - self.last < 0.2 and self.done != self.total):
+            return
+        self.last = now
+        of, bar = "", ""
+        if self.total:
+            filled = 24 * self.done // self.total
+            of, bar = f"/{self.total}", f" [{'#' * filled}{'.' * (24 - filled)}]"
+        rate = self.sequences / max(now - self.start, 1e-9)
+        line = f"{self.name}{bar} {self.done}{of} batches, {rate:.0f} words/s, loss {mean_loss:.3f}"
+        print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print(file=sys.stderr)
+
+
+def train(
+    model: nn.Module,
+    iterator: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    clip: float,
+    *,
+    teacher_forcing_ratio: float = 0.5,
+    progress: bool = False,
+) -> float:
+    """One epoch of optimisation; the model is left in training mode.
+
+    Args:
+        model: model(src, trg, teacher_forcing_ratio) -> logits (B, T, V), as `Seq2Seq`.
+        iterator: anything that gives batches with .src (B, S) and .trg (B, T) token ids.
+        optimizer: over model's parameters.
+        criterion: loss of logits (N, V) and targets (N,), N = B (T - 1), the start token left out.
+        clip: largest norm of all gradients together.
+        progress: a line on standard error with batches, sequences ("words") a second and loss.
+
+    Returns:
+        The mean loss over batches.
+
+    Raises:
+        FloatingPointError: a loss is infinite or NaN; the step it belongs to is not taken.
+        ValueError, TypeError: no batch at all, or one without .src or .trg.
+    """
+    model.train()
+    total, bar = 0.0, _Progress(iterator, "train", progress)
+    params: list[Any] = list(model.parameters())
+    for i, (src, trg) in enumerate(_batches(iterator)):
+        optimizer.zero_grad()
+        loss = _loss(model, criterion, src, trg, teacher_forcing_ratio)
+        total += _finite(loss.item(), i)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        bar.add(src.shape[0], total / (i + 1))
+    bar.close()
+    return total / bar.done
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    iterator: Iterable[Batch],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    *,
+    progress: bool = False,
+) -> float:
+    """Mean loss over batches without teacher forcing; the model is left in evaluation mode.
+
+    Arguments and errors as in `train`.
+    """
+    model.eval()
+    total, bar = 0.0, _Progress(iterator, "valid", progress)
+    for i, (src, trg) in enumerate(_batches(iterator)):
+        total += _finite(_loss(model, criterion, src, trg, 0.0).item(), i)
+        bar.add(src.shape[0], total / (i + 1))
+    bar.close()
+    return total / bar.done
