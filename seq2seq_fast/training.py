@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,31 +48,43 @@ def _finite(loss: float, i: int) -> float:
 
 
 class _Progress:
-    """One line on standard error, rewritten a few times a second."""
+    """Counts batches; on request one line on standard error, rewritten a few times a second."""
 
     def __init__(self, iterator: object, name: str, shown: bool):
-        self.total = len(iterator) if hasattr(iterator, "__len__") else None
+        self.total = len(iterator) if isinstance(iterator, Sized) else None
         self.name, self.shown = name, shown
         self.start = self.last = time.perf_counter()
-        self.done = self.sequences = 0
+        self.batches = self.sequences = 0
+        self.loss = 0.0
 
-    def add(self, sequences: int, mean_loss: float) -> None:
-        self.done, self.sequences = self.done + 1, self.sequences + sequences
-        now = time.perf_counter()
-        if not self.shown or (now - self.last < 0.2 and self.done != self.total):
-            return
-        self.last = now
-        of, bar = "", ""
-        if self.total:
-            filled = 24 * self.done // self.total
-            of, bar = f"/{self.total}", f" [{'#' * filled}{'.' * (24 - filled)}]"
-        rate = self.sequences / max(now - self.start, 1e-9)
-        line = f"{self.name}{bar} {self.done}{of} batches, {rate:.0f} words/s, loss {mean_loss:.3f}"
-        print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
+    def __enter__(self) -> "_Progress":
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.shown:
+            self._show(time.perf_counter())
             print(file=sys.stderr)
+
+    def add(self, sequences: int, loss: float) -> None:
+        self.batches, self.sequences = self.batches + 1, self.sequences + sequences
+        self.loss += loss
+        now = time.perf_counter()
+        if self.shown and now - self.last > 0.2:
+            self.last = now
+            self._show(now)
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(self.batches, 1)
+
+    def _show(self, now: float) -> None:
+        bar, of = "", ""
+        if self.total:
+            filled = 24 * self.batches // self.total
+            bar, of = f" [{'#' * filled}{'.' * (24 - filled)}]", f"/{self.total}"
+        rate = self.sequences / max(now - self.start, 1e-9)
+        line = f"{self.batches}{of} batches, {rate:.0f} words/s, loss {self.mean_loss:.3f}"
+        print(f"\r{self.name}{bar} {line:<60}", end="", file=sys.stderr, flush=True)
 
 
 def train(
@@ -103,18 +115,16 @@ def train(
         ValueError, TypeError: no batch at all, or one without .src or .trg.
     """
     model.train()
-    total, bar = 0.0, _Progress(iterator, "train", progress)
-    params: list[Any] = list(model.parameters())
-    for i, (src, trg) in enumerate(_batches(iterator)):
-        optimizer.zero_grad()
-        loss = _loss(model, criterion, src, trg, teacher_forcing_ratio)
-        total += _finite(loss.item(), i)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, clip)
-        optimizer.step()
-        bar.add(src.shape[0], total / (i + 1))
-    bar.close()
-    return total / bar.done
+    with _Progress(iterator, "train", progress) as bar:
+        for i, (src, trg) in enumerate(_batches(iterator)):
+            optimizer.zero_grad()
+            loss = _loss(model, criterion, src, trg, teacher_forcing_ratio)
+            value = _finite(loss.item(), i)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            bar.add(src.shape[0], value)
+    return bar.mean_loss
 
 
 @torch.no_grad()
@@ -130,9 +140,8 @@ def evaluate(
     Arguments and errors as in `train`.
     """
     model.eval()
-    total, bar = 0.0, _Progress(iterator, "valid", progress)
-    for i, (src, trg) in enumerate(_batches(iterator)):
-        total += _finite(_loss(model, criterion, src, trg, 0.0).item(), i)
-        bar.add(src.shape[0], total / (i + 1))
-    bar.close()
-    return total / bar.done
+    with _Progress(iterator, "valid", progress) as bar:
+        for i, (src, trg) in enumerate(_batches(iterator)):
+            loss = _loss(model, criterion, src, trg, 0.0)
+            bar.add(src.shape[0], _finite(loss.item(), i))
+    return bar.mean_loss

