@@ -1,7 +1,9 @@
-# `make test` sets itself up. With VENV= (empty) the interpreter at hand is used and nothing is installed.
+# Every target sets itself up in .venv. With VENV= (empty) the interpreter at hand is used and
+# nothing is installed: torch has to be there, and linters that are absent are left out.
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+ARGS ?=
 
 ifeq ($(VENV),)
 PY := $(PYTHON)
@@ -11,23 +13,50 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: test lint build clean
+CPP := $(shell find seq2seq_fast/csrc -name '*.cpp' -o -name '*.h')
+# $(call if-there,NAME,COMMAND): runs the tool COMMAND begins with; without VENV it may be missing.
+BIN := $(if $(VENV),$(VENV)/bin/,)
+if-there = @if [ -n "$(VENV)" ] || command -v $(1) > /dev/null; \
+	then echo "$(1) $(2)"; $(BIN)$(1) $(2); else echo "lint: no $(1) here, left out"; fi
 
-test: lint build
-	$(PY) -m pytest -q tests
+.PHONY: help demo bench test lint build sanitize clean
 
-lint: $(READY)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+help: ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-build: $(READY)
+demo: build ## learn to pronounce English words (ARGS="--epochs 8 --hidden 512 --save model.pt")
+	PYTHONPATH=. $(PY) examples/pronounce.py $(ARGS)
+
+bench: build ## ratios against eager PyTorch and torch.compile (ARGS=--full for all workloads)
+	$(PY) -m pytest -q benchmarks -o python_files='bench_*.py' $(ARGS)
+
+test: lint build ## lint, build, the whole test suite
+	$(PY) -m pytest -q tests $(ARGS)
+
+lint: $(READY) ## ruff, mypy, clang-format
+	$(call if-there,ruff,check .)
+	$(call if-there,ruff,format --check .)
+	$(call if-there,mypy,)
+	$(call if-there,clang-format,--dry-run --Werror $(CPP))
+
+build: $(READY) ## the compiled extension, in place
 	$(PY) setup.py -q build_ext --inplace
+
+# The sanitized package lies under build-sanitize/, apart from the one in use.
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=lib
+
+sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (g++ on Linux)
+	SEQ2SEQ_FAST_SANITIZE=1 $(PY) setup.py -q build -b build-sanitize --build-lib build-sanitize/lib
+	cd build-sanitize && $(SANITIZED) $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -q -p no:cacheprovider \
+		-m "not unsanitized" ../tests $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "$(TORCH)"
-	$(PY) -m pip install -q setuptools numpy pytest hypothesis ruff
+	$(PY) -m pip install -q setuptools wheel ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,bench,test,dev]"
 	touch $@
 
-clean:
-	rm -rf build seq2seq_fast/*.so
+clean: ## removes what was built, not $(VENV)
+	rm -rf build build-sanitize seq2seq_fast/*.so

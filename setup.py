@@ -1,11 +1,15 @@
 """Builds the CPU extension `seq2seq_fast._C` on PyTorch's stable ABI (torch >= 2.10)."""
 
+import os
 from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 HERE = Path(__file__).parent
+# For `make sanitize`. One instruction set: the sanitizers do not go with function clones.
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE += ["-DS2S_NO_CLONES"]
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest release that is supported
 
 setup(
@@ -20,6 +24,7 @@ setup(
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+                *(SANITIZE if os.environ.get("SEQ2SEQ_FAST_SANITIZE") else []),
             ],
             py_limited_api=True,
         )

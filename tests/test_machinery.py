@@ -37,6 +37,7 @@ print((peak() - before) * 1024 / 4)
 
 
 @needs_proc
+@pytest.mark.unsanitized
 def test_no_tensor_of_size_btsh_is_ever_made():
     """Peak of forward and backward beyond the inputs, in float32 numbers, in a fresh process."""
     B, T, S, H = 4, 256, 256, 256
@@ -104,6 +105,7 @@ def test_gradients_through_prepared_keys():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend, dynamic):
