@@ -42,14 +42,15 @@ lint: $(READY) ## ruff, mypy, clang-format
 build: $(READY) ## the compiled extension, in place
 	$(PY) setup.py -q build_ext --inplace
 
-# The sanitized package lies under build-sanitize/, apart from the one in use.
+# The sanitized package lies under build-sanitize/, apart from the one in use. A finding is written
+# to the process's standard error as it ends, which pytest must therefore not capture.
 SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=lib
 
 sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (g++ on Linux)
 	SEQ2SEQ_FAST_SANITIZE=1 $(PY) setup.py -q build -b build-sanitize --build-lib build-sanitize/lib
-	cd build-sanitize && $(SANITIZED) $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -q -p no:cacheprovider \
-		-m "not unsanitized" ../tests $(ARGS)
+	cd build-sanitize && $(SANITIZED) $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -q \
+		-p no:cacheprovider --capture=sys -m "not unsanitized" ../tests $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
