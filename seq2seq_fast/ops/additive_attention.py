@@ -17,8 +17,9 @@ _HALVES = (torch.bfloat16, torch.float16)
 def _(keys):
     if not HAS_KERNEL.get(("prepare_keys", keys.device.type)):
         return keys.new_empty(0)
-    B, S, H = keys.shape  # per block of 16 positions: H rounded up to groups of four, and a row
-    return keys.new_empty((B, (S + 15) // 16 * ((H + 3) // 4 * 4 + 1) * 16), dtype=torch.float32)
+    B, S, H = keys.shape  # rows padded to whole sixteens, and a maximum per block of 16 positions
+    floats = S * ((H + 15) // 16 * 16) + ((S + 15) // 16 + 15) // 16 * 16
+    return keys.new_empty((B, floats), dtype=torch.float32)
 
 
 @torch.library.register_fake("seq2seq_fast::additive_scores")

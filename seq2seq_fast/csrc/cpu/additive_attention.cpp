@@ -7,14 +7,13 @@
 
 #include <tuple>
 
-#include "additive_attention_loops.h"
 #include "additive_scores.h"
 
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kTile = 16;   // queries
-constexpr int64_t kRows = 16;   // rows of values that are converted or read at a time
+constexpr int64_t kTile = Queries::kMost;
+constexpr int64_t kStrip = 16;  // rows of the gradient of values that are made together
 constexpr int64_t kPart = 128;  // of D, where one query's context is shared out
 
 struct Softmax {
@@ -31,8 +30,8 @@ struct Softmax {
     for (int64_t i = 0; i < 3; ++i) stride[i] = mask_->size(i) == 1 ? 0 : mask_->stride(i);
   }
   void row(int64_t b, int64_t t, float* x, int64_t S, float* scratch) const {
-    loops::softmax(x, S, scale, bias ? bias.block(b, t, 1, scratch).data : nullptr,
-                   mask ? mask + b * stride[0] + t * stride[1] : nullptr, stride[2]);
+    loops.softmax(x, S, scale, bias ? bias.block(b, t, 1, scratch).data : nullptr,
+                  mask ? mask + b * stride[0] + t * stride[1] : nullptr, stride[2]);
   }
 };
 
@@ -55,7 +54,7 @@ void check_attention(const Tensor& query, const Tensor& keys, const Tensor& valu
 void weighted_sum(const Rows<float>& values, int64_t b, int64_t first_d, int64_t D, int64_t S,
                   const float* w, int64_t wi, int64_t ws, int64_t n, float* out, float* scratch) {
   const auto rows = values.block(b, 0, S, scratch);
-  loops::weighted_rows(w, wi, ws, rows.data + first_d, rows.ld, n, S, D, out, D);
+  loops.weighted_rows(w, wi, ws, rows.data + first_d, rows.ld, n, S, D, out, D);
 }
 
 // x with other sizes and strides, from the same element on
@@ -86,8 +85,8 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
   const Keys k(keys, powers);
   const Rows<float> rows(values);
   const Softmax softmax(mask, score_bias, scale);
-  const int64_t B = q.B, T = q.T, S = k.S, D = values.size(2), Sp = k.blocks * kLanes;
-  const int64_t tiles = (T + kTile - 1) / kTile, most = std::min(kTile, T);
+  const int64_t B = q.B, T = q.T, S = k.S, D = values.size(2), Sp = k.blocks * kRows;
+  const int64_t tiles = q.tiles(), most = std::min(kTile, T);
   Tensor context = one_query ? empty(query, {B, D}) : empty(query, {B, T, D});
   Tensor weights = one_query ? empty(query, {B, S}) : empty(query, {B, T, S});
 
@@ -119,13 +118,13 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
     return {context, weights};
   }
   Buffer<float> w(B * T * Sp);
-  parallel(B * tiles * k.blocks, most * kLanes * q.H, [&](int64_t begin, int64_t end) {
+  parallel(B * tiles * k.blocks, most * kRows * q.H, [&](int64_t begin, int64_t end) {
     Buffer<float> buffer(k.gather_floats());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % k.blocks, b = i / k.blocks / tiles,
                     t = i / k.blocks % tiles * kTile;
       scores_tile(q, k, b, t, std::min(kTile, T - t), block, block + 1,
-                  w + (b * T + t) * Sp + block * kLanes, Sp, buffer);
+                  w + (b * T + t) * Sp + block * kRows, Sp, buffer);
     }
   });
   parallel(B * T, 4 * S, [&](int64_t begin, int64_t end) {
@@ -162,15 +161,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
                                      scale, needs, need_values, need_bias);
 
   const Rows<float> dc(grad_context), dw(grad_weights), rows(values), w(weights);
-  const int64_t Sp = (S + kLanes - 1) / kLanes * kLanes;
+  const int64_t Sp = round_up(S, kRows);
   Tensor grad_values = need_values ? empty(values, {B, S, D}) : none();
   Tensor grad_bias = need_bias ? empty(query, {B, T, S}) : none();
   if (need_values) {
-    const int64_t strips = (S + kRows - 1) / kRows;
-    parallel(B * strips, kRows * T * D / 4, [&](int64_t begin, int64_t end) {
-      Buffer<float> out(kRows * D), scratch(dc.scratch(T)), scratch_w(w.scratch(T));
+    const int64_t strips = (S + kStrip - 1) / kStrip;
+    parallel(B * strips, kStrip * T * D / 4, [&](int64_t begin, int64_t end) {
+      Buffer<float> out(kStrip * D), scratch(dc.scratch(T)), scratch_w(w.scratch(T));
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / strips, s = i % strips * kRows, n = std::min(kRows, S - s);
+        const int64_t b = i / strips, s = i % strips * kStrip, n = std::min(kStrip, S - s);
         const auto wt = w.block(b, 0, T, scratch_w);
         weighted_sum(dc, b, 0, D, T, wt.data + s, 1, wt.ld, n, out, scratch);
         write<float>(grad_values, (b * S + s) * D, D, out, D, n, D);
@@ -188,20 +187,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
       const int64_t b = i / quads, t = i % quads * 4, n = std::min<int64_t>(4, T - t);
       float* to = g + (b * T + t) * Sp;
       const auto c = dc.block(b, t, n, scratch_c), r = rows.block(b, 0, S, scratch);
-      loops::products(c.data, c.ld, r.data, r.ld, n, S, D, to, Sp);
+      loops.products(c.data, c.ld, r.data, r.ld, n, S, D, to, Sp);
       for (int64_t j = 0; j < n; ++j, to += Sp) {
         const float* extra = dw.block(b, t + j, 1, scratch_w).data;
         for (int64_t s = 0; s < S; ++s) to[s] += extra[s];
-        loops::softmax_backward(to, w.block(b, t + j, 1, scratch_w).data, S);
+        loops.softmax_backward(to, w.block(b, t + j, 1, scratch_w).data, S);
         if (need_bias) write<float>(grad_bias, (b * T + t + j) * S, S, to, S, 1, S);
-        loops::scale_and_flush(to, S, static_cast<float>(scale));
-        std::fill(to + S, to + Sp, 0.f);
+        loops.scale_and_flush(to, S, static_cast<float>(scale));
       }
     }
   });
   if (!need_scores) return {none(), none(), grad_values, none(), grad_bias};
   auto [dq, dk, dv] =
-      scores_backward(Queries(query, v), Keys(keys, powers), g, query, keys, v, needs);
+      scores_backward(Queries(query, v), Keys(keys, powers), g, Sp, query, keys, v, needs);
   return {dq, dk, grad_values, dv, grad_bias};
 }
 

@@ -1,5 +1,4 @@
-// Additive scores in float32 for the ops that stand on them. The arithmetic is told in
-// additive_scores_loops.h.
+// Additive scores in float32 for the ops that stand on them. The arithmetic is told in loops.h.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -7,51 +6,60 @@
 #include <tuple>
 
 #include "../common.h"
-#include "additive_scores_loops.h"
+#include "loops.h"
 
 namespace seq2seq_fast {
 
-// Queries and v of a call, padded with zeros to H4, a whole number of groups.
+// Queries and v of a call, as loops.h wants them.
 struct Queries {
-  int64_t B, T, H, H4, ld;
-  Buffer<float> rows;    // (B, T, 3, ld): exp(2q), exp(2q) - 1, q
-  Buffer<float> v, max;  // (H4,), max|q| (B, T)
+  int64_t B, T, H, Hp;
+  Buffer<float> streams;  // (B, groups, T, kStreams, width of the group)
+  Buffer<float> v, max;   // (Hp,), max|q| (B, T)
   float max_v;
   Queries(const Tensor& query, const Tensor& v);
-  const float* row(int64_t b, int64_t t) const { return rows + (b * T + t) * 3 * ld; }
+  static constexpr int64_t kMost = kRows;  // queries of a tile
+  int64_t tiles() const { return (T + kMost - 1) / kMost; }
+  int64_t width(int64_t h) const { return std::min(kGroup, Hp - h); }
+  const float* at(int64_t b, int64_t t, int64_t h) const {
+    return streams + kStreams * (b * T * Hp + h * T + t * width(h));
+  }
 };
 
-// Keys as exponentials: (B, blocks, H4 + 1, kLanes), each block followed by a row that begins with
-// the block's max|k|.
+// Keys as exponentials, as loops.h wants them.
 struct Keys {
-  int64_t B, S, H, H4, blocks;
+  int64_t B, S, H, Hp, blocks;
   Rows<float> raw;
   Buffer<float> own;  // where the caller brought no powers
-  const float* data;
+  const float* data;  // (B, S * Hp numbers and a max|k| of each block)
   Keys(const Tensor& keys, const std::optional<Tensor>& powers);
-  const float* block(int64_t b, int64_t i) const {
-    return data + (b * blocks + i) * (H4 + 1) * kLanes;
+  static int64_t floats(int64_t S, int64_t Hp) {
+    return S * Hp + round_up((S + kRows - 1) / kRows, kPad);
   }
-  float max(int64_t b, int64_t i) const { return block(b, i)[H4 * kLanes]; }
-  // Features [h, h + width) of a block of k itself, which Mode::kExact works on, into the front of
-  // `buffer`: (width, kLanes), zeros as padding
-  void gather(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const;
-  int64_t gather_floats() const { return H4 * kLanes + raw.scratch(kLanes); }
+  int64_t count(int64_t i) const { return std::min(kRows, S - i * kRows); }
+  const float* block(int64_t b, int64_t i) const {
+    return data + b * floats(S, Hp) + i * kRows * Hp;
+  }
+  float max(int64_t b, int64_t i) const { return data[b * floats(S, Hp) + S * Hp + i]; }
+  bool minus_one(int64_t b, int64_t i) const { return max(b, i) < kSmallKeys; }
+  // A block of k itself, which Mode::kExact works on, laid out as its powers are, into the front of
+  // `buffer`.
+  void gather(int64_t b, int64_t i, float* buffer) const;
+  int64_t gather_floats() const { return kRows * Hp + raw.scratch(kRows); }
 };
 
 void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 
-// Scores of queries [t, t + n) with blocks [first, last), into out (n, ld); `buffer` holds
-// keys.gather_floats().
+// Scores of queries [t, t + n), n <= kRows, with blocks [first, last), into out (n, kRows for each
+// block), ld apart; `buffer` holds keys.gather_floats().
 void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
                  int64_t last, float* out, int64_t ld, float* buffer);
 
-// Gradients of query, keys and v, given g (B, T, blocks * kLanes), which is zero behind S. What is
-// not needed comes back empty.
+// Gradients of query, keys and v, given g (B, T, S), rows ldg apart. What is not needed comes back
+// empty.
 struct Needs {
   bool query, keys, v;
 };
-std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g,
+std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g, int64_t ldg,
                                       const Tensor& query, const Tensor& keys, const Tensor& v,
                                       Needs needs);
 

@@ -1,15 +1,10 @@
-// Eight float32 lanes in GCC/Clang vector extensions, and the functions that the loops need on
-// them.
+// kVec float32 lanes in GCC/Clang vector extensions, and the functions that the loops need on
+// them. Included once per instruction set, behind isa.h, which sets S2S_LANES.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// AVX-512, AVX2 or plain code, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(S2S_NO_CLONES)
-#define S2S_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define S2S_CLONES
-#endif
 // Inlined everywhere, so that no vector ever crosses a call in the wrong instruction set.
 #define S2S_INLINE inline __attribute__((always_inline))
 #define S2S_LAMBDA __attribute__((always_inline))
@@ -18,53 +13,58 @@
 #endif
 
 namespace seq2seq_fast {
+namespace {
 
-typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t VecInt __attribute__((vector_size(32)));
-constexpr int64_t kVec = 8;
+constexpr int64_t kVec = S2S_LANES;
+typedef float Vec __attribute__((vector_size(4 * S2S_LANES), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(4 * S2S_LANES)));
 
 S2S_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 S2S_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
+// Lane i of the result is the sum of the lanes of in[i]. Overwrites `in`.
+S2S_INLINE Vec sums(Vec in[kVec]) {
+#if S2S_LANES == 16
+  // Each step adds up halves of two vectors, so that one vector holds what two did: lane groups of
+  // eight, of four, of two, of one.
+  for (int i = 0; i < 8; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20,
+                                    21, 22, 23) +
+            __builtin_shufflevector(in[i], in[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27,
+                                    28, 29, 30, 31);
+  for (int i = 0; i < 4; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24,
+                                    25, 26, 27) +
+            __builtin_shufflevector(in[i], in[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15,
+                                    28, 29, 30, 31);
+  for (int i = 0; i < 2; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12,
+                                    13, 28, 29) +
+            __builtin_shufflevector(in[i], in[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27,
+                                    14, 15, 30, 31);
+  return __builtin_shufflevector(in[0], in[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28,
+                                 14, 30) +
+         __builtin_shufflevector(in[0], in[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29,
+                                 15, 31);
+#else
+  for (int i = 0; i < 4; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+            __builtin_shufflevector(in[i], in[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  for (int i = 0; i < 2; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+            __builtin_shufflevector(in[i], in[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(in[0], in[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         __builtin_shufflevector(in[0], in[1], 1, 9, 3, 11, 5, 13, 7, 15);
+#endif
+}
+
 S2S_INLINE float sum(Vec x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+  float lanes[kVec];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int n = kVec / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
 }
-
-// out[j][i] = in[i][j]
-S2S_INLINE void transpose(const Vec in[8], Vec out[8]) {
-  Vec pairs[8], quads[8];
-  for (int i = 0; i < 4; ++i) {
-    const Vec a = in[2 * i], b = in[2 * i + 1];
-    pairs[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
-    pairs[2 * i + 1] = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      const Vec a = pairs[i + j], b = pairs[i + j + 2];
-      quads[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
-      quads[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int j = 0; j < 4; ++j) {
-    out[j] = __builtin_shufflevector(quads[j], quads[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    out[j + 4] = __builtin_shufflevector(quads[j], quads[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
-
-// Eight sums in double.
-struct DoubleSum {
-  typedef double Half __attribute__((vector_size(32)));
-  Half low = {}, high = {};
-  S2S_INLINE void add(Vec x) {
-    low += __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3), Half);
-    high += __builtin_convertvector(__builtin_shufflevector(x, x, 4, 5, 6, 7), Half);
-  }
-  S2S_INLINE Vec rounded() const {
-    typedef float Quarter __attribute__((vector_size(16)));
-    const Quarter a = __builtin_convertvector(low, Quarter);
-    const Quarter b = __builtin_convertvector(high, Quarter);
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
-  }
-};
 
 // 2^k for whole k in [-126, 127]
 S2S_INLINE Vec power_of_two(Vec k) {
@@ -127,4 +127,5 @@ S2S_INLINE Vec tanh(Vec x) {
   return x == x ? y : x;
 }
 
+}  // namespace
 }  // namespace seq2seq_fast

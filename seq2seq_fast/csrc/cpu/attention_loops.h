@@ -1,12 +1,12 @@
-// The inner loops of softmax and context. See additive_attention_loops.h.
-#include "additive_attention_loops.h"
-
-#include <cmath>
-
+// The inner loops of softmax and context. See loops.h.
+#pragma once
 #include "vec.h"
 
-namespace seq2seq_fast::loops {
+namespace seq2seq_fast {
 namespace {
+
+// Queries by vectors that a register tile holds.
+constexpr int kTileM = kVec == 16 ? 8 : 4, kTileN = 2, kLongN = kVec == 16 ? 16 : 8;
 
 // M x (N vectors) of the result in registers while the rows stream past.
 template <int M, int N>
@@ -38,52 +38,54 @@ S2S_INLINE void weighted_strip(const float* w, int64_t wi, int64_t wj, const flo
     }
 }
 
-template <int M, int N>
-S2S_INLINE void product_tile(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t D,
-                             float* out, int64_t ldo) {
-  Vec acc[M][N] = {};
-  int64_t d = 0;
-  for (; d + kVec <= D; d += kVec) {
-    Vec row[N];
-    for (int j = 0; j < N; ++j) row[j] = load(rows + j * ld + d);
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < N; ++j) acc[i][j] += load(a + i * lda + d) * row[j];
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) {
-      float rest = 0.f;
-      for (int64_t r = d; r < D; ++r) rest += a[i * lda + r] * rows[j * ld + r];
-      out[i * ldo + j] = sum(acc[i][j]) + rest;
-    }
+void weighted_rows(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld, int64_t m,
+                   int64_t n, int64_t D, float* out, int64_t ldo) {
+  const auto strip = [&]<int M, int N>() S2S_LAMBDA {
+    for (; m >= M; m -= M, w += M * wi, out += M * ldo)
+      weighted_strip<M, N>(w, wi, wj, rows, ld, n, D, out, ldo);
+  };
+  strip.template operator()<kTileM, kTileN>();
+  if constexpr (kTileM > 4) strip.template operator()<4, 4>();
+  strip.template operator()<1, kLongN>();
 }
 
+// kVec results at a time, M by kVec / M, so that their lanes are added up together.
 template <int M>
 S2S_INLINE void product_strip(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t n,
                               int64_t D, float* out, int64_t ldo) {
-  constexpr int N = M == 1 ? 4 : 2;
-  int64_t j = 0;
-  for (; j + N <= n; j += N) product_tile<M, N>(a, lda, rows + j * ld, ld, D, out + j, ldo);
-  for (; j < n; ++j) product_tile<M, 1>(a, lda, rows + j * ld, ld, D, out + j, ldo);
+  constexpr int N = kVec / M;
+  const int64_t whole = D / kVec * kVec;
+  for (int64_t j0 = 0; j0 < n; j0 += N) {
+    const int used = static_cast<int>(n - j0 < N ? n - j0 : N);
+    const float* row[N];  // behind the last: that one again
+    for (int j = 0; j < N; ++j) row[j] = rows + (j0 + (j < used ? j : used - 1)) * ld;
+    Vec acc[kVec] = {};
+    for (int64_t d = 0; d < whole; d += kVec) {
+      Vec r[N];
+      for (int j = 0; j < N; ++j) r[j] = load(row[j] + d);
+      for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) acc[i * N + j] += load(a + i * lda + d) * r[j];
+    }
+    float total[kVec];
+    store(total, sums(acc));
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < used; ++j) {
+        float rest = 0.f;
+        for (int64_t d = whole; d < D; ++d) rest += a[i * lda + d] * row[j][d];
+        out[i * ldo + j0 + j] = total[i * N + j] + rest;
+      }
+  }
 }
 
-}  // namespace
-
-S2S_CLONES void weighted_rows(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld,
-                              int64_t m, int64_t n, int64_t D, float* out, int64_t ldo) {
-  for (; m >= 4; m -= 4, w += 4 * wi, out += 4 * ldo)
-    weighted_strip<4, 2>(w, wi, wj, rows, ld, n, D, out, ldo);
-  for (; m > 0; --m, w += wi, out += ldo) weighted_strip<1, 8>(w, wi, wj, rows, ld, n, D, out, ldo);
-}
-
-S2S_CLONES void products(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m,
-                         int64_t n, int64_t D, float* out, int64_t ldo) {
+void products(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
+              int64_t D, float* out, int64_t ldo) {
   for (; m >= 4; m -= 4, a += 4 * lda, out += 4 * ldo)
     product_strip<4>(a, lda, rows, ld, n, D, out, ldo);
   for (; m > 0; --m, a += lda, out += ldo) product_strip<1>(a, lda, rows, ld, n, D, out, ldo);
 }
 
-S2S_CLONES void softmax(float* x, int64_t S, float scale, const float* bias, const bool* mask,
-                        int64_t stride) {
+void softmax(float* x, int64_t S, float scale, const float* bias, const bool* mask,
+             int64_t stride) {
   bool any = mask == nullptr;
   float top = -INFINITY;
   for (int64_t s = 0; s < S; ++s) {
@@ -115,7 +117,7 @@ S2S_CLONES void softmax(float* x, int64_t S, float scale, const float* bias, con
   for (int64_t i = 0; i < S; ++i) x[i] = mask == nullptr || mask[i * stride] ? x[i] / total : 0.f;
 }
 
-S2S_CLONES void scale_and_flush(float* x, int64_t n, float scale) {
+void scale_and_flush(float* x, int64_t n, float scale) {
   float top = 0.f;
   for (int64_t i = 0; i < n; ++i) {
     x[i] *= scale;
@@ -126,7 +128,7 @@ S2S_CLONES void scale_and_flush(float* x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < least && x[i] > -least ? 0.f : x[i];
 }
 
-S2S_CLONES void softmax_backward(float* dw, const float* w, int64_t S) {
+void softmax_backward(float* dw, const float* w, int64_t S) {
   Vec dots = {}, sums = {};
   int64_t s = 0;
   for (; s + kVec <= S; s += kVec) {
@@ -140,4 +142,5 @@ S2S_CLONES void softmax_backward(float* dw, const float* w, int64_t S) {
   for (s = 0; s < S; ++s) dw[s] = w[s] * (dw[s] - mean);
 }
 
-}  // namespace seq2seq_fast::loops
+}  // namespace
+}  // namespace seq2seq_fast

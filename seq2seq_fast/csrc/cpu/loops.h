@@ -1,0 +1,84 @@
+// The inner loops, which have no torch in them: compiled for each instruction set from the same
+// source, chosen when the library is loaded.
+//
+// scores[b,t,s] = sum_h v[h] tanh(q[b,t,h] + k[b,s,h]). With x = exp(2q) exp(2k), tanh(q + k) =
+// (x - 1) / (x + 1), and 1 - tanh^2 = 4 x / (x + 1)^2. Exponentials are made once per element of q
+// and k, and four terms share one division: n1/d1 + n2/d2 = (n1 d2 + n2 d1) / (d1 d2), twice.
+// Numerators x - 1, not 1 - 2 / (x + 1): what is rounded is then of the size of tanh.
+//
+// Vectors run over features. What belongs to a query or a key is padded with zeros to Hp features,
+// a multiple of kPad, and cut into groups of kGroup features, of which the last may be narrower.
+// Keys come in blocks of kRows, of which the last may be shorter: (groups, rows, width of the
+// group), so that the piece of a block that is worked on lies in one place.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace seq2seq_fast {
+
+constexpr int64_t kRows = 16, kGroup = 64, kPad = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How queries meet a block of keys, from m = max|q| + max|k|:
+//   kSmall    x - 1 made of exp(2q) - 1 and exp(2k) - 1, so that a tanh near zero keeps its
+//             relative accuracy. m < 2
+//   kFast     as above, while v x^4 stays finite. m < 9.5
+//   kLarge    m < 43, so that both factors are finite. Scores: a division for each term, which
+//             makes a tanh that rounds to 1 exactly 1. Gradients: x clamped far behind that
+//   kExact    tanh itself; everything else, infinities and NaN among it
+enum class Mode : uint8_t { kSmall, kFast, kLarge, kExact };
+
+// Blocks with max|k| below this hold exp(2k) - 1 in place of exp(2k).
+constexpr float kSmallKeys = 1.f;
+
+// What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
+enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
+
+struct Loops {
+  const char* name;
+
+  // Scores of queries [t, t + n), n <= kRows, with a block of `count` keys, into out (n, kRows), ld
+  // apart. q (groups, T, kStreams, width); K is the block's powers, for Mode::kExact the keys
+  // themselves; minus_one: K holds exp(2k) - 1.
+  void (*scores)(Mode mode, bool minus_one, const float* q, int64_t T, int64_t t, int64_t n,
+                 const float* K, int64_t count, const float* v, int64_t Hp, float* out, int64_t ld);
+
+  // One group of `width` features, n <= kRows queries, `count` keys; with e = 4 g x / (x + 1)^2
+  //   dq[t][h] += e;  dk[s][h] += e;  dv[h] += g tanh
+  // q (n, kStreams, width), K and dk (count, width), g (n, ldg), dq (n, width), dv (width,). In
+  // Mode::kExact e = w[h] g (1 - tanh^2), else w is not read.
+  void (*gradients)(Mode mode, bool minus_one, const float* q, int64_t n, const float* K,
+                    int64_t count, const float* g, int64_t ldg, const float* w, int64_t width,
+                    float* dq, float* dk, float* dv);
+
+  // exp(2x) and exp(2x) - 1 for |x| < 43; n is a multiple of kPad.
+  void (*exp2x)(const float* x, int64_t n, float* out);
+  void (*expm1_2x)(const float* x, int64_t n, float* out);
+  // The largest magnitude, or NaN if there is one.
+  float (*largest)(const float* x, int64_t n);
+
+  // In place: x[s] = scale x[s] + bias[s], then softmax over the places that mask allows; masked
+  // places, and rows masked everywhere, become zero. bias and mask may be null; mask has a stride.
+  void (*softmax)(float* x, int64_t S, float scale, const float* bias, const bool* mask,
+                  int64_t stride);
+  // In place: the gradient of softmax's input from that of its output. dw, w (S,)
+  void (*softmax_backward)(float* dw, const float* w, int64_t S);
+  // x *= scale, and zero in place of what is so small (below 1e-30 and 1e-20 of the largest) that
+  // its products would be subnormal numbers, on which arithmetic is many times slower.
+  void (*scale_and_flush)(float* x, int64_t n, float scale);
+
+  // out (m, D) = w (m, n) rows (n, D); w[i][j] is at w + i * wi + j * wj
+  void (*weighted_rows)(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld,
+                        int64_t m, int64_t n, int64_t D, float* out, int64_t ldo);
+  // out[i][j] = sum_d a[i][d] rows[j][d], i < m, j < n
+  void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
+                   int64_t D, float* out, int64_t ldo);
+};
+
+// The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does
+// PyTorch's own kernels.
+extern const Loops loops;
+
+}  // namespace seq2seq_fast

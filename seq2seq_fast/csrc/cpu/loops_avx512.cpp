@@ -1,0 +1,16 @@
+#include "loops.h"
+#ifdef __x86_64__
+#define S2S_LANES 16
+#define S2S_LOOPS kLoopsAvx512
+#define S2S_NAME "avx512"
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+#include "loops_table.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif
