@@ -9,7 +9,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 HERE = Path(__file__).parent
 # For `make sanitize`.
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-SANITIZE += ["-DS2S_DEFAULT_ONLY"]
+SANITIZE += ["-DS2S_SANITIZE"]
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest release that is supported
 
 setup(

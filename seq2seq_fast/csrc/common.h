@@ -9,31 +9,29 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <optional>
+
+#include "buffer.h"
 
 namespace seq2seq_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Uninitialised memory on a cache line boundary.
+// Uninitialised memory on a cache line boundary. See buffer.h.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new[](bytes(n), kAlign))) {}
-  operator T*() const { return data_.get(); }
+  explicit Buffer(int64_t n)
+      : bytes_(static_cast<size_t>(std::max<int64_t>(n, 1)) * sizeof(T)), data_(take(bytes_)) {}
+  ~Buffer() { give_back(data_, bytes_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return static_cast<T*>(data_); }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
-  static size_t bytes(int64_t n) {
-    return static_cast<size_t>(std::max<int64_t>(n, 1)) * sizeof(T);
-  }
-  struct Free {
-    void operator()(T* p) const { operator delete[](p, kAlign); }
-  };
-  std::unique_ptr<T, Free> data_;
+  size_t bytes_;
+  void* data_;
 };
 
 // A new contiguous CPU tensor, of like's dtype unless told. Not through the dispatcher, as

@@ -12,7 +12,6 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kTile = Queries::kMost;
 constexpr int64_t kStrip = 16;  // rows of the gradient of values that are made together
 constexpr int64_t kPart = 128;  // of D, where one query's context is shared out
 
@@ -86,7 +85,7 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
   const Rows<float> rows(values);
   const Softmax softmax(mask, score_bias, scale);
   const int64_t B = q.B, T = q.T, S = k.S, D = values.size(2), Sp = k.blocks * kRows;
-  const int64_t tiles = q.tiles(), most = std::min(kTile, T);
+  const int64_t tiles = tiles_of(T), most = std::min(kTile, T);
   Tensor context = one_query ? empty(query, {B, D}) : empty(query, {B, T, D});
   Tensor weights = one_query ? empty(query, {B, S}) : empty(query, {B, T, S});
 

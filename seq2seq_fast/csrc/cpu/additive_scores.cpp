@@ -139,9 +139,9 @@ void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t 
     const auto mode = [&](int64_t j) {
       return choose(q.max[b * q.T + t + j], k.max(b, i), q.max_v);
     };
-    for (int64_t j = 0, next; j < n; j = next) {  // runs of one mode
+    for (int64_t j = 0, next; j < n; j = next) {  // runs of one mode, kQueries long at most
       const Mode m = mode(j);
-      for (next = j + 1; next < n && mode(next) == m;) ++next;
+      for (next = j + 1; next < std::min(n, j + kQueries) && mode(next) == m;) ++next;
       if (m == Mode::kExact && !gathered) {
         k.gather(b, i, buffer);
         gathered = true;
@@ -191,9 +191,9 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
         const int64_t count = k.count(block), s = block * kRows;
         std::fill_n(+sum_k, count * width, 0.f);
         bool gathered = false;
-        for (int64_t t = 0, next; t < T; t = next) {  // runs of one mode, kMost long at most
+        for (int64_t t = 0, next; t < T; t = next) {  // runs of one mode, kQueries long at most
           const bool exact = mode[t] == Mode::kExact;
-          const int64_t most = std::min(T, t + Queries::kMost);
+          const int64_t most = std::min(T, t + kQueries);
           for (next = t + 1; next < most && mode[next] == mode[t];) ++next;
           if (exact && !gathered) {
             k.gather(b, block, raw);
@@ -231,13 +231,12 @@ Tensor additive_scores(Tensor query, Tensor keys, Tensor v) {
   const Queries q(query, v);
   const Keys k(keys, std::nullopt);
   Tensor out = empty(query, {q.B, q.T, k.S});
-  constexpr int64_t kMost = Queries::kMost;
-  const int64_t tiles = q.tiles(), items = q.B * k.blocks * tiles;
-  parallel(items, kMost * kRows * q.H, [&](int64_t begin, int64_t end) {
-    Buffer<float> tile(kMost * kRows), buffer(k.gather_floats());
+  const int64_t tiles = tiles_of(q.T), items = q.B * k.blocks * tiles;
+  parallel(items, kTile * kRows * q.H, [&](int64_t begin, int64_t end) {
+    Buffer<float> tile(kTile * kRows), buffer(k.gather_floats());
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / (k.blocks * tiles), block = i / tiles % k.blocks, t = i % tiles * kMost;
-      const int64_t n = std::min(kMost, q.T - t), s = block * kRows;
+      const int64_t b = i / (k.blocks * tiles), block = i / tiles % k.blocks, t = i % tiles * kTile;
+      const int64_t n = std::min(kTile, q.T - t), s = block * kRows;
       scores_tile(q, k, b, t, n, block, block + 1, tile, kRows, buffer);
       write<float>(out, (b * q.T + t) * k.S + s, k.S, tile, kRows, n, k.count(block));
     }

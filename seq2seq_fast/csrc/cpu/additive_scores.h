@@ -10,6 +10,10 @@
 
 namespace seq2seq_fast {
 
+// Queries that go together through scores, softmax and context.
+constexpr int64_t kTile = 64;
+inline int64_t tiles_of(int64_t T) { return (T + kTile - 1) / kTile; }
+
 // Queries and v of a call, as loops.h wants them.
 struct Queries {
   int64_t B, T, H, Hp;
@@ -17,8 +21,6 @@ struct Queries {
   Buffer<float> v, max;   // (Hp,), max|q| (B, T)
   float max_v;
   Queries(const Tensor& query, const Tensor& v);
-  static constexpr int64_t kMost = kRows;  // queries of a tile
-  int64_t tiles() const { return (T + kMost - 1) / kMost; }
   int64_t width(int64_t h) const { return std::min(kGroup, Hp - h); }
   const float* at(int64_t b, int64_t t, int64_t h) const {
     return streams + kStreams * (b * T * Hp + h * T + t * width(h));
@@ -49,7 +51,7 @@ struct Keys {
 
 void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 
-// Scores of queries [t, t + n), n <= kRows, with blocks [first, last), into out (n, kRows for each
+// Scores of queries [t, t + n) with blocks [first, last), into out (n, kRows for each
 // block), ld apart; `buffer` holds keys.gather_floats().
 void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
                  int64_t last, float* out, int64_t ld, float* buffer);

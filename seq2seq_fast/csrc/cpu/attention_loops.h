@@ -8,11 +8,17 @@ namespace {
 // Queries by vectors that a register tile holds.
 constexpr int kTileM = kVec == 16 ? 8 : 4, kTileN = 2, kLongN = kVec == 16 ? 16 : 8;
 
-// M x (N vectors) of the result in registers while the rows stream past.
+// Rows that are taken together: with a power of two for ld, more would not stay in cache.
+constexpr int64_t kRowsTogether = 64;
+
+// M x (N vectors) of the result in registers while the rows stream past; onto `out` where `add`.
 template <int M, int N>
 S2S_INLINE void weighted_tile(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld,
-                              int64_t n, float* out, int64_t ldo) {
+                              int64_t n, bool add, float* out, int64_t ldo) {
   Vec acc[M][N] = {};
+  if (add)
+    for (int i = 0; i < M; ++i)
+      for (int c = 0; c < N; ++c) acc[i][c] = load(out + i * ldo + c * kVec);
   for (int64_t j = 0; j < n; ++j) {
     Vec row[N];
     for (int c = 0; c < N; ++c) row[c] = load(rows + j * ld + c * kVec);
@@ -25,28 +31,54 @@ S2S_INLINE void weighted_tile(const float* w, int64_t wi, int64_t wj, const floa
 
 template <int M, int N>
 S2S_INLINE void weighted_strip(const float* w, int64_t wi, int64_t wj, const float* rows,
-                               int64_t ld, int64_t n, int64_t D, float* out, int64_t ldo) {
+                               int64_t ld, int64_t n, int64_t D, bool add, float* out,
+                               int64_t ldo) {
   int64_t d = 0;
   for (; d + N * kVec <= D; d += N * kVec)
-    weighted_tile<M, N>(w, wi, wj, rows + d, ld, n, out + d, ldo);
-  for (; d + kVec <= D; d += kVec) weighted_tile<M, 1>(w, wi, wj, rows + d, ld, n, out + d, ldo);
+    weighted_tile<M, N>(w, wi, wj, rows + d, ld, n, add, out + d, ldo);
+  for (; d + kVec <= D; d += kVec)
+    weighted_tile<M, 1>(w, wi, wj, rows + d, ld, n, add, out + d, ldo);
   for (; d < D; ++d)
     for (int i = 0; i < M; ++i) {
-      float sum = 0.f;
+      float sum = add ? out[i * ldo + d] : 0.f;
       for (int64_t j = 0; j < n; ++j) sum += w[i * wi + j * wj] * rows[j * ld + d];
       out[i * ldo + d] = sum;
     }
 }
 
-void weighted_rows(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld, int64_t m,
-                   int64_t n, int64_t D, float* out, int64_t ldo) {
-  const auto strip = [&]<int M, int N>() S2S_LAMBDA {
-    for (; m >= M; m -= M, w += M * wi, out += M * ldo)
-      weighted_strip<M, N>(w, wi, wj, rows, ld, n, D, out, ldo);
-  };
-  strip.template operator()<kTileM, kTileN>();
-  if constexpr (kTileM > 4) strip.template operator()<4, 4>();
-  strip.template operator()<1, kLongN>();
+void weighted_rows(const float* w_, int64_t wi, int64_t wj, const float* rows_, int64_t ld,
+                   int64_t m, int64_t n, int64_t D, float* out, int64_t ldo) {
+  constexpr int M = kTileM, N = kTileN, kWidth = kTileN * kVec;
+  for (int64_t j0 = 0; j0 < n || j0 == 0; j0 += kRowsTogether) {
+    const int64_t count = n - j0 < kRowsTogether ? n - j0 : kRowsTogether;
+    const float *w = w_ + j0 * wj, *rows = rows_ + j0 * ld;
+    const bool add = j0 > 0;
+    int64_t d = 0;
+    if (m >= 2 * M) {
+      // Many strips read the same columns: from a copy that lies in one place. The next columns
+      // are asked for meanwhile: no processor foresees steps of whole rows.
+      alignas(64) float copy[kRowsTogether * kWidth];
+      for (; d + kWidth <= D; d += kWidth) {
+        for (int64_t j = 0; j < count; ++j)
+          for (int c = 0; c < N; ++c) {
+            __builtin_prefetch(rows + j * ld + d + kWidth + c * kVec, 0, 2);
+            store(copy + j * kWidth + c * kVec, load(rows + j * ld + d + c * kVec));
+          }
+        for (int64_t i = 0; i + M <= m; i += M)
+          weighted_tile<M, N>(w + i * wi, wi, wj, copy, kWidth, count, add, out + i * ldo + d, ldo);
+      }
+    }
+    int64_t i = 0;
+    for (; i + M <= m; i += M)
+      weighted_strip<M, N>(w + i * wi, wi, wj, rows + d, ld, count, D - d, add, out + i * ldo + d,
+                           ldo);
+    const auto strips = [&]<int M, int N>() S2S_LAMBDA {
+      for (; i + M <= m; i += M)
+        weighted_strip<M, N>(w + i * wi, wi, wj, rows, ld, count, D, add, out + i * ldo, ldo);
+    };
+    if constexpr (kTileM > 4) strips.template operator()<4, 4>();
+    strips.template operator()<1, kLongN>();
+  }
 }
 
 // kVec results at a time, M by kVec / M, so that their lanes are added up together.

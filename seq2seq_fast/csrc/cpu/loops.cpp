@@ -12,7 +12,7 @@ extern const Loops kLoopsAvx512, kLoopsAvx2;
 extern const Loops kLoopsDefault;
 
 static Loops choose() {
-#if defined(__x86_64__) && !defined(S2S_DEFAULT_ONLY)
+#if defined(__x86_64__) && !defined(S2S_SANITIZE)
   const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view most = asked ? asked : "avx512";
   if (most == "default") return kLoopsDefault;

@@ -18,6 +18,7 @@
 namespace seq2seq_fast {
 
 constexpr int64_t kRows = 16, kGroup = 64, kPad = 16;
+constexpr int64_t kQueries = 16;  // of one call, at most
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -39,13 +40,13 @@ enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 struct Loops {
   const char* name;
 
-  // Scores of queries [t, t + n), n <= kRows, with a block of `count` keys, into out (n, kRows), ld
-  // apart. q (groups, T, kStreams, width); K is the block's powers, for Mode::kExact the keys
+  // Scores of queries [t, t + n), n <= kQueries, with a block of `count` keys, into out (n, kRows),
+  // ld apart. q (groups, T, kStreams, width); K is the block's powers, for Mode::kExact the keys
   // themselves; minus_one: K holds exp(2k) - 1.
   void (*scores)(Mode mode, bool minus_one, const float* q, int64_t T, int64_t t, int64_t n,
                  const float* K, int64_t count, const float* v, int64_t Hp, float* out, int64_t ld);
 
-  // One group of `width` features, n <= kRows queries, `count` keys; with e = 4 g x / (x + 1)^2
+  // One group of `width` features, n <= kQueries queries, `count` keys; with e = 4 g x / (x + 1)^2
   //   dq[t][h] += e;  dk[s][h] += e;  dv[h] += g tanh
   // q (n, kStreams, width), K and dk (count, width), g (n, ldg), dq (n, width), dv (width,). In
   // Mode::kExact e = w[h] g (1 - tanh^2), else w is not read.

@@ -130,7 +130,7 @@ S2S_INLINE void with_mode(Mode mode, bool minus_one, F f) {
 
 void scores(Mode mode, bool minus_one, const float* q, int64_t T, int64_t t0, int64_t n,
             const float* K, int64_t count, const float* v, int64_t Hp, float* out, int64_t ld) {
-  alignas(64) Vec parts[kRows][kRows];
+  alignas(64) Vec parts[kQueries][kRows];
   std::memset(parts, 0, sizeof(parts[0]) * n);
   // In scores kSmall is no other than kFast.
   with_mode(mode == Mode::kSmall ? Mode::kFast : mode, minus_one,
