@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,32 @@ def test_no_tensor_of_size_btsh_is_ever_made():
     buffers = 3 * B * T * S + 6 * B * (T + S) * H
     assert peak("native") <= outputs + buffers < B * T * S * H / 10
     assert peak("reference") > B * T * S * H  # so the measurement would have seen one
+
+
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_keeps_the_accuracy_rule(capability):
+    """The loops are compiled once for each; the suite itself runs in the best one."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", "import torch, seq2seq_fast._C as c; print(c.cpu_capability)"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    if ran.stdout.strip() != capability:
+        assert capability != "default"
+        pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
+    tests = str(Path(__file__).with_name("test_additive_attention.py"))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not opcheck",
+        tests,
+    ]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
 
 
 THREADS = """
