@@ -8,9 +8,7 @@
 // Inlined everywhere, so that no vector ever crosses a call in the wrong instruction set.
 #define S2S_INLINE inline __attribute__((always_inline))
 #define S2S_LAMBDA __attribute__((always_inline))
-#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace seq2seq_fast {
 namespace {
