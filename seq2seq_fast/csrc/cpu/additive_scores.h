@@ -10,8 +10,6 @@
 
 namespace seq2seq_fast {
 
-// Queries that go together through scores, softmax and context.
-constexpr int64_t kTile = 64;
 inline int64_t tiles_of(int64_t T) { return (T + kTile - 1) / kTile; }
 
 // Queries and v of a call, as loops.h wants them.

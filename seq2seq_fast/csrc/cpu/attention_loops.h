@@ -11,10 +11,15 @@ constexpr int kTileM = kVec == 16 ? 8 : 4, kTileN = 2, kLongN = kVec == 16 ? 16 
 // Rows that are taken together: with a power of two for ld, more would not stay in cache.
 constexpr int64_t kRowsTogether = 64;
 
+// What the weights are multiplied by meanwhile: the smallest subnormal number becomes a normal one,
+// and arithmetic on subnormal numbers is a hundred times slower.
+constexpr float kLift = 16777216.f;
+
 // M x (N vectors) of the result in registers while the rows stream past; onto `out` where `add`.
+// w (M, kRowsTogether)
 template <int M, int N>
-S2S_INLINE void weighted_tile(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld,
-                              int64_t n, bool add, float* out, int64_t ldo) {
+S2S_INLINE void weighted_tile(const float* w, const float* rows, int64_t ld, int64_t n, bool add,
+                              float* out, int64_t ldo) {
   Vec acc[M][N] = {};
   if (add)
     for (int i = 0; i < M; ++i)
@@ -23,61 +28,91 @@ S2S_INLINE void weighted_tile(const float* w, int64_t wi, int64_t wj, const floa
     Vec row[N];
     for (int c = 0; c < N; ++c) row[c] = load(rows + j * ld + c * kVec);
     for (int i = 0; i < M; ++i)
-      for (int c = 0; c < N; ++c) acc[i][c] += w[i * wi + j * wj] * row[c];
+      for (int c = 0; c < N; ++c) acc[i][c] += w[i * kRowsTogether + j] * row[c];
   }
   for (int i = 0; i < M; ++i)
     for (int c = 0; c < N; ++c) store(out + i * ldo + c * kVec, acc[i][c]);
 }
 
 template <int M, int N>
-S2S_INLINE void weighted_strip(const float* w, int64_t wi, int64_t wj, const float* rows,
-                               int64_t ld, int64_t n, int64_t D, bool add, float* out,
-                               int64_t ldo) {
+S2S_INLINE void weighted_strip(const float* w, const float* rows, int64_t ld, int64_t n, int64_t D,
+                               bool add, float* out, int64_t ldo) {
   int64_t d = 0;
   for (; d + N * kVec <= D; d += N * kVec)
-    weighted_tile<M, N>(w, wi, wj, rows + d, ld, n, add, out + d, ldo);
-  for (; d + kVec <= D; d += kVec)
-    weighted_tile<M, 1>(w, wi, wj, rows + d, ld, n, add, out + d, ldo);
+    weighted_tile<M, N>(w, rows + d, ld, n, add, out + d, ldo);
+  for (; d + kVec <= D; d += kVec) weighted_tile<M, 1>(w, rows + d, ld, n, add, out + d, ldo);
   for (; d < D; ++d)
     for (int i = 0; i < M; ++i) {
       float sum = add ? out[i * ldo + d] : 0.f;
-      for (int64_t j = 0; j < n; ++j) sum += w[i * wi + j * wj] * rows[j * ld + d];
+      for (int64_t j = 0; j < n; ++j) sum += w[i * kRowsTogether + j] * rows[j * ld + d];
       out[i * ldo + d] = sum;
     }
 }
 
-void weighted_rows(const float* w_, int64_t wi, int64_t wj, const float* rows_, int64_t ld,
-                   int64_t m, int64_t n, int64_t D, float* out, int64_t ldo) {
+// Onto `out` where `add`: m weights each for n <= kRowsTogether rows.
+S2S_INLINE void weighted_block(const float* w, const float* rows, int64_t ld, int64_t m, int64_t n,
+                               int64_t D, bool add, float* out, int64_t ldo) {
   constexpr int M = kTileM, N = kTileN, kWidth = kTileN * kVec;
-  for (int64_t j0 = 0; j0 < n || j0 == 0; j0 += kRowsTogether) {
-    const int64_t count = n - j0 < kRowsTogether ? n - j0 : kRowsTogether;
-    const float *w = w_ + j0 * wj, *rows = rows_ + j0 * ld;
-    const bool add = j0 > 0;
-    int64_t d = 0;
-    if (m >= 2 * M) {
-      // Many strips read the same columns: from a copy that lies in one place. The next columns
-      // are asked for meanwhile: no processor foresees steps of whole rows.
-      alignas(64) float copy[kRowsTogether * kWidth];
-      for (; d + kWidth <= D; d += kWidth) {
-        for (int64_t j = 0; j < count; ++j)
-          for (int c = 0; c < N; ++c) {
-            __builtin_prefetch(rows + j * ld + d + kWidth + c * kVec, 0, 2);
-            store(copy + j * kWidth + c * kVec, load(rows + j * ld + d + c * kVec));
-          }
-        for (int64_t i = 0; i + M <= m; i += M)
-          weighted_tile<M, N>(w + i * wi, wi, wj, copy, kWidth, count, add, out + i * ldo + d, ldo);
-      }
+  int64_t d = 0, i = 0;
+  if (m >= 2 * M) {
+    // Many strips read the same columns: from a copy that lies in one place. The next columns
+    // are asked for meanwhile: no processor foresees steps of whole rows.
+    alignas(64) float copy[kRowsTogether * kWidth];
+    for (; d + kWidth <= D; d += kWidth) {
+      for (int64_t j = 0; j < n; ++j)
+        for (int c = 0; c < N; ++c) {
+          __builtin_prefetch(rows + j * ld + d + kWidth + c * kVec, 0, 2);
+          store(copy + j * kWidth + c * kVec, load(rows + j * ld + d + c * kVec));
+        }
+      for (i = 0; i + M <= m; i += M)
+        weighted_tile<M, N>(w + i * kRowsTogether, copy, kWidth, n, add, out + i * ldo + d, ldo);
     }
-    int64_t i = 0;
+  }
+  for (i = 0; i + M <= m; i += M)
+    weighted_strip<M, N>(w + i * kRowsTogether, rows + d, ld, n, D - d, add, out + i * ldo + d,
+                         ldo);
+  const auto rest = [&]<int M, int N>() S2S_LAMBDA {
     for (; i + M <= m; i += M)
-      weighted_strip<M, N>(w + i * wi, wi, wj, rows + d, ld, count, D - d, add, out + i * ldo + d,
-                           ldo);
-    const auto strips = [&]<int M, int N>() S2S_LAMBDA {
-      for (; i + M <= m; i += M)
-        weighted_strip<M, N>(w + i * wi, wi, wj, rows, ld, count, D, add, out + i * ldo, ldo);
-    };
-    if constexpr (kTileM > 4) strips.template operator()<4, 4>();
-    strips.template operator()<1, kLongN>();
+      weighted_strip<M, N>(w + i * kRowsTogether, rows, ld, n, D, add, out + i * ldo, ldo);
+  };
+  if constexpr (kTileM > 4) rest.template operator()<4, 4>();
+  rest.template operator()<1, kLongN>();
+}
+
+void weighted_rows(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld, int64_t m,
+                   int64_t n, int64_t D, float* out, int64_t ldo) {
+  alignas(64) float lifted[kTile * kRowsTogether];
+  float lift = kLift;
+  for (;;) {
+    for (int64_t j0 = 0; j0 < n || j0 == 0; j0 += kRowsTogether) {
+      const int64_t count = n - j0 < kRowsTogether ? n - j0 : kRowsTogether;
+      const float* from = w + j0 * wj;
+      if (wj == 1) {
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < count; ++j)
+            lifted[i * kRowsTogether + j] = lift * from[i * wi + j];
+      } else {
+        for (int64_t j = 0; j < count; ++j)
+          for (int64_t i = 0; i < m; ++i)
+            lifted[i * kRowsTogether + j] = lift * from[i * wi + j * wj];
+      }
+      weighted_block(lifted, rows + j0 * ld, ld, m, count, D, j0 > 0, out, ldo);
+    }
+    if (lift == 1.f) return;
+    Vec zeros = {};  // NaN where the result is not finite
+    float zero = 0.f;
+    for (int64_t i = 0; i < m; ++i) {
+      float* row = out + i * ldo;
+      int64_t d = 0;
+      for (; d + kVec <= D; d += kVec) {
+        const Vec x = load(row + d);
+        zeros += x - x;
+        store(row + d, x * (1.f / kLift));
+      }
+      for (; d < D; ++d) zero += row[d] - row[d], row[d] *= 1.f / kLift;
+    }
+    if (zero + sum(zeros) == 0.f) return;
+    lift = 1.f;  // values near the largest number, or infinities and NaN
   }
 }
 

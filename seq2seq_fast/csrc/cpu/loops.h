@@ -19,6 +19,7 @@ namespace seq2seq_fast {
 
 constexpr int64_t kRows = 16, kGroup = 64, kPad = 16;
 constexpr int64_t kQueries = 16;  // of one call, at most
+constexpr int64_t kTile = 64;     // queries that go together through scores, softmax and context
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -70,7 +71,7 @@ struct Loops {
   // its products would be subnormal numbers, on which arithmetic is many times slower.
   void (*scale_and_flush)(float* x, int64_t n, float scale);
 
-  // out (m, D) = w (m, n) rows (n, D); w[i][j] is at w + i * wi + j * wj
+  // out (m, D) = w (m, n) rows (n, D), m <= kTile; w[i][j] is at w + i * wi + j * wj, and at most 1
   void (*weighted_rows)(const float* w, int64_t wi, int64_t wj, const float* rows, int64_t ld,
                         int64_t m, int64_t n, int64_t D, float* out, int64_t ldo);
   // out[i][j] = sum_d a[i][d] rows[j][d], i < m, j < n
