@@ -1,5 +1,6 @@
 #include "buffer.h"
 
+#include <functional>
 #include <new>
 #include <vector>
 
@@ -9,52 +10,76 @@ namespace {
 constexpr std::align_val_t kAlign{64};
 
 struct Block {
-  void* data;
+  char* data;
   size_t bytes;
 };
 
+char* allocate(size_t bytes) { return static_cast<char*>(operator new(bytes, kAlign)); }
+
 struct Kept {
-  std::vector<Block> blocks;                          // the last given back is the last
-  Kept() { blocks.reserve(kMostKept / kLeastKept); }  // so that giving back never fails
+  char* small = nullptr;  // kSmall bytes, of which the first `used` are taken
+  size_t used = 0;
+  std::vector<Block> large;  // the last given back is the last
   size_t total = 0;
-  void drop(size_t i) {
-    operator delete(blocks[i].data, kAlign);
-    total -= blocks[i].bytes;
-    blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
+
+  Kept() {
+    large.reserve(kMostKept / kSmall);  // so that giving back never fails
+    small = allocate(kSmall);
   }
   ~Kept() {
-    while (!blocks.empty()) drop(blocks.size() - 1);
+    while (!large.empty()) drop(large.size() - 1);
+    operator delete(small, kAlign);
   }
+  Block remove(size_t i) {
+    const Block block = large[i];
+    total -= block.bytes;
+    large.erase(large.begin() + static_cast<std::ptrdiff_t>(i));
+    return block;
+  }
+  void drop(size_t i) { operator delete(remove(i).data, kAlign); }
 };
 
 thread_local Kept kept;
 
 }  // namespace
 
+#ifdef S2S_SANITIZE  // which sees where a block ends only if every block is one of its own
+
+void* take(size_t& bytes) { return allocate(bytes); }
+void give_back(void* data, size_t) { operator delete(data, kAlign); }
+
+#else
+
 void* take(size_t& bytes) {
-  if (bytes >= kLeastKept) {
-    for (size_t i = kept.blocks.size(); i-- > 0;) {
-      const Block block = kept.blocks[i];
-      if (block.bytes < bytes || block.bytes > 2 * bytes) continue;
-      kept.blocks.erase(kept.blocks.begin() + static_cast<std::ptrdiff_t>(i));
-      kept.total -= block.bytes;
-      bytes = block.bytes;
-      return block.data;
-    }
+  Kept& k = kept;
+  bytes = (bytes + 63) / 64 * 64;
+  if (k.used + bytes < kSmall) {
+    void* data = k.small + k.used;
+    k.used += bytes;
+    return data;
   }
-  return operator new(bytes, kAlign);
+  for (size_t i = k.large.size(); i-- > 0;)
+    if (k.large[i].bytes >= bytes && k.large[i].bytes <= 2 * bytes) {
+      bytes = k.large[i].bytes;
+      return k.remove(i).data;
+    }
+  return allocate(bytes);
 }
 
 void give_back(void* data, size_t bytes) {
-#ifndef S2S_SANITIZE  // which would no longer see where a block ends
-  if (bytes >= kLeastKept && bytes <= kMostKept) {
-    while (kept.total + bytes > kMostKept) kept.drop(0);
-    kept.blocks.push_back({data, bytes});
-    kept.total += bytes;
-    return;
+  Kept& k = kept;
+  const std::less<> before;
+  if (!before(data, k.small) && before(data, k.small + kSmall)) {
+    k.used -= bytes;
+  } else if (bytes < kSmall || bytes > kMostKept) {
+    operator delete(data, kAlign);
+  } else {
+    while (k.total + bytes > kMostKept) k.drop(0);
+    k.large.push_back({static_cast<char*>(data), bytes});
+    k.total += bytes;
   }
-#endif
-  operator delete(data, kAlign);
 }
+
+#endif
 
 }  // namespace seq2seq_fast

@@ -121,10 +121,17 @@ void write(const Tensor& out, int64_t at, int64_t ld_to, const A* from, int64_t 
   });
 }
 
-// Splits [0, n) over threads in chunks of at least 20,000 operations, about 5 us of work.
+// Whether n pieces of work are too little to be shared out: below 20,000 operations, about 5 us.
+constexpr int64_t kLeastOperations = 20000;
+inline bool is_small(int64_t n, int64_t operations_each) {
+  return n * operations_each <= kLeastOperations;
+}
+
+// Splits [0, n) over threads in chunks of at least kLeastOperations.
 template <typename F>
 void parallel(int64_t n, int64_t operations_each, F f) {
-  const int64_t grain = std::max<int64_t>(1, 20000 / std::max<int64_t>(1, operations_each));
+  const int64_t grain =
+      std::max<int64_t>(1, kLeastOperations / std::max<int64_t>(1, operations_each));
   if (n <= grain) {
     if (n > 0) f(0, n);
   } else {

@@ -125,15 +125,18 @@ def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
 
 
 def _autocast_on(query: object) -> bool:
-    return (
-        isinstance(query, Tensor)
-        and query.device.type != "meta"  # not one of autocast's devices: asking raises
-        and torch.is_autocast_enabled(query.device.type)
-    )
+    if not isinstance(query, Tensor):
+        return False
+    device = query.device.type  # meta is not one of autocast's devices: asking raises
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def additive_scores(

@@ -103,8 +103,10 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
   const int64_t scratch_floats =
       std::max(rows.scratch(S), softmax.bias ? softmax.bias.scratch(1) : 0);
 
-  if (B * tiles >= 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-    parallel(B * tiles, most * S * (q.H + D), [&](int64_t begin, int64_t end) {
+  const int64_t items = B * tiles, operations = most * S * (q.H + D);
+  if (items >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) ||
+      is_small(items, operations)) {
+    parallel(items, operations, [&](int64_t begin, int64_t end) {
       Buffer<float> w(most * Sp), out(most * D), buffer(k.gather_floats());
       Buffer<float> scratch(scratch_floats);
       for (int64_t i = begin; i < end; ++i) {
