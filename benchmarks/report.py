@@ -168,8 +168,8 @@ def summary(results: dict) -> str:
         most = max(entry["allowed_median"] for entry in results["accuracy"])
         parts.append(
             "Largest error against float64 over that of eager PyTorch, outputs and gradients:"
-            f" {median:.2f} in the median; of what the accuracy rule of the tests allows, {most:.0%}"
-            " at most."
+            f" {median:.2f} in the median. Of what the tests' accuracy rule allows: {most:.0%} at"
+            " most."
         )
     return "\n\n".join(parts)
 
