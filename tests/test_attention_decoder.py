@@ -132,7 +132,8 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn):
         if want.numel() == 0:
             continue
         error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
-        rounding = 4 * eps * T * max(want.abs().max().item(), 1e-3)
+        # Terms are of size 1, and may cancel; a sum over steps is rounded at each of them.
+        rounding = 4 * eps * T * max(want.abs().max().item(), 1)
         assert error <= 2 * allowed + rounding, (name, error, allowed, rounding)
 
 
