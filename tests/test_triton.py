@@ -163,14 +163,15 @@ DIVISIBLE = ("H", "D", "S", "stride_n", "stride_qt", "stride_ks", "stride_vs", "
 
 def compile_for(capability, name, dtype):
     kernel, constants = KERNELS[name]
-    constants = constants | {x: 1 for x in UNIT_STRIDES if x in kernel.arg_names}
+    special = [x.name for x in kernel.params if not x.do_not_specialize]
+    constants = constants | {x: 1 for x in UNIT_STRIDES if x in special}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
     types |= {x: "*fp32" for x in FLOAT32 if x in types}
     types |= {x: f"*{dtype}" for x in INPUTS if x in types}
     types |= {"out": "*fp32"} if "out" in types else {}
     types |= {"scale": "fp32"} if "scale" in types else {}
     types |= {"mask": "*u8"} if "mask" in types else {}
-    aligned = [x for x in types if types[x].startswith("*") or x in DIVISIBLE]
+    aligned = [x for x in types if types[x].startswith("*") or x in DIVISIBLE and x in special]
     places = {(kernel.arg_names.index(x),): [["tt.divisibility", 16]] for x in aligned}
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=places)
     target = GPUTarget("cuda", capability, 32)

@@ -26,10 +26,16 @@ PAIRS = 16  # of one program that makes factors
 THREADS = 128  # of a program
 PROGRAMS = 3  # of forward_kernel that a multiprocessor holds at a time
 
+# Compiled for all sizes and strides at once: nothing is gained by compiling for some of them.
+PREPARE_NUMBERS = "N H blocks pairs stride_b stride_n stride_h stride_v".split()
+FORWARD_NUMBERS = (
+    "B T S H pairs splits stride_qb stride_qt stride_qh stride_kb stride_ks stride_kh stride_v"
+).split()
+
 _ROWS, _COLUMNS, _BLOCK, _CHUNK = (tl.constexpr(x) for x in (ROWS, COLUMNS, BLOCK, CHUNK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PREPARE_NUMBERS)
 def prepare_kernel(
     x,  # (B, N, H), query or keys
     v,  # (H,)
@@ -168,7 +174,7 @@ def _largest_of(maxima, chunks, CHUNKS: tl.constexpr):
     return tl.max(tl.load(maxima + i, mask=i < chunks, other=0.0), axis=1, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FORWARD_NUMBERS)
 def forward_kernel(
     query,  # (B, T, H)
     keys,  # (B, S, H)

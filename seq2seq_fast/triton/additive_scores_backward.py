@@ -23,10 +23,16 @@ BLOCK = 16  # rows of a program of exponentials_kernel
 SHAPES = ((2, 32), (3, 16), (4, 8))  # LEVELS and WIDTH that a program may have
 PROGRAMS = 2  # of backward_kernel that a multiprocessor holds at a time
 
+# Compiled for all sizes and strides at once: nothing is gained by compiling for some of them.
+BACKWARD_NUMBERS = (
+    "B T S H s_blocks h_blocks splits"
+    " stride_qb stride_qt stride_qh stride_kb stride_ks stride_kh stride_v"
+).split()
+
 _ROWS, _COLUMNS, _CHUNK, _BLOCK = (tl.constexpr(x) for x in (ROWS, COLUMNS, CHUNK, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "stride_b", "stride_t"])
 def exponentials_kernel(
     query,  # (B, T, H)
     out,  # (B, T, Hp) float32, exp(2 query), and 1 beyond H
@@ -93,7 +99,7 @@ def _add(to, x, again):
     tl.store(to, before + x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BACKWARD_NUMBERS)
 def backward_kernel(
     query,  # (B, T, H)
     keys,  # (B, S, H)

@@ -28,6 +28,9 @@ ROWS = 32  # source positions that a program has in hand
 FEATURES = 128  # of keys that a program has in hand, at most
 COLUMNS = 64  # of values that a program has in hand
 
+# Sizes and strides for which no kernel of their own is compiled.
+NUMBERS = ("S splits stride_qb stride_qh stride_v stride_mb stride_ms stride_bb stride_bs").split()
+
 _ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
 
 # Bounds of the largest denominator (1 + exp(2(q0 + k0))) (1 + exp(2(q1 + k1))) among some keys,
@@ -87,7 +90,7 @@ def _scores_exact(query, keys, v, s, S, H, stride_qh, stride_ks, stride_kh, stri
     return tl.sum(total, axis=1, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def one_query_kernel(
     query,  # (B, H)
     keys,  # (B, S, H)
@@ -206,7 +209,7 @@ def one_query_kernel(
             tl.store(context + b * D + d, sum_d, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "D", "splits", "stride_mb"])
 def combine_kernel(
     logits,  # as in one_query_kernel
     mask,

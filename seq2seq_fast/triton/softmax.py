@@ -9,6 +9,10 @@ from .arithmetic import exp_negative, wide
 
 WIDTH = 1024  # numbers of a row that a program has in hand, at most
 
+# Sizes and strides for which no kernel of their own is compiled.
+SOFTMAX_NUMBERS = "B T S Tp Sp splits stride_mb stride_mt stride_bb stride_bt".split()
+BACKWARD_NUMBERS = "T S Sp stride_gb stride_gt stride_wb stride_wt".split()
+
 
 @triton.jit
 def attended_at(mask, s, S, stride_ms, HAS_MASK: tl.constexpr):
@@ -26,7 +30,7 @@ def logit(score, bias, s, S, scale, stride_bs, HAS_BIAS: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SOFTMAX_NUMBERS)
 def softmax_kernel(
     scores,  # (splits, B, Tp, Sp) float32, to be summed over splits
     mask,  # (B, T or 1, S) uint8
@@ -76,7 +80,7 @@ def softmax_kernel(
                     tl.store(weights + s, tl.where(attended, e / total, 0.0), mask=s < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BACKWARD_NUMBERS)
 def softmax_backward_kernel(
     grad,  # (B, T, S) gradient of weights
     weights,  # (B, T, S)
