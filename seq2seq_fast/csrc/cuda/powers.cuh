@@ -10,7 +10,7 @@ constexpr int kFeatures = 16;      // rows are padded to a multiple of this
 
 // Blocks with a magnitude below this hold exp(2x) - 1 in place of exp(2x), so that a tanh near zero
 // keeps its relative accuracy.
-constexpr float kSmallMagnitude = 1.f;
+constexpr float kSmallMagnitude = 1.25f;
 // Range of the pair form: with m = max|q| + max|k|, v exp(4 m) must stay finite.
 constexpr float kLargestExponent = 84.f;
 
