@@ -3,6 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What this torch is released with.
+TRITON ?= triton==3.7.1; sys_platform == "linux"
 ARGS ?=
 
 ifeq ($(VENV),)
@@ -54,7 +56,7 @@ sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (g++ o
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "$(TORCH)"
+	$(PY) -m pip install -q "$(TORCH)" '$(TRITON)'
 	$(PY) -m pip install -q setuptools wheel ninja
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo,bench,test,dev]"
 	touch $@

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "buffer.h"
@@ -53,12 +54,12 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(out);
 }
 
-// x with other sizes and strides, from the same element on
+// x with other sizes and strides, from its element `offset` on
 inline Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
-                   std::initializer_list<int64_t> strides) {
+                   std::initializer_list<int64_t> strides, int64_t offset = 0) {
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), sizes.size(), sizes.begin(),
-                                                               strides.begin(), 0, &out));
+                                                               strides.begin(), offset, &out));
   return Tensor(out);
 }
 

@@ -9,6 +9,8 @@
 #define S2S_INLINE inline __attribute__((always_inline))
 #define S2S_LAMBDA __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"
+// Vec as an argument of a template loses its alignment and aliasing, which only memory needs.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 
 namespace seq2seq_fast {
 namespace {
@@ -61,6 +63,14 @@ S2S_INLINE float sum(Vec x) {
   std::memcpy(lanes, &x, sizeof x);
   for (int n = kVec / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
+S2S_INLINE float largest_lane(Vec x) {
+  float lanes[kVec];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int n = kVec / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
   return lanes[0];
 }
 
@@ -122,6 +132,12 @@ S2S_INLINE Vec tanh(Vec x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Vec y = m < 0.625f ? p * z * x + x : (x < 0.f ? -large : large);
+  return x == x ? y : x;
+}
+
+S2S_INLINE Vec sigmoid(Vec x) {
+  const Vec low = x < -87.f ? -87.f + Vec{} : x;
+  const Vec y = 1.f / (1.f + exp_moderate(-(low < 87.f ? low : 87.f + Vec{})));
   return x == x ? y : x;
 }
 

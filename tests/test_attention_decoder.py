@@ -1,0 +1,534 @@
+"""The attention decoder: parity with its reference in plain PyTorch, machinery, bad input."""
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import plain
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import seq2seq_fast as s2s
+from seq2seq_fast.training import train
+
+MODULES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+ORDERS = [(c, after) for c in MODULES for after in (False, True)]
+
+
+def problem(
+    cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
+    dropout=False, feedback=(), strided=False, seed=0, V=9,
+):  # fmt: skip
+    """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        if strided:
+            x = torch.randn(*shape[:-1], 2 * shape[-1], generator=g, dtype=torch.float64)[..., ::2]
+            return x.requires_grad_()
+        return torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    torch.manual_seed(seed)
+    weights = MODULES[cell_type](E + D, H, L, dtype=torch.float64).all_weights
+    args = {
+        "inputs": draw(B, T, E),
+        "hidden": draw(L, B, H),
+        "cell": draw(L, B, H) if cell_type == "lstm" else None,
+        "layers": [[w.detach().requires_grad_() for w in layer] for layer in weights],
+        "cell_type": cell_type,
+        "query_after": after,
+    }
+    if attention:
+        args |= {"query": (draw(A, H), draw(A)), "keys": draw(B, S, A), "values": draw(B, S, D)}
+        mask = torch.rand(B, S, generator=g) < 0.7
+        mask[0] = False  # a source that is masked everywhere
+        args |= {"v": draw(A), "mask": mask}
+    if after or not attention:
+        args["context"] = draw(B, D)
+    if dropout:
+        args["dropout"] = (torch.rand(L - 1, B, T, H, generator=g) < 0.7).double() / 0.7
+    if feedback:
+        factors = torch.rand(B, T, E, generator=g).double() if dropout else None
+        args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, H + D), draw(V), factors)
+    return args
+
+
+def tensors(args):
+    """Every tensor of a problem that has a gradient, {name: tensor}."""
+    named = {k: x for k, x in args.items() if isinstance(x, torch.Tensor)}
+    named |= {f"query[{i}]": x for i, x in enumerate(args.get("query", ()))}
+    for i, layer in enumerate(args["layers"]):
+        named |= {f"layers[{i}][{j}]": x for j, x in enumerate(layer)}
+    if "feedback" in args:
+        named["embedding"] = args["feedback"].embedding
+    return {k: x for k, x in named.items() if x.requires_grad}
+
+
+def cast(x, dtype):
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        grad = x.requires_grad
+        return x.detach().to(dtype).requires_grad_(grad)
+    if isinstance(x, s2s.Feedback):
+        return s2s.Feedback(*(cast(y, dtype) for y in x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(cast(y, dtype) for y in x)
+    return {k: cast(y, dtype) for k, y in x.items()} if isinstance(x, dict) else x
+
+
+def results(args, **options):
+    """{name: tensor}: outputs, and every gradient of a sum of all of them."""
+    out = s2s.attention_decoder(**args, **options)._asdict()
+    tokens = out.pop("tokens")
+    out.pop("logits")
+    out = {name: x for name, x in out.items() if x is not None}
+    g = torch.Generator().manual_seed(7)
+    loss = 0
+    for x in out.values():
+        loss = loss + (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x)).sum()
+    leaves = tensors(args)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    zeros = {n: torch.zeros_like(x) for n, x in leaves.items()}
+    found = {f"d{n}": zeros[n] if g is None else g for n, g in zip(leaves, grads, strict=True)}
+    return {n: x.detach() for n, x in (out | found).items()}, tokens
+
+
+@st.composite
+def problems(draw):
+    largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
+    sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
+    T, attention = sizes["T"], draw(st.booleans()) or draw(st.booleans())
+    fed_back = draw(st.sets(st.integers(1, T - 1))) if T > 1 else ()
+    return problem(
+        draw(st.sampled_from([*MODULES])),
+        L=draw(st.integers(1, 3)),
+        **sizes,
+        attention=attention,
+        after=attention and draw(st.booleans()),
+        dropout=draw(st.booleans()),
+        feedback=sorted(fed_back),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    ), draw(st.booleans())
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems())
+def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn):
+    """Errors against float64: at most twice plain PyTorch's in float32, plus rounding."""
+    args, recompute = drawn
+    args32 = cast(args, torch.float32)
+    exact, tokens = results(args, backend="reference")
+    ours, our_tokens = results(args32, recompute=recompute)
+    theirs, their_tokens = results(args32, backend="reference")
+    if tokens is not None:  # a tie that rounding decides is another problem
+        assume(torch.equal(tokens, our_tokens) and torch.equal(tokens, their_tokens))
+    eps, T = torch.finfo(torch.float32).eps, args["inputs"].shape[1]
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name, want in exact.items():
+        if want.numel() == 0:
+            continue
+        error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
+        # Terms are of size 1, and may cancel; a sum over steps is rounded at each of them.
+        rounding = 4 * eps * T * max(want.abs().max().item(), 1)
+        assert error <= 2 * allowed + rounding, (name, error, allowed, rounding)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_in_float64_it_is_the_reference(drawn):
+    args, recompute = drawn
+    want, ours = results(args, backend="reference"), results(args, recompute=recompute)
+    if want[1] is not None:
+        assert torch.equal(want[1], ours[1])
+    for name, x in want[0].items():
+        torch.testing.assert_close(ours[0][name], x, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(("cell_type", "after"), ORDERS)
+def test_gradcheck(cell_type, after):
+    args = problem(cell_type, B=2, T=3, S=3, E=2, H=3, A=2, D=2, after=after, dropout=True)
+    leaves = tensors(args)
+
+    def run(*_):
+        out = s2s.attention_decoder(**args)
+        return tuple(x for x in out[:5] if x is not None)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=True)
+
+
+DECODERS = [
+    (cell_type, attention, after)
+    for cell_type, attention, after in itertools.product(MODULES, (True, False), (False, True))
+    if attention or not after
+]
+
+
+def decoder_and_source(cell_type, attention, after, B=3, S=6):
+    torch.manual_seed(0)
+    decoder = s2s.Decoder(
+        9, 4, 7, 2, 0.0, cell_type=cell_type, attention=attention, query_after=after,
+        encoder_dim=10, attention_dim=5,
+    )  # fmt: skip
+    hidden = torch.randn(2, B, 7)
+    cell = torch.randn(2, B, 7) if cell_type == "lstm" else None
+    if not attention:
+        return decoder, hidden, cell, (torch.randn(B, 10),)
+    mask = torch.rand(B, S) < 0.7
+    mask[:, 0] = True
+    return decoder, hidden, cell, (torch.randn(B, S, 10), mask)
+
+
+@pytest.mark.parametrize(("cell_type", "attention", "after"), DECODERS)
+def test_the_sequence_is_its_steps(cell_type, attention, after):
+    """Decoder.forward token by token, its argmax fed back or not, against one call."""
+    decoder, hidden, cell, source = decoder_and_source(cell_type, attention, after)
+    tokens, feedback = torch.randint(9, (3, 6)), [2, 3, 5]
+    state, logits = (hidden, cell), []
+    context = {}
+    for t in range(6):
+        token = logits[-1].argmax(-1) if t in feedback else tokens[:, t]
+        step, *state = decoder(token, *state[:2], *source, **context)
+        context = {"context": state[2]} if after else {}
+        logits.append(step)
+    out = decoder.run(tokens, s2s.DecoderState(hidden, cell), decoder.source(*source), feedback)
+    features = torch.cat([out.outputs, out.contexts], -1)
+    torch.testing.assert_close(decoder.fc_out(features), torch.stack(logits, 1))
+    torch.testing.assert_close(out.hidden, state[0])
+    if cell is not None:
+        torch.testing.assert_close(out.cell, state[1])
+    assert torch.equal(out.tokens, torch.stack([logits[t - 1].argmax(-1) for t in feedback], 1))
+    for t in feedback:
+        torch.testing.assert_close(out.logits[:, t], logits[t - 1])
+
+
+MODELS = {
+    "gru, query after, all widths apart": dict(
+        cell_type="gru", bidirectional=True, bridge_dim=11, H=11, encoder_dim=16, attention_dim=5,
+        query_after=True,
+    ),
+    "lstm, bidirectional, bridge": dict(
+        cell_type="lstm", bidirectional=True, bridge_dim=11, H=11, encoder_dim=16
+    ),
+    "rnn, bidirectional": dict(cell_type="rnn", bidirectional=True, H=16),
+    "lstm, no attention": dict(cell_type="lstm", H=8, attention=False),
+    "lstm, recompute": dict(cell_type="lstm", H=8, recompute=True),
+}  # fmt: skip
+
+
+def model(options, dropout=0.0):
+    options = dict(options)
+    H, cell_type = options.pop("H"), options["cell_type"]
+    of_encoder = {k: options.pop(k) for k in ("bidirectional", "bridge_dim") if k in options}
+    torch.manual_seed(0)
+    encoder = s2s.Encoder(11, 6, 8, 2, dropout, cell_type=cell_type, **of_encoder)
+    return s2s.Seq2Seq(encoder, s2s.Decoder(9, 6, H, 2, dropout, **options), pad_idx=0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_models_of_all_kinds_against_plain_pytorch(options, ratio):
+    torch.manual_seed(1)
+    src, trg = torch.randint(1, 11, (3, 7)), torch.randint(9, (3, 6))
+    src[1, 4:] = 0
+    found = []
+    for backend in ("native", "reference"):
+        m = model(options, dropout=0.3).double()
+        torch.manual_seed(2)
+        random.seed(2)
+        with s2s.use_backend(backend):
+            logits = m(src, trg, ratio)
+            loss = F.cross_entropy(logits[:, 1:].flatten(0, 1), trg[:, 1:].flatten())
+            loss.backward()
+        assert (logits[:, 0] == 0).all()
+        # Parameters that play no part (Va's bias, a bridge's cell) have no gradient or zero.
+        grads = {n: p.grad if p.grad is not None else p * 0 for n, p in m.named_parameters()}
+        found.append({"logits": logits, **grads})
+        with torch.no_grad(), s2s.use_backend(backend):
+            random.seed(2)
+            torch.manual_seed(2)
+            torch.testing.assert_close(m(src, trg, ratio), logits)
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want, msg=name)
+
+
+def test_training_curves_are_those_of_plain_pytorch():
+    """200 steps of the fused model, its reference and the tutorial's code: the same losses."""
+    src, trg = torch.randint(1, 11, (4, 16, 6)), torch.randint(9, (4, 16, 5))
+    batches = [SimpleNamespace(src=x, trg=y) for x, y in zip(src, trg, strict=True)] * 2
+    curves = []
+    torch.manual_seed(0)
+    start = plain.Seq2Seq(
+        plain.Encoder(11, 6, 16, 2, 0), plain.Decoder(9, 6, 16, 2, 0)
+    ).state_dict()
+    for kind, backend in ((s2s, "native"), (s2s, "reference"), (plain, "native")):
+        m = kind.Seq2Seq(kind.Encoder(11, 6, 16, 2, 0), kind.Decoder(9, 6, 16, 2, 0))
+        m.load_state_dict(start)
+        optimizer = torch.optim.Adam(m.parameters(), 3e-3)
+        random.seed(0)
+        with s2s.use_backend(backend):
+            criterion = nn.CrossEntropyLoss()
+            curves.append([train(m, batches, optimizer, criterion, 1.0) for _ in range(25)])
+    fused, reference, tutorial = torch.tensor(curves)
+    assert fused[-1] < 0.8 * fused[0]
+    assert (fused[:5] - reference[:5]).abs().max() < 1e-5
+    # Rounding grows with the steps: as far apart as two spellings in plain PyTorch are.
+    room = 1e-4 + 10 * (reference - tutorial).abs().max()
+    assert (fused - reference).abs().max() < room
+
+
+@pytest.mark.parametrize("T", [0, 1])
+@pytest.mark.parametrize("attention", [True, False])
+def test_no_step_and_one_step(T, attention):
+    args = cast(problem(T=T, attention=attention), torch.float32)
+    out = s2s.attention_decoder(**args)
+    assert out.outputs.shape == (3, T, 7) and out.contexts.shape == (3, T, 3)
+    if T == 0:
+        assert torch.equal(out.hidden, args["hidden"]) and torch.equal(out.cell, args["cell"])
+    found, want = results(args), results(args, backend="reference")
+    for name, x in want[0].items():
+        torch.testing.assert_close(found[0][name], x, msg=name)
+
+
+def test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient():
+    args = cast(problem(), torch.float32)  # whose first source is
+    found, _ = results(args)
+    assert (found["contexts"][0] == 0).all() and (found["weights"][0] == 0).all()
+    assert all((found[name][0] == 0).all() for name in ("dkeys", "dvalues"))
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    args = cast(problem(dropout=True, after=True, feedback=[2]), dtype)
+    (found, tokens), (want, same) = results(args), results(cast(args, torch.float32))
+    assert torch.equal(tokens, same)
+    for name, x in found.items():
+        assert x.dtype == dtype
+        if not name.startswith("d"):  # gradients: of outputs whose cotangents were rounded too
+            torch.testing.assert_close(x, want[name].to(dtype), msg=name)
+        else:
+            scale = want[name].abs().max().item()
+            torch.testing.assert_close(x.float(), want[name], rtol=0.05, atol=0.02 * scale)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_autocast_of_a_model(ratio):
+    m = model({"cell_type": "lstm", "H": 8})
+    src, trg = torch.randint(1, 11, (3, 7)), torch.randint(9, (3, 6))
+    want = m(src, trg, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = m(src, trg, ratio)
+        logits.float().square().mean().backward()  # inside, where products would be cast
+    assert logits.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in m.parameters())
+    if ratio == 1.0:
+        torch.testing.assert_close(logits.float(), want, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_the_results_alone(dtype):
+    args = cast(problem(), torch.float32)
+    want = s2s.attention_decoder(**args)
+    with torch.autocast("cpu", dtype):
+        found = s2s.attention_decoder(**args | {"keys": args["keys"].to(dtype).float()})
+        mixed = s2s.attention_decoder(**args | {"keys": args["keys"].to(dtype)})
+        double = s2s.attention_decoder(**problem())
+    for a, b, c, d in zip(found[:5], mixed[:5], double[:5], want[:5], strict=True):
+        assert a.dtype == dtype and c.dtype == torch.float64 and torch.equal(a, b)
+        torch.testing.assert_close(a.float(), d, rtol=0.05, atol=0.05)
+
+
+def test_each_gradient_alone_is_the_one_of_all():
+    args = problem(after=True, dropout=True)
+    every = results(args)[0]
+    for name, leaf in tensors(args).items():
+        frozen = [x for x in tensors(args).values() if x is not leaf]
+        for x in frozen:
+            x.requires_grad_(False)
+        out = results(args)[0]
+        assert [n for n in out if n.startswith("d")] == [f"d{name}"]
+        torch.testing.assert_close(out[f"d{name}"], every[f"d{name}"], rtol=0, atol=0)
+        for x in frozen:
+            x.requires_grad_()
+
+
+def test_double_backward_raises():
+    args = problem()
+    out = s2s.attention_decoder(**args)
+    (grad,) = torch.autograd.grad(out.outputs.square().sum(), args["inputs"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward; use backend='reference'"):
+        grad.sum().backward()
+    out = s2s.attention_decoder(**args, backend="reference")
+    (grad,) = torch.autograd.grad(out.outputs.square().sum(), args["inputs"], create_graph=True)
+    grad.sum().backward()
+
+
+def test_prepared_keys_and_a_second_backward_change_nothing():
+    args = cast(problem(), torch.float32)
+    out = s2s.attention_decoder(**args)
+    prepared = s2s.attention_decoder(**args | {"keys": s2s.prepare_keys(args["keys"])})
+    leaves = list(tensors(args).values())
+    want = torch.autograd.grad(out.outputs.sum(), leaves, retain_graph=True)
+    for again in (out, prepared):
+        found = torch.autograd.grad(again.outputs.sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_dropout_is_torchs_and_reproducible():
+    args = cast(problem(T=50, H=64), torch.float32)
+    torch.manual_seed(3)
+    a = s2s.attention_decoder(**args, dropout=0.5).outputs
+    torch.manual_seed(3)
+    b = s2s.attention_decoder(**args, dropout=0.5).outputs
+    c = s2s.attention_decoder(**args, dropout=0.5).outputs
+    assert torch.equal(a, b) and not torch.equal(b, c)
+
+
+@pytest.mark.parametrize("options", [{}, {"after": True, "dropout": True}, {"attention": False}])
+@pytest.mark.parametrize("cell_type", MODULES)
+def test_opcheck(cell_type, options):
+    """The ops as they are called, forward and backward, with what they are called with."""
+    called = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name().startswith("seq2seq_fast::attention_decoder"):
+                called.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    args = cast(problem(cell_type, feedback=[2, 3], **options), torch.float32)
+    with Record():
+        results(args)
+    assert {f.name() for f, _ in called} == {
+        "seq2seq_fast::attention_decoder",
+        "seq2seq_fast::attention_decoder_backward",
+    }
+    for function, arguments in called:
+        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+        torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph(backend):
+    args = cast(problem(dropout=True), torch.float32)
+    leaves = list(tensors(args).values())
+
+    def run(args):
+        out = s2s.attention_decoder(**args)
+        return out.outputs.sin().sum() + out.contexts.sum() + out.cell.square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    found = []
+    for f in (run, compiled):
+        loss = f(args)
+        found.append((loss, *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def good():
+    return cast(problem(B=2, T=3), torch.float32)
+
+
+def with_args(**changes):
+    return lambda: s2s.attention_decoder(**(good() | changes))
+
+
+X = torch.zeros
+FEED = s2s.Feedback([1], X(9, 4), X(9, 10), X(9))
+BAD = {
+    "cell_type": (with_args(cell_type="lsm"), ValueError, "cell_type: got 'lsm', expected one of"),
+    "inputs rank": (with_args(inputs=X(2, 4)), ValueError, r"inputs: got shape \(2, 4\)"),
+    "inputs ids": (with_args(inputs=X(2, 3, dtype=torch.int64)), TypeError, "inputs: got torch.i"),
+    "hidden layers": (
+        with_args(hidden=X(1, 2, 7)),
+        ValueError,
+        r"hidden: got shape \(1, 2, 7\), expected \(L, B, H\) = \(2, 2, any\)",
+    ),
+    "hidden list": (with_args(hidden=[1]), TypeError, "hidden: got list"),
+    "hidden device": (with_args(hidden=X(2, 2, 7, device="meta")), ValueError, "hidden: is on me"),
+    "cell missing": (with_args(cell=None), TypeError, "cell: got NoneType"),
+    "cell of a gru": (with_args(cell_type="gru"), ValueError, "cell: got a Tensor, expected None"),
+    "no layers": (with_args(layers=[], hidden=X(0, 2, 7), cell=X(0, 2, 7)), ValueError, "L and H"),
+    "a layer's tensors": (with_args(layers=[[X(1)]] * 2), ValueError, r"layers\[0\]: got 1"),
+    "a layer's width": (
+        with_args(layers=[[X(28, 8), *good()["layers"][0][1:]]] * 2),
+        ValueError,
+        r"layers\[0\]\[0\]: got shape \(28, 8\), expected \(gates, inputs\) = \(28, 7\)",
+    ),
+    "keys missing": (with_args(keys=None), ValueError, "keys: got None, expected all of"),
+    "keys batch": (with_args(keys=X(3, 6, 5)), ValueError, "keys: got shape"),
+    "keys dtype": (with_args(keys=X(2, 6, 5).double()), TypeError, "keys: got torch.float64"),
+    "keys empty": (
+        with_args(keys=X(2, 0, 5), values=X(2, 0, 3)),
+        ValueError,
+        "keys: .* S and A above 0",
+    ),
+    "values": (with_args(values=X(2, 5, 3)), ValueError, "values: got shape"),
+    "query": (with_args(query=(X(5, 6), X(5))), ValueError, r"query\[0\]: got shape"),
+    "v": (with_args(v=X(6)), ValueError, "v: got shape"),
+    "mask dtype": (with_args(mask=X(2, 6)), TypeError, "mask: got torch.float32"),
+    "mask shape": (with_args(mask=X(2, 5).bool()), ValueError, "mask: got shape"),
+    "context": (with_args(context=X(2, 4)), ValueError, "context: got shape"),
+    "dropout": (with_args(dropout=1.5), ValueError, "dropout: got 1.5"),
+    "dropout shape": (with_args(dropout=X(1, 2, 4, 7)), ValueError, "dropout: got shape"),
+    "feedback first": (with_args(feedback=FEED._replace(steps=[0])), ValueError, "feedback.steps"),
+    "feedback last": (with_args(feedback=FEED._replace(steps=[3])), ValueError, "feedback.steps"),
+    "feedback order": (
+        with_args(feedback=FEED._replace(steps=[2, 1])),
+        ValueError,
+        r"feedback.steps: got \[2, 1\], expected steps 1 to 2, ascending",
+    ),
+    "feedback width": (
+        with_args(feedback=FEED._replace(weight=X(9, 9))),
+        ValueError,
+        "feedback.weight: got shape",
+    ),
+    "backend": (with_args(backend="fast"), ValueError, "backend: got 'fast'"),
+    "decoder's cell": (lambda: s2s.Decoder(9, 4, 7, 2, 0, cell_type="x"), ValueError, "cell"),
+    "encoder's bridge": (lambda: s2s.Encoder(9, 4, 7, 2, 0, bridge_dim=0), ValueError, "bridge"),
+    "attention's key_dim": (lambda: s2s.Attention(7, key_dim=-1), ValueError, "key_dim: got -1"),
+    "model's cell types": (
+        lambda: s2s.Seq2Seq(
+            s2s.Encoder(9, 4, 7, 2, 0.0), s2s.Decoder(9, 4, 7, 2, 0.0, cell_type="gru")
+        ),
+        ValueError,
+        "decoder: has cell_type gru, expected lstm",
+    ),
+    "model's encoder width": (
+        lambda: s2s.Seq2Seq(
+            s2s.Encoder(9, 4, 7, 2, 0.0, bidirectional=True, bridge_dim=7),
+            s2s.Decoder(9, 4, 7, 2, 0.0),
+        ),
+        ValueError,
+        "decoder: has encoder_dim 7, expected 14",
+    ),
+    "a step's context": (
+        lambda: s2s.Decoder(9, 4, 7, 1, 0.0)(
+            torch.ones(2, dtype=torch.long), X(1, 2, 7), X(1, 2, 7), X(2, 3, 7), context=X(2, 7)
+        ),
+        ValueError,
+        "context: got a Tensor, expected None without query_after",
+    ),
+    "a mask without attention": (
+        lambda: s2s.Decoder(9, 4, 7, 1, 0.0, attention=False).source(X(2, 7), X(2, 3).bool()),
+        ValueError,
+        "mask: got a Tensor, expected None",
+    ),
+    "a fixed context's width": (
+        lambda: s2s.Decoder(9, 4, 7, 1, 0.0, attention=False).source(X(2, 8)),
+        ValueError,
+        r"encoder_outputs: got shape \(2, 8\), expected \(B, D\) = \(any, 7\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
