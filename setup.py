@@ -33,8 +33,10 @@ def find_nvcc() -> str | None:
 
 
 class BuildCuda(Command):
-    """Compiles csrc/cuda/*.cu, each for all architectures, into build/cuda/HASH: NAME.o, and NAME.txt
-    with what ptxas says of it. HASH is that of everything the objects depend on."""
+    """Compiles csrc/cuda/*.cu, each for all architectures, into build/cuda/HASH.
+
+    NAME.o, and NAME.txt with what ptxas says of it; HASH is that of all that they depend on.
+    """
 
     description = "compile the CUDA kernels; needs nvcc, no GPU and no PyTorch with CUDA"
     user_options = []

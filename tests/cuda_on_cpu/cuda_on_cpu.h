@@ -43,6 +43,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -77,7 +80,7 @@ inline std::function<void()> kernel;
 inline dim3 block_index, block_size, grid_size;
 inline std::vector<float> shared;
 inline std::mt19937 draw(0);
-inline int multiprocessors = 4;  // few, so that small shapes are split as large ones are
+inline int multiprocessors = 16;
 
 inline void wait(Wait reason) {
   current->wait = reason;
@@ -155,7 +158,7 @@ inline void run_block(int threads, size_t shared_floats) {
     STD_TORCH_CHECK(std::isnan(shared[shared_floats + i]), "a write past the shared memory");
 }
 
-inline void run(int64_t blocks, dim3 size, size_t shared_floats) {
+inline void run(dim3 grid, dim3 size, size_t shared_floats) {
   const int threads = static_cast<int>(size.x * size.y * size.z);
   STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
   while (fibers.size() < static_cast<size_t>(threads)) {
@@ -163,12 +166,12 @@ inline void run(int64_t blocks, dim3 size, size_t shared_floats) {
     fibers.back()->stack = std::make_unique<char[]>(kStack);
   }
   block_size = size;
-  grid_size = dim3(static_cast<unsigned>(blocks));
-  std::vector<unsigned> order(blocks);
+  grid_size = grid;
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), draw);
   for (unsigned block : order) {
-    block_index = dim3(block, 0, 0);
+    block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
     run_block(threads, shared_floats);
   }
 }
@@ -244,7 +247,6 @@ inline float blur(float x, float y, int most) {
 }
 inline float reciprocal(float x) { return blur(x, 1.f / x, 1); }
 inline float exp2_approximate(float x) { return blur(x, std::exp2(x), 2); }
-inline float min_or_nan(float x, float y) { return x != x ? x : std::min(x, y); }
 
 inline void copy_async(float* shared, const float* global) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0, "a misaligned copy");
@@ -266,10 +268,10 @@ class Device {
  public:
   explicit Device(const torch::stable::Tensor&) {}
   template <typename... P>
-  void launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+  void launch(void (*kernel)(P...), Grid grid, dim3 threads, int64_t shared_floats,
               std::type_identity_t<P>... arguments) const {
     cuda_on_cpu::kernel = [&] { kernel(arguments...); };
-    cuda_on_cpu::run(blocks, threads, static_cast<size_t>(shared_floats));
+    cuda_on_cpu::run(dim3(grid.x, grid.y, grid.z), threads, static_cast<size_t>(shared_floats));
   }
   void zero(void* data, int64_t bytes) const { std::memset(data, 0, static_cast<size_t>(bytes)); }
 

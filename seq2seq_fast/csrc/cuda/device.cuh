@@ -4,6 +4,17 @@
 #pragma once
 #include <cstdint>
 
+namespace seq2seq_fast {
+
+// Blocks of a launch.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+  Grid(int64_t x_) : x(x_) {}
+  Grid(int64_t x_, int64_t y_, int64_t z_) : x(x_), y(y_), z(z_) {}
+};
+
+}  // namespace seq2seq_fast
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,11 +46,6 @@ __device__ __forceinline__ float reciprocal(float x) {
 // 2^x with an error of two units in the last place, 0 in place of subnormal numbers.
 __device__ __forceinline__ float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-// The smaller one, NaN if x is.
-__device__ __forceinline__ float min_or_nan(float x, float y) {
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
   return x;
 }
 

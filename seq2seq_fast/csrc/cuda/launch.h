@@ -33,14 +33,16 @@ class Device {
   }
 
   template <typename... P>
-  void launch(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+  void launch(void (*kernel)(P...), Grid grid, dim3 threads, int64_t shared_floats,
               std::type_identity_t<P>... arguments) const {
-    if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks < int64_t{1} << 31, "seq2seq_fast: a launch of ", blocks, " blocks");
+    if (grid.x == 0) return;
+    STD_TORCH_CHECK(grid.x < int64_t{1} << 31 && grid.y < 65536 && grid.z < 65536,
+                    "seq2seq_fast: too many blocks: ", grid.x, ", ", grid.y, ", ", grid.z);
     const auto bytes = static_cast<int>(shared_floats * sizeof(float));
     if (bytes > 48 * 1024)
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream_>>>(arguments...);
+    const dim3 blocks(grid.x, grid.y, grid.z);
+    kernel<<<blocks, threads, bytes, stream_>>>(arguments...);
     check_cuda(cudaGetLastError());
   }
 

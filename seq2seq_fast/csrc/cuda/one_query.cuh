@@ -9,6 +9,8 @@
 // that exponentials need not be kept: 2^(c k + c q) with c = 2 / ln 2, which costs little beside
 // the bytes.
 #pragma once
+#include <type_traits>
+
 #include "pairs.cuh"
 #include "softmax.cuh"
 
@@ -17,7 +19,8 @@ namespace seq2seq_fast {
 constexpr int kOneQueryWarps = 8, kOneQueryThreads = kWarp * kOneQueryWarps, kKeysOfWarp = 4;
 // 2^(c k + c q) loses what c q was rounded by; with a larger query, tanh itself.
 constexpr float kMostRawQuery = 8.f;
-constexpr float kMostRawV = 1e3f;  // with which a pair stays finite
+// Denominators and |v| with which a pair stays finite.
+constexpr float kMostRawDenominator = 1e30f, kMostRawV = 1e3f;
 constexpr float kToPowerOfTwo = 2.f * 1.44269504f;
 
 struct OneQueryArguments {
@@ -39,10 +42,17 @@ __host__ __device__ inline int64_t one_query_shared_floats(int H, int keys) {
 }
 
 // Four neighbours, aligned to all of them.
-template <typename T>
-__device__ __forceinline__ float4 load_four(const T* from) {
-  struct alignas(4 * sizeof(T)) Four {
-    T x[4];
+__device__ __forceinline__ float4 load_four(const float* from) {
+  return *reinterpret_cast<const float4*>(from);
+}
+__device__ __forceinline__ float4 load_four(const BFloat16* from) {  // the upper half of a float32
+  const uint2 x = *reinterpret_cast<const uint2*>(from);
+  return make_float4(__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u),
+                     __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u));
+}
+__device__ __forceinline__ float4 load_four(const Half* from) {
+  struct alignas(8) Four {
+    Half x[4];
   };
   const Four four = *reinterpret_cast<const Four*>(from);
   return make_float4(to_float(four.x[0]), to_float(four.x[1]), to_float(four.x[2]),
@@ -79,19 +89,31 @@ __device__ __forceinline__ float warp_sum_of_four(const float (&x)[4]) {
   return sum;
 }
 
-enum class Form { kSmallPowers, kPowers, kRaw, kTanh };
+enum class Form { kSmallPowers, kPowers, kRaw, kRaw16, kTanh };
 
+// Of Form::kRaw and kRaw16, the largest denominator comes back in `most`. The latter, beside keys of
+// 16 bits, rounds at the size of v and saves an instruction: what it adds is v1 tanh + v2 tanh less
+// v1 + v2.
 template <Form form>
-__device__ __forceinline__ void add_four(float& sum, float4 q, float4 k, float one, float4 v) {
+__device__ __forceinline__ void add_four(float& sum, float& most, float4 q, float4 k, float one,
+                                         float4 v) {
   if constexpr (form == Form::kTanh) {
     sum += v.x * tanhf(q.x + k.x) + v.y * tanhf(q.y + k.y);
     sum += v.z * tanhf(q.z + k.z) + v.w * tanhf(q.w + k.w);
-  } else if constexpr (form == Form::kRaw) {  // q = c q; up to 2^60 a pair stays finite
-    const auto x = [](float q, float k) {
-      return exp2_approximate(min_or_nan(k * kToPowerOfTwo + q, 60.f));
+  } else if constexpr (form == Form::kRaw || form == Form::kRaw16) {
+    const auto add = [&](float q1, float q2, float k1, float k2, float v1, float v2) {
+      const float x1 = exp2_approximate(k1 * kToPowerOfTwo + q1);
+      const float x2 = exp2_approximate(k2 * kToPowerOfTwo + q2);
+      if constexpr (form == Form::kRaw) {
+        most = fmaxf(most, add_pair<Path::kPairs>(sum, 0.5f, 0.5f, x1, x2, v1, v2));
+      } else {
+        const float u1 = 0.5f * x1 + 0.5f, u2 = 0.5f * x2 + 0.5f, denominator = u1 * u2;
+        sum -= (v1 * u2 + v2 * u1) * reciprocal(denominator);
+        most = fmaxf(most, denominator);
+      }
     };
-    add_pair<Path::kPairs>(sum, 0.5f, 0.5f, x(q.x, k.x), x(q.y, k.y), v.x, v.y);
-    add_pair<Path::kPairs>(sum, 0.5f, 0.5f, x(q.z, k.z), x(q.w, k.w), v.z, v.w);
+    add(q.x, q.y, k.x, k.y, v.x, v.y);
+    add(q.z, q.w, k.z, k.w, v.z, v.w);
   } else if constexpr (form == Form::kSmallPowers) {
     add_pair<Path::kSmall>(sum, q.x, q.y, k.x, k.y, v.x, v.y);
     add_pair<Path::kSmall>(sum, q.z, q.w, k.z, k.w, v.z, v.w);
@@ -135,30 +157,45 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
     max_v = larger(max_v, scratch[2 * w + 1]);
   }
 
+  float sum_of_v = 0.f;  // of a lane's features
+  for (int h = 4 * lane; h < Hp; h += 4 * kWarp) {
+    const float4 v4 = load_four(vs + h);
+    sum_of_v += (v4.x + v4.y) + (v4.z + v4.w);
+  }
+
   // Scores. Keys of a warp's four behind the last one are that one again.
 #pragma unroll 1
   for (int s = warp * kKeysOfWarp; s < n_s; s += kOneQueryWarps * kKeysOfWarp) {
     float sums[kKeysOfWarp] = {};
     const auto add_keys = [&]<Form form>(float one) {
       constexpr bool powers = form == Form::kPowers || form == Form::kSmallPowers;
+      using Key = std::conditional_t<powers, float, T>;
       const float* const q = qs + (form == Form::kSmallPowers || form == Form::kTanh ? Hp : 0);
-      const float* p[kKeysOfWarp];
-      const T* k[kKeysOfWarp];
+      const Key* k[kKeysOfWarp];
 #pragma unroll
       for (int j = 0; j < kKeysOfWarp; ++j) {
         const int64_t key = s0 + min(s + j, n_s - 1);
-        p[j] = powers ? a.powers.row(b, key) : nullptr;
-        k[j] = static_cast<const T*>(a.keys.data) + b * a.keys.stride[0] + key * a.keys.stride[1];
+        if constexpr (powers) {
+          k[j] = a.powers.row(b, key) + 4 * lane;
+        } else {
+          k[j] = static_cast<const T*>(a.keys.data) + b * a.keys.stride[0] +
+                 key * a.keys.stride[1] + 4 * lane;
+        }
       }
+      float most = 0.f;
 #pragma unroll 2
       for (int h = 4 * lane; h < (powers ? Hp : a.H); h += 4 * kWarp) {
         const float4 q4 = load_four(q + h), v4 = load_four(vs + h);
 #pragma unroll
-        for (int j = 0; j < kKeysOfWarp; ++j)
-          add_four<form>(sums[j], q4, powers ? load_four(p[j] + h) : load_four(k[j] + h), one, v4);
+        for (int j = 0; j < kKeysOfWarp; ++j) {
+          add_four<form>(sums[j], most, q4, load_four(k[j]), one, v4);
+          k[j] += 4 * kWarp;
+        }
       }
+      return most;
     };
     const auto add_one_by_one = [&] {
+#pragma unroll
       for (int j = 0; j < kKeysOfWarp; ++j)
         for (int h = lane; h < a.H; h += kWarp)
           sums[j] += vs[h] * tanhf(a.query(b, t, h) + a.keys(b, s0 + min(s + j, n_s - 1), h));
@@ -172,7 +209,14 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
     } else if (prepared || !a.keys_by_four) {
       add_one_by_one();
     } else if (max_q >= kSmallMagnitude && max_q < kMostRawQuery && max_v < kMostRawV) {
-      add_keys.template operator()<Form::kRaw>(0.f);
+      constexpr Form form = sizeof(T) == 2 ? Form::kRaw16 : Form::kRaw;
+      if constexpr (form == Form::kRaw16)
+        for (float& sum : sums) sum = sum_of_v;
+      const float most = add_keys.template operator()<form>(0.f);
+      if (__any_sync(kAll, most > kMostRawDenominator)) {
+        for (float& sum : sums) sum = 0.f;
+        add_one_by_one();
+      }
     } else {
       add_keys.template operator()<Form::kTanh>(0.f);
     }

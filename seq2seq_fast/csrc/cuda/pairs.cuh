@@ -14,9 +14,10 @@
 
 namespace seq2seq_fast {
 
+// Adds the two to sum, and returns the denominator.
 template <Path path>
-__device__ __forceinline__ void add_pair(float& sum, float q1, float q2, float k1, float k2,
-                                         float v1, float v2) {
+__device__ __forceinline__ float add_pair(float& sum, float q1, float q2, float k1, float k2,
+                                          float v1, float v2) {
   float u, g, z2;
   if constexpr (path == Path::kSmall) {  // q = (exp(2q) - 1) / 2 and k = exp(2k) - 1
     const float z1 = q1 * k1 + (0.5f * k1 + q1);
@@ -28,8 +29,9 @@ __device__ __forceinline__ void add_pair(float& sum, float q1, float q2, float k
     z2 = q2 * k2 - 0.5f;
     g = v1 * u - v1;
   }
-  const float h = v2 * u + g;
-  sum += (z2 * h + g) * reciprocal(z2 * u + u);
+  const float h = v2 * u + g, denominator = z2 * u + u;
+  sum += (z2 * h + g) * reciprocal(denominator);
+  return denominator;
 }
 
 }  // namespace seq2seq_fast
