@@ -76,6 +76,7 @@ class BuildCuda(Command):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.objects = list(pool.map(compile_one, sorted((CSRC / "cuda").glob("*.cu"))))
+        print(self.folder)
 
     def link_flags(self) -> list[str]:
         """The static runtime: the extension then fits whatever runtime PyTorch brings."""

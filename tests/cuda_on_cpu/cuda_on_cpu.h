@@ -133,8 +133,8 @@ inline void run_block(int threads, size_t shared_floats) {
   for (int i = 0; i < threads; ++i) {
     fibers[i]->copies.assign(1, {});
     fibers[i]->wait = Wait::kNothing;
-    fibers[i]->thread = dim3(i % block_size.x, i / block_size.x % block_size.y,
-                             i / block_size.x / block_size.y);
+    fibers[i]->thread =
+        dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
   }
   for (bool begin = true;; begin = false) {
     std::shuffle(order.begin(), order.end(), draw);

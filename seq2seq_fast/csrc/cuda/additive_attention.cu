@@ -1,10 +1,9 @@
 // Launches of attention's kernels, and their registration.
-#include "additive_attention.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "additive_attention.cuh"
 #include "additive_scores.h"
 #include "one_query.h"
 
@@ -26,8 +25,7 @@ Softmax softmax_of(const std::optional<Tensor>& mask, const std::optional<Tensor
   if (!mask) return softmax;
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "expected a bool mask");
   softmax.mask = static_cast<const uint8_t*>(mask->data_ptr());
-  for (int64_t i = 0; i < 3; ++i)
-    softmax.mask_stride[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  for (int64_t i = 0; i < 3; ++i) softmax.mask_stride[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   return softmax;
 }
 
@@ -40,6 +38,7 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
                                    {query_.stride(0), 0, query_.stride(1)})
                             : query_;
   check_attention(query, keys, values, v, mask, score_bias);
+  check_device(query, keys, values, v, mask.value_or(query), score_bias.value_or(query));
   const Device device(query);
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), D = values.size(2);
   Tensor weights = no_t ? empty(query, {B, S}) : empty(query, {B, T, S});
@@ -51,9 +50,13 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
   }
   Tensor scores = empty(query, {B, T, S}, ScalarType::Float);
   make_scores(device, prepare(device, query, keys, v, powers), query, keys, scores);
-  const SoftmaxArguments a{floats_of(scores), softmax_of(mask, score_bias, scale),
-                           weights.data_ptr(), type_of(weights), static_cast<int>(T),
-                           static_cast<int>(S), B * T};
+  const SoftmaxArguments a{floats_of(scores),
+                           softmax_of(mask, score_bias, scale),
+                           weights.data_ptr(),
+                           type_of(weights),
+                           static_cast<int>(T),
+                           static_cast<int>(S),
+                           B * T};
   device.launch(softmax_rows, ceil_div(B * T, kRowWarps), dim3(kWarp, kRowWarps), 0, a);
   const Tensor w = no_t ? view(weights, {B, 1, S}, {S, S, 1}) : weights;
   const Tensor context = bmm(w, values);
@@ -69,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   check_shape(grad_context, B, T, D, "expected grad_context (B, T, D)");
   check_shape(grad_weights, B, T, S, "expected grad_weights (B, T, S)");
   check_shape(weights, B, T, S, "expected weights (B, T, S)");
+  check_device(query, keys, values, v, grad_context, grad_weights, weights);
   const Device device(query);
   const bool need_scores = need_query || need_keys || need_v;
   const auto transposed = [](const Tensor& x) {

@@ -55,8 +55,8 @@ struct SoftmaxBackwardArguments {
 
 // The gradient of softmax's input at x, of that of its output less its mean, the latter weighted.
 __device__ __forceinline__ void store_softmax_gradient(const SoftmaxBackwardArguments& a,
-                                                       int64_t row, int s, float weight,
-                                                       float grad, float mean) {
+                                                       int64_t row, int s, float weight, float grad,
+                                                       float mean) {
   const float x = weight * (grad - mean);
   if (a.grad_bias != nullptr) store(a.grad_bias, a.type, row * a.S + s, x);
   if (a.grad_scores != nullptr) a.grad_scores[row * a.S + s] = a.scale * x;

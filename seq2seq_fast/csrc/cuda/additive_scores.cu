@@ -1,12 +1,11 @@
 // Launches of the additive scores' kernels, and their registration. Memory beyond inputs and
 // outputs: one float32 per element of query and keys, and in backward parts of their gradients
 // where a call is split to fill the GPU; never (B, T, S, H).
-#include "additive_scores.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "additive_scores.cuh"
 #include "additive_scores.h"
 #include "additive_scores_backward.cuh"
 #include "make_powers.cuh"
@@ -17,9 +16,7 @@ namespace {
 
 int64_t padded(int64_t H) { return round_up(H, kFeatures); }
 
-Powers powers_at(float* data, int N, int H) {
-  return {data, N, static_cast<int>(padded(H))};
-}
+Powers powers_at(float* data, int N, int H) { return {data, N, static_cast<int>(padded(H))}; }
 
 void launch_powers(const Device& device, const PowersArguments& a) {
   const int64_t blocks = a.query_blocks + a.key_blocks + (a.to_v != nullptr);
@@ -89,8 +86,8 @@ Plan choose_tile(const Prepared& p, int multiprocessors) {
   constexpr int64_t kWarps = 16, kFewest = 6;
   Plan best{};
   double least = 1e30;
-  for (Plan plan : {plan_of<4, 16, 8>(), plan_of<7, 7, 4>(), plan_of<4, 7, 8>(),
-                    plan_of<4, 8, 4>(), plan_of<4, 4, 4>()})
+  for (Plan plan : {plan_of<4, 16, 8>(), plan_of<7, 7, 4>(), plan_of<4, 7, 8>(), plan_of<4, 8, 4>(),
+                    plan_of<4, 4, 4>(), plan_of<2, 2, 4>()})
     for (int warps_t = 1; warps_t <= kMostWarpsT; warps_t *= 2)
       for (int warps_h = 1; warps_h <= kMostWarpsH; warps_h *= 2) {
         if (warps_h > 1 && warps_h * 2 * kSlice > p.query.Hp) break;
@@ -114,13 +111,28 @@ void make_scores(const Device& device, const Prepared& p, const Tensor& query, c
                  const Tensor& scores) {
   const Plan plan = choose_tile(p, device.multiprocessors);
   const ScoresTile& tile = plan.tile;
-  ScoresArguments a{p.query, p.keys, p.v, view_of(query), view_of(keys), scores.data_ptr(),
-                    type_of(scores), p.T, p.S, p.H};
+  ScoresArguments a{
+      p.query, p.keys, p.v, view_of(query), view_of(keys), scores.data_ptr(), type_of(scores),
+      p.T,     p.S,    p.H};
   a.tiles_t = static_cast<int>(ceil_div(p.T, tile.queries()));
   a.tiles_s = static_cast<int>(ceil_div(p.S, tile.keys()));
   device.launch(plan.kernel, int64_t{p.B} * a.tiles_t * a.tiles_s,
                 dim3(kWarp, tile.warps_t, tile.warps_h), tile.shared_floats(), a);
 }
+
+namespace {
+
+// Warps of a block of backward, each with eight queries of a tile: as many as there can be, unless
+// fewer leave less of the last tile empty.
+int choose_warps(int T) {
+  int best = 1;
+  const auto padded_T = [&](int warps) { return round_up(T, warps * kQueriesOfWarp); };
+  for (int warps = 2; warps <= kMostBackwardWarps; ++warps)
+    if (padded_T(warps) * 8 <= padded_T(best) * 9) best = warps;
+  return best;
+}
+
+}  // namespace
 
 std::array<Tensor, 3> scores_backward(const Device& device, const Prepared& p, const Tensor& grad,
                                       const Tensor& query, const Tensor& keys, const Tensor& v,
@@ -130,22 +142,19 @@ std::array<Tensor, 3> scores_backward(const Device& device, const Prepared& p, c
   a.type = type_of(query);
   a.B = B, a.T = T, a.S = S, a.H = H;
 
-  // As many warps as leave the fewest idle in the last tile of queries; ranges of keys of one
-  // length; ranges of queries only where there would be too few blocks.
-  int warps = 1;
-  const auto queries = [&](int w) { return round_up(T, w * kQueriesOfWarp); };
-  for (int w = 2; w <= kMostBackwardWarps; ++w)
-    if (queries(w) <= queries(warps) || w * kQueriesOfWarp <= T) {
-      if (warps * kQueriesOfWarp < T && queries(w) > queries(warps) * 9 / 8) continue;
-      warps = w;
-    }
+  const int warps = choose_warps(T);
+  // Ranges of keys of one length, shorter where there would be too few warps, and ranges of queries
+  // where there still are.
   const int tiles = static_cast<int>(std::max<int64_t>(1, ceil_div(T, warps * kQueriesOfWarp)));
   a.blocks_h = static_cast<int>(ceil_div(H, kFeaturesOfBlock));
-  a.keys_of_range = static_cast<int>(ceil_div(S, ceil_div(S, kMostKeys)));
+  const int64_t columns = std::max<int64_t>(1, int64_t{B} * a.blocks_h);
+  const int64_t wanted = ceil_div(8 * device.multiprocessors, warps);
+  int most_keys = kMostKeys;
+  while (most_keys > 16 && columns * ceil_div(S, most_keys) * tiles < wanted) most_keys /= 2;
+  a.keys_of_range = static_cast<int>(ceil_div(S, ceil_div(S, most_keys)));
   a.ranges_s = static_cast<int>(ceil_div(S, a.keys_of_range));
-  const int64_t blocks = int64_t{B} * a.blocks_h * a.ranges_s;
-  const int64_t wanted = ceil_div(2 * device.multiprocessors, std::max<int64_t>(1, blocks));
-  a.tiles_of_range = static_cast<int>(ceil_div(tiles, std::min<int64_t>(wanted, tiles)));
+  const int64_t ranges_t = std::min<int64_t>(ceil_div(wanted, columns * a.ranges_s), tiles);
+  a.tiles_of_range = static_cast<int>(ceil_div(tiles, ranges_t));
   a.ranges_t = static_cast<int>(ceil_div(tiles, a.tiles_of_range));
 
   const auto output = [&](const Tensor& like, bool needed) {
@@ -180,6 +189,7 @@ namespace {
 
 Tensor additive_scores_op(Tensor query, Tensor keys, Tensor v) {
   check(query, keys, v);
+  check_device(query, keys, v);
   const Device device(query);
   Tensor scores = empty(query, {query.size(0), query.size(1), keys.size(1)});
   if (goes_one_by_one(query)) {
@@ -196,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward_op(Tensor grad, Tens
                                                                bool need_v) {
   check(query, keys, v);
   check_shape(grad, query.size(0), query.size(1), keys.size(1), "expected grad (B, T, S)");
+  check_device(query, keys, v, grad);
   const Device device(query);
   auto [dq, dk, dv] = scores_backward(device, prepare(device, query, keys, v, std::nullopt), grad,
                                       query, keys, v, {need_query, need_keys, need_v});

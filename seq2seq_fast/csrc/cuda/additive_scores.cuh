@@ -9,14 +9,14 @@
 
 namespace seq2seq_fast {
 
-constexpr int kSlice = 8, kSliceStride = 12;  // floats; 12 spreads eight rows over all banks
+constexpr int kSlice = 8, kSliceStride = 12;     // floats; 12 spreads eight rows over all banks
 constexpr int kMostWarpsT = 2, kMostWarpsH = 8;  // powers of two
 
 struct ScoresArguments {
   Powers query, keys;
-  const float* v;               // (Hp + 1,)
-  View raw_query, raw_keys;     // for the exact path
-  void* scores;                 // (B, T, S) of `type`
+  const float* v;            // (Hp + 1,)
+  View raw_query, raw_keys;  // for the exact path
+  void* scores;              // (B, T, S) of `type`
   Type type;
   int T, S, H;
   int tiles_t, tiles_s;
@@ -39,8 +39,7 @@ struct ScoresTile {
 };
 
 // Scores of a tile one after another, for whatever the pair form cannot hold.
-__device__ void exact_scores(const ScoresArguments& a, int b, int t0, int n_t, int s0,
-                             int n_s) {
+__device__ void exact_scores(const ScoresArguments& a, int b, int t0, int n_t, int s0, int n_s) {
   const int warps = blockDim.x * blockDim.y * blockDim.z / kWarp, lane = threadIdx.x;
   const int warp = threadIdx.y + blockDim.y * threadIdx.z;
   for (int i = warp; i < n_t * n_s; i += warps) {
@@ -55,7 +54,7 @@ __device__ void exact_scores(const ScoresArguments& a, int b, int t0, int n_t, i
 
 // blockDim (32, warps_t, warps_h)
 template <int TT, int SS, int LT>
-__global__ void __launch_bounds__(kWarp* kMostWarpsT* kMostWarpsH, 1)
+__global__ void __launch_bounds__(kWarp * kMostWarpsT * kMostWarpsH, 1)
     additive_scores(ScoresArguments a) {
   constexpr int LS = kWarp / LT;
   const ScoresTile tile{TT, SS, LT, static_cast<int>(blockDim.y), static_cast<int>(blockDim.z)};
@@ -64,8 +63,8 @@ __global__ void __launch_bounds__(kWarp* kMostWarpsT* kMostWarpsH, 1)
   const int t0 = tile_t * tile.queries(), s0 = tile_s * tile.keys();
   const int n_t = a.T - t0 < tile.queries() ? a.T - t0 : tile.queries();
   const int n_s = a.S - s0 < tile.keys() ? a.S - s0 : tile.keys();
-  const Path path = choose_path(a.query.largest(b, t0, n_t), a.keys.largest(b, s0, n_s),
-                                a.v[a.query.Hp]);
+  const Path path =
+      choose_path(a.query.largest(b, t0, n_t), a.keys.largest(b, s0, n_s), a.v[a.query.Hp]);
   if (path == Path::kExact) return exact_scores(a, b, t0, n_t, s0, n_s);
 
   float* const stages = shared_memory();
@@ -85,9 +84,10 @@ __global__ void __launch_bounds__(kWarp* kMostWarpsT* kMostWarpsH, 1)
     const int h = (chunk * tile.warps_h * 2 + piece) * 4;
     for (int row = first_row; row < tile.rows() && h < a.query.Hp; row += step) {
       const int s = row - tile.queries();
-      const float* from = s < 0            ? q_rows + static_cast<int64_t>(min(row, n_t - 1)) * a.query.Hp
-                          : s < tile.keys() ? k_rows + static_cast<int64_t>(min(s, n_s - 1)) * a.query.Hp
-                                            : a.v;
+      const float* from = s < 0 ? q_rows + static_cast<int64_t>(min(row, n_t - 1)) * a.query.Hp
+                          : s < tile.keys()
+                              ? k_rows + static_cast<int64_t>(min(s, n_s - 1)) * a.query.Hp
+                              : a.v;
       copy_async(place(chunk, row), from + h);
     }
     close_copies();
@@ -98,14 +98,14 @@ __global__ void __launch_bounds__(kWarp* kMostWarpsT* kMostWarpsH, 1)
   if (path == Path::kPairs)
     for (int row = first_row, bit = 1; row < tile.rows() - 1; row += step, bit *= 2) {
       const int s = row - tile.queries();
-      if (s < 0 ? a.query.minus_one(b, min(t0 + row, a.T - 1)) : a.keys.minus_one(b, min(s0 + s, a.S - 1)))
+      if (s < 0 ? a.query.minus_one(b, min(t0 + row, a.T - 1))
+                : a.keys.minus_one(b, min(s0 + s, a.S - 1)))
         uneven |= bit;
     }
   const auto even_out = [&](int chunk) {
     for (int row = first_row, bits = uneven; bits; row += step, bits /= 2)
       if (bits % 2)
-        for (int i = 0; i < 4; ++i)
-          place(chunk, row)[i] += row < tile.queries() ? 0.5f : 1.f;
+        for (int i = 0; i < 4; ++i) place(chunk, row)[i] += row < tile.queries() ? 0.5f : 1.f;
   };
 
   float sum[TT][SS] = {};
@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(kWarp* kMostWarpsT* kMostWarpsH, 1)
     wait_copies<1>();
     if (uneven) even_out(chunk);
     __syncthreads();
-    const float* slice =
-        stages + chunk % 2 * tile.stage_floats() + wh * tile.rows() * kSliceStride;
+    const float* slice = stages + chunk % 2 * tile.stage_floats() + wh * tile.rows() * kSliceStride;
     if (chunk * tile.warps_h + wh < slices) {
       if (path == Path::kSmall) {
         add_slice.template operator()<Path::kSmall>(slice);

@@ -127,8 +127,10 @@ static __global__ void __launch_bounds__(kWarp* kMostBackwardWarps, 2)
       row[kGradSums + lane] = sum;
     }
     Path path = path_of(t0, min(tile, last_t - t0));
-    if (!all_finite || !v_last()) path = Path::kExact;
-    else if (path == Path::kSmall && !small()) path = Path::kPairs;
+    if (!all_finite || !v_last())
+      path = Path::kExact;
+    else if (path == Path::kSmall && !small())
+      path = Path::kPairs;
 
     const int my_t = t0 + warp * kQueriesOfWarp;
     float q[kQueriesOfWarp][2], dq[kQueriesOfWarp][2] = {};
@@ -168,8 +170,8 @@ static __global__ void __launch_bounds__(kWarp* kMostBackwardWarps, 2)
       return make_float2(h < a.H ? x(b, n, h) : 0.f, h + 1 < a.H ? x(b, n, h + 1) : 0.f);
     };
     const auto add_exact = [&](int first, int last) {
-      const float2 v = v_last() ? make_float2(1.f, 1.f)
-                              : make_float2(a.v[min(h, Hp)], a.v[min(h + 1, Hp)]);
+      const float2 v =
+          v_last() ? make_float2(1.f, 1.f) : make_float2(a.v[min(h, Hp)], a.v[min(h + 1, Hp)]);
 #pragma unroll 1
       for (int i = 0; i < kQueriesOfWarp && my_t + i < last_t; ++i) {
         const float2 x = raw(a.raw_query, my_t + i);
@@ -194,9 +196,12 @@ static __global__ void __launch_bounds__(kWarp* kMostBackwardWarps, 2)
     for (int step = 0; step < warps; ++step) {
       __syncthreads();
       const int first = (step + warp) % warps * chunk, last = min(n_s, first + chunk);
-      if (path == Path::kPairs) add_chunk.template operator()<Path::kPairs>(first, last);
-      else if (path == Path::kSmall) add_chunk.template operator()<Path::kSmall>(first, last);
-      else add_exact(first, last);
+      if (path == Path::kPairs)
+        add_chunk.template operator()<Path::kPairs>(first, last);
+      else if (path == Path::kSmall)
+        add_chunk.template operator()<Path::kSmall>(first, last);
+      else
+        add_exact(first, last);
     }
     __syncthreads();  // before the next tile's grad takes the place of this one's
 
@@ -208,8 +213,10 @@ static __global__ void __launch_bounds__(kWarp* kMostBackwardWarps, 2)
         if (my_t + i >= last_t || h + j >= a.H) continue;
         const int64_t at = (static_cast<int64_t>(b) * a.T + my_t + i) * a.H + h + j;
         const int64_t part = static_cast<int64_t>(range_s) * a.B * a.T * a.H;
-        if (a.ranges_s == 1) store(a.to_query, a.type, at, (v_last() ? a.v[h + j] : 1.f) * dq[i][j]);
-        else static_cast<float*>(a.to_query)[part + at] = dq[i][j];
+        if (a.ranges_s == 1)
+          store(a.to_query, a.type, at, (v_last() ? a.v[h + j] : 1.f) * dq[i][j]);
+        else
+          static_cast<float*>(a.to_query)[part + at] = dq[i][j];
       }
   }
 
@@ -222,8 +229,10 @@ static __global__ void __launch_bounds__(kWarp* kMostBackwardWarps, 2)
       for (int j = 0; j < 2; ++j) {
         const float dk = j == 0 ? key.z : key.w;
         if (h + j >= a.H) continue;
-        if (a.ranges_t == 1) store(a.to_keys, a.type, at + j, (v_last() ? a.v[h + j] : 1.f) * dk);
-        else static_cast<float*>(a.to_keys)[part + at + j] = dk;
+        if (a.ranges_t == 1)
+          store(a.to_keys, a.type, at + j, (v_last() ? a.v[h + j] : 1.f) * dk);
+        else
+          static_cast<float*>(a.to_keys)[part + at + j] = dk;
       }
     }
   if (a.to_v == nullptr) return;

@@ -34,8 +34,10 @@ __device__ __forceinline__ float to_float(Half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4) return x;
-  else return T(x);
+  if constexpr (sizeof(T) == 4)
+    return x;
+  else
+    return T(x);
 }
 
 // 1 / x with an error of one unit in the last place; x and 1 / x must be normal numbers.
@@ -79,9 +81,12 @@ __device__ __forceinline__ float load(const void* data, Type type, int64_t at) {
   return to_float(static_cast<const BFloat16*>(data)[at]);
 }
 __device__ __forceinline__ void store(void* data, Type type, int64_t at, float x) {
-  if (type == Type::kFloat) static_cast<float*>(data)[at] = x;
-  else if (type == Type::kHalf) static_cast<Half*>(data)[at] = from_float<Half>(x);
-  else static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(x);
+  if (type == Type::kFloat)
+    static_cast<float*>(data)[at] = x;
+  else if (type == Type::kHalf)
+    static_cast<Half*>(data)[at] = from_float<Half>(x);
+  else
+    static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(x);
 }
 
 // A (B, N, W) tensor of any dtype and strides.
@@ -99,8 +104,7 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-    x = fmaxf(x, __shfl_xor_sync(kAll, x, lanes));
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, lanes));
   return x;
 }
 
@@ -111,7 +115,9 @@ __device__ __forceinline__ float larger(float x, float y) {
                                      : __uint_as_float(magnitude(y));
 }
 
-__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace seq2seq_fast

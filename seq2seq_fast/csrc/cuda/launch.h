@@ -1,5 +1,7 @@
 // Host side of the CUDA kernels: where tensors lie, the current stream, launches.
 #pragma once
+#include <utility>
+
 #include "../checks.h"
 #include "device.cuh"
 
@@ -59,11 +61,22 @@ class Device {
 
 #endif
 
+template <typename... T>
+void check_device(const Tensor& query, const T&... others) {
+  const auto place = [](const Tensor& x) {
+    int32_t type, index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    return std::pair(type, index);
+  };
+  STD_TORCH_CHECK(((place(others) == place(query)) && ...), "expected all tensors on one device");
+}
+
 inline Type type_of(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                      dtype == ScalarType::BFloat16,
-                  "expected a float32, float16 or bfloat16 tensor; float64 has no CUDA kernel");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "expected a float32, float16 or bfloat16 tensor; float64 has no CUDA kernel");
   return dtype == ScalarType::Float  ? Type::kFloat
          : dtype == ScalarType::Half ? Type::kHalf
                                      : Type::kBFloat16;

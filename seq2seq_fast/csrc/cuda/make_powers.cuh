@@ -9,9 +9,9 @@ namespace seq2seq_fast {
 constexpr int kPowersThreads = 256;
 
 struct PowersArguments {
-  View query, keys, v;     // (B, T, H), (B, S, H), (1, 1, H)
+  View query, keys, v;  // (B, T, H), (B, S, H), (1, 1, H)
   Powers to_query, to_keys;
-  float* to_v;             // (Hp + 1,): v, zeros, max|v|
+  float* to_v;  // (Hp + 1,): v, zeros, max|v|
   int64_t H;
   int64_t query_blocks, key_blocks;  // of all batch rows
 };
@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kPowersThreads, 1) make_powers(PowersArguments
   float m = 0.f;
   for (int64_t n = n0 + warp; n < n0 + kRowsOfBlock && n < N; n += kPowersThreads / kWarp)
     for (int64_t h = lane; h < a.H; h += kWarp) m = larger(m, from(is_v ? 0 : b, n, h));
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-    m = larger(m, __shfl_xor_sync(kAll, m, lanes));
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) m = larger(m, __shfl_xor_sync(kAll, m, lanes));
   if (lane == 0) maxima[warp] = m;
   __syncthreads();
   for (int w = 0; w < kPowersThreads / kWarp; ++w) m = larger(m, maxima[w]);

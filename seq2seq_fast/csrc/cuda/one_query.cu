@@ -1,8 +1,7 @@
 // Launches of one_query.cuh.
-#include "one_query.h"
-
 #include "additive_scores.h"
 #include "one_query.cuh"
+#include "one_query.h"
 
 namespace seq2seq_fast {
 namespace {

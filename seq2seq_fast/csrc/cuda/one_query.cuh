@@ -24,11 +24,11 @@ constexpr float kMostRawDenominator = 1e30f, kMostRawV = 1e3f;
 constexpr float kToPowerOfTwo = 2.f * 1.44269504f;
 
 struct OneQueryArguments {
-  View query, keys, values, v;  // (B, T, H), (B, S, H), (B, S, D), (1, 1, H)
+  View query, keys, values, v;        // (B, T, H), (B, S, H), (B, S, D), (1, 1, H)
   bool keys_by_four, values_by_four;  // rows may be read four elements at a time
-  Powers powers;                // of keys, or data null
+  Powers powers;                      // of keys, or data null
   Softmax softmax;
-  void *context, *weights;      // (B, T, D), (B, T, S) of `type`; without context, weights are scores
+  void *context, *weights;  // (B, T, D), (B, T, S) of `type`; without context, weights are scores
   Type type;
   // Of a split source: exp(x - top) (B, T, S); top, sum and context of each part (B, T, ranges,
   // 2 + D); how many blocks of (b, t) have arrived (B, T), zero before.
@@ -91,9 +91,9 @@ __device__ __forceinline__ float warp_sum_of_four(const float (&x)[4]) {
 
 enum class Form { kSmallPowers, kPowers, kRaw, kRaw16, kTanh };
 
-// Of Form::kRaw and kRaw16, the largest denominator comes back in `most`. The latter, beside keys of
-// 16 bits, rounds at the size of v and saves an instruction: what it adds is v1 tanh + v2 tanh less
-// v1 + v2.
+// Of Form::kRaw and kRaw16, the largest denominator comes back in `most`. The latter, beside keys
+// of 16 bits, rounds at the size of v and saves an instruction: what it adds is v1 tanh + v2 tanh
+// less v1 + v2.
 template <Form form>
 __device__ __forceinline__ void add_four(float& sum, float& most, float4 q, float4 k, float one,
                                          float4 v) {
@@ -223,8 +223,10 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
     const float sum = warp_sum_of_four(sums);
     const int key = s + lane / 8;
     if (lane % 8 != 0 || key >= n_s) continue;
-    if (a.context == nullptr) store(a.weights, a.type, row * a.S + s0 + key, sum);
-    else x[key] = sum;
+    if (a.context == nullptr)
+      store(a.weights, a.type, row * a.S + s0 + key, sum);
+    else
+      x[key] = sum;
   }
   if (a.context == nullptr) return;
   __syncthreads();
@@ -244,8 +246,10 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
   const bool split = a.ranges > 1;
   for (int s = thread; s < n_s; s += kOneQueryThreads) {
     const int64_t at = row * a.S + s0 + s;
-    if (split) a.exponentials[at] = x[s];
-    else store(a.weights, a.type, at, a.softmax.attended(b, t, s0 + s) ? x[s] / total : 0.f);
+    if (split)
+      a.exponentials[at] = x[s];
+    else
+      store(a.weights, a.type, at, a.softmax.attended(b, t, s0 + s) ? x[s] / total : 0.f);
   }
 
   // Context, four of D a thread. Where that leaves threads free, groups of them share out the keys.
@@ -276,8 +280,10 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
     for (int i = thread; i < 4 * quads && d0 + i < a.D; i += kOneQueryThreads) {
       float c = 0.f;
       for (int g = 0; g < groups; ++g) c += scratch[4 * quads * g + i];
-      if (split) part[2 + d0 + i] = c;
-      else store(a.context, a.type, row * a.D + d0 + i, total == 0.f ? 0.f : c / total);
+      if (split)
+        part[2 + d0 + i] = c;
+      else
+        store(a.context, a.type, row * a.D + d0 + i, total == 0.f ? 0.f : c / total);
     }
   }
   if (!split) return;

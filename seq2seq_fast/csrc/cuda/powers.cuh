@@ -5,8 +5,8 @@
 
 namespace seq2seq_fast {
 
-constexpr int kRowsOfBlock = 16;   // rows that share a maximum
-constexpr int kFeatures = 16;      // rows are padded to a multiple of this
+constexpr int kRowsOfBlock = 16;  // rows that share a maximum
+constexpr int kFeatures = 16;     // rows are padded to a multiple of this
 
 // Blocks with a magnitude below this hold exp(2x) - 1 in place of exp(2x), so that a tanh near zero
 // keeps its relative accuracy.
