@@ -36,16 +36,6 @@ void scale_columns(float* x, int64_t rows, int64_t width, const float* scale) {
 
 }  // namespace
 
-void check(const Tensor& query, const Tensor& keys, const Tensor& v) {
-  STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3 && v.dim() == 1 &&
-                      query.size(0) == keys.size(0) && query.size(2) == keys.size(2) &&
-                      query.size(2) == v.size(0),
-                  "expected query (B, T, H), keys (B, S, H) and v (H,)");
-  STD_TORCH_CHECK(
-      query.scalar_type() == keys.scalar_type() && query.scalar_type() == v.scalar_type(),
-      "expected query, keys and v of one dtype");
-}
-
 Queries::Queries(const Tensor& query, const Tensor& v_)
     : B(query.size(0)),
       T(query.size(1)),
