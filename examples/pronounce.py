@@ -118,19 +118,30 @@ def build(hidden: int) -> s2s.Seq2Seq:
 
 
 @torch.no_grad()
-def pronounce(model: s2s.Seq2Seq, words: Sequence[str], device: str) -> list[tuple[str, ...]]:
-    """Greedy decoding of words of one length: the likeliest phoneme is the next step's input."""
+def pronounce(
+    model: s2s.Seq2Seq,
+    words: Sequence[str],
+    device: str,
+    attended: list[Tensor] | None = None,
+) -> list[tuple[str, ...]]:
+    """Greedy decoding of words of one length: the likeliest phoneme is the next step's input.
+
+    `attended` is given the attention weights (B, S) of each step.
+    """
     model.eval()
     src = spelled(words, device)
     outputs, hidden, cell = model.encoder(src)
-    source = model.decoder.attention.precompute(outputs, src != PAD)
+    source = model.decoder.source(outputs, src != PAD)
+    state = s2s.DecoderState(hidden, cell)
     token = torch.full((len(words),), SOS, device=device)
     done, tokens = torch.zeros_like(token, dtype=torch.bool), []
     while len(tokens) < LONGEST and not done.all():
-        logits, hidden, cell = model.decoder(token, hidden, cell, source)
+        logits, state, weights = model.decoder.step(token, state, source)
         token = logits.argmax(-1)
         done |= token == EOS
         tokens.append(token)
+        if attended is not None:
+            attended.append(weights)
     said = []
     for row in torch.stack(tokens, 1).tolist():
         end = row.index(EOS) if EOS in row else len(row)
@@ -170,10 +181,8 @@ def draw_attention(model: s2s.Seq2Seq, word: str, device: str, path: Path) -> No
     from matplotlib import pyplot as plt
 
     rows: list[Tensor] = []
-    hook = model.decoder.attention.register_forward_hook(lambda *args: rows.append(args[2][1][0]))
-    (said,) = pronounce(model, [word], device)
-    hook.remove()
-    weights = torch.stack(rows).tolist()
+    (said,) = pronounce(model, [word], device, rows)
+    weights = torch.cat(rows).tolist()
     figure, axes = plt.subplots(figsize=(0.5 * len(word) + 2, 0.4 * len(rows) + 1.5))
     axes.imshow(weights, cmap="Greys", vmin=0, vmax=1)
     axes.set_xticks(range(len(word) + 1), [*word, "<eos>"])

@@ -2,18 +2,23 @@
 
 from . import training
 from .library import backends, use_backend
-from .nn import Attention, Decoder, Encoder, PreparedSource, Seq2Seq
+from .nn import Attention, Decoder, DecoderState, Encoder, PreparedSource, Seq2Seq
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
+from .ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 
 __all__ = [
     "Attention",
     "Decoder",
+    "DecoderOutput",
+    "DecoderState",
     "Encoder",
+    "Feedback",
     "PreparedKeys",
     "PreparedSource",
     "Seq2Seq",
     "additive_attention",
     "additive_scores",
+    "attention_decoder",
     "backends",
     "prepare_keys",
     "training",

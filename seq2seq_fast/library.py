@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import reference
+from . import reference, reference_decoder
 
 SCHEMAS = {
     "prepare_keys": "(Tensor keys) -> Tensor",
@@ -19,6 +19,15 @@ SCHEMAS = {
     " Tensor keys, Tensor values, Tensor v, Tensor weights, float scale, Tensor? powers,"
     " bool need_query, bool need_keys, bool need_values, bool need_v, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
+    " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
+    " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
+    " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
+    " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
+    " Tensor? dropout, str cell_type, bool query_after)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -60,6 +69,8 @@ _FALLBACKS = {
     "additive_scores_backward": _scores_backward,
     "additive_attention": _attention,
     "additive_attention_backward": _attention_backward,
+    "attention_decoder": reference_decoder.attention_decoder,
+    "attention_decoder_backward": reference_decoder.attention_decoder_backward,
 }
 
 _lib = torch.library.Library("seq2seq_fast", "DEF")

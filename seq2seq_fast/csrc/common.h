@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 
 #include "buffer.h"
@@ -48,6 +49,15 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   AtenTensorHandle out;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// x with other sizes and strides, from its element `offset` on
+inline Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
+                   std::initializer_list<int64_t> strides, int64_t offset = 0) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), sizes.size(), sizes.begin(),
+                                                               strides.begin(), offset, &out));
   return Tensor(out);
 }
 

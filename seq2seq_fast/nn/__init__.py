@@ -1,6 +1,8 @@
-"""Drop-in modules of the tutorial-form attention LSTM."""
+"""Drop-in modules of the tutorial-form recurrent models with attention."""
 
 from .attention import Attention, PreparedSource
-from .seq2seq import Decoder, Encoder, Seq2Seq
+from .decoder import Decoder, DecoderState
+from .encoder import Encoder
+from .seq2seq import Seq2Seq
 
-__all__ = ["Attention", "Decoder", "Encoder", "PreparedSource", "Seq2Seq"]
+__all__ = ["Attention", "Decoder", "DecoderState", "Encoder", "PreparedSource", "Seq2Seq"]

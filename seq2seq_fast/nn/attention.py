@@ -12,26 +12,34 @@ class PreparedSource(NamedTuple):
     """What every decoder step needs of one source; made by `Attention.precompute`."""
 
     keys: PreparedKeys  # Ua(encoder_outputs) (B, S, H) and what a kernel derives from it
-    values: Tensor  # encoder_outputs (B, S, H)
+    values: Tensor  # encoder_outputs (B, S, D)
     v: Tensor  # the scores' weights (H,)
     mask: Tensor | None  # (B, S) bool, True = attend
 
 
 class Attention(nn.Module):
-    """weights = softmax(Va tanh(Wa hidden + Ua encoder_outputs)); all widths are hidden_dim (H).
+    """weights = softmax(Va tanh(Wa hidden + Ua encoder_outputs)).
 
     Va's bias moves every score alike and therefore changes nothing; it is kept for the state dict.
+
+    Args:
+        hidden_dim: width that the scores are summed over (H).
+        query_dim, key_dim: widths of hidden (Q) and of encoder_outputs (D); None for hidden_dim.
     """
 
-    def __init__(self, hidden_dim: int):
+    def __init__(
+        self, hidden_dim: int, *, query_dim: int | None = None, key_dim: int | None = None
+    ):
         super().__init__()
-        checks.at_least_one(hidden_dim=hidden_dim)
-        self.Wa = nn.Linear(hidden_dim, hidden_dim)
-        self.Ua = nn.Linear(hidden_dim, hidden_dim)
+        query_dim = hidden_dim if query_dim is None else query_dim
+        key_dim = hidden_dim if key_dim is None else key_dim
+        checks.at_least_one(hidden_dim=hidden_dim, query_dim=query_dim, key_dim=key_dim)
+        self.Wa = nn.Linear(query_dim, hidden_dim)
+        self.Ua = nn.Linear(key_dim, hidden_dim)
         self.Va = nn.Linear(hidden_dim, 1)
 
     def precompute(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> PreparedSource:
-        """Projects encoder_outputs (B, S, H) once for all the queries of a source.
+        """Projects encoder_outputs (B, S, D) once for all the queries of a source.
 
         The result takes the place of encoder_outputs in `Attention` and `Decoder`. mask is (B, S)
         bool, True = attend. Gradients flow to encoder_outputs and the weights as without it.
@@ -55,12 +63,12 @@ class Attention(nn.Module):
         """One query per source.
 
         Args:
-            hidden: (B, H).
-            encoder_outputs: (B, S, H), or what `precompute` made of them.
+            hidden: (B, Q).
+            encoder_outputs: (B, S, D), or what `precompute` made of them.
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
 
         Returns:
-            context (B, 1, H) and weights (B, S).
+            context (B, 1, D) and weights (B, S).
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -76,6 +84,7 @@ class Attention(nn.Module):
     def source(
         self, encoder_outputs: Tensor | PreparedSource, mask: Tensor | None
     ) -> PreparedSource:
+        """encoder_outputs and mask prepared, or what has been prepared already."""
         if not isinstance(encoder_outputs, PreparedSource):
             return self.precompute(encoder_outputs, mask)
         if mask is not None:

@@ -35,9 +35,10 @@ def tokens(name: str, x: Tensor, spelled: str, dims: int, vocabulary: int) -> No
             raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
 
 
-def floating(name: str, x: Tensor, like: Tensor) -> None:
+def floating(name: str, x: object, like: Tensor) -> Tensor:
     """x has the dtype and device of `like`, a parameter; under autocast any float will do."""
-    _tensor(name, x)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
     if x.device != like.device:
         raise ValueError(f"{name}: is on {x.device}, expected {like.device} as the module is")
     if x.dtype != like.dtype:
@@ -45,22 +46,23 @@ def floating(name: str, x: Tensor, like: Tensor) -> None:
         cast = device != "meta" and torch.is_autocast_enabled(device)
         if not (cast and x.dtype.is_floating_point):
             raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as the module has")
+    return x
 
 
-def state(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    floating(name, x, like)
+def state(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
+    x = floating(name, x, like)
     if tuple(x.shape) != shape:
         what = "(B, H)" if len(shape) == 2 else "(n_layers, B, H)"
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {what} = {shape}")
 
 
 def encoder_outputs(x: Tensor, weight: Tensor) -> None:
-    """x: (B, S, H) for a projection by weight (H, H)."""
+    """x: (B, S, D) for a projection by weight (H, D)."""
     floating("encoder_outputs", x, weight)
     if x.dim() != 3 or x.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"encoder_outputs: got shape {tuple(x.shape)}, expected (B, S, H) with"
-            f" H = {weight.shape[1]}"
+            f"encoder_outputs: got shape {tuple(x.shape)}, expected (B, S, D) with"
+            f" D = {weight.shape[1]}"
         )
     if x.shape[1] == 0:
         raise ValueError("encoder_outputs: got an empty source (S = 0), expected S above 0")
@@ -78,3 +80,10 @@ def mask(x: Tensor | None, outputs: Tensor) -> None:
         )
     if x.device != outputs.device:
         raise ValueError(f"mask: is on {x.device}, expected {outputs.device}")
+
+
+def context(name: str, x: object, width: int, like: Tensor, batch: int | None = None) -> None:
+    x = floating(name, x, like)
+    if x.dim() != 2 or x.shape[1] != width or (batch is not None and x.shape[0] != batch):
+        B = "any" if batch is None else batch
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected (B, D) = ({B}, {width})")

@@ -56,38 +56,16 @@ void weighted_sum(const Rows<float>& values, int64_t b, int64_t first_d, int64_t
   loops.weighted_rows(w, wi, ws, rows.data + first_d, rows.ld, n, S, D, out, D);
 }
 
-// x with other sizes and strides, from the same element on
-Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
-            std::initializer_list<int64_t> strides) {
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), sizes.size(), sizes.begin(),
-                                                               strides.begin(), 0, &out));
-  return Tensor(out);
-}
+}  // namespace
 
-std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor values, Tensor v,
-                                              std::optional<Tensor> mask,
-                                              std::optional<Tensor> score_bias, double scale,
-                                              std::optional<Tensor> powers) {
-  const bool one_query = query_.dim() == 2;  // (B, H): no T axis in the results either
-  const Tensor query = one_query ? view(query_, {query_.size(0), 1, query_.size(1)},
-                                        {query_.stride(0), 0, query_.stride(1)})
-                                 : query_;
-  check_attention(query, keys, values, v, mask, score_bias);
-  if (query.scalar_type() == ScalarType::Double) {
-    auto [c, w] = attention_double(query, keys, values, v, mask, score_bias, scale);
-    if (!one_query) return {c, w};
-    return {view(c, {c.size(0), c.size(2)}, {c.size(2), 1}),
-            view(w, {w.size(0), w.size(2)}, {w.size(2), 1})};
-  }
+void attend(const Tensor& query, const Keys& k, const Tensor& values, const Tensor& v,
+            const std::optional<Tensor>& mask, const std::optional<Tensor>& score_bias,
+            double scale, const Tensor& context, const Tensor& weights) {
   const Queries q(query, v);
-  const Keys k(keys, powers);
   const Rows<float> rows(values);
   const Softmax softmax(mask, score_bias, scale);
   const int64_t B = q.B, T = q.T, S = k.S, D = values.size(2), Sp = k.blocks * kRows;
   const int64_t tiles = tiles_of(T), most = std::min(kTile, T);
-  Tensor context = one_query ? empty(query, {B, D}) : empty(query, {B, T, D});
-  Tensor weights = one_query ? empty(query, {B, S}) : empty(query, {B, T, S});
 
   const auto softmax_rows = [&](int64_t b, int64_t t, int64_t n, float* w, float* scratch) {
     for (int64_t i = 0; i < n; ++i) {
@@ -116,7 +94,7 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
         context_part(b, t, n, 0, D, w, out, scratch);
       }
     });
-    return {context, weights};
+    return;
   }
   Buffer<float> w(B * T * Sp);
   parallel(B * tiles * k.blocks, most * kRows * q.H, [&](int64_t begin, int64_t end) {
@@ -141,6 +119,29 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
                    out, scratch);
     }
   });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor values, Tensor v,
+                                              std::optional<Tensor> mask,
+                                              std::optional<Tensor> score_bias, double scale,
+                                              std::optional<Tensor> powers) {
+  const bool one_query = query_.dim() == 2;  // (B, H): no T axis in the results either
+  const Tensor query = one_query ? view(query_, {query_.size(0), 1, query_.size(1)},
+                                        {query_.stride(0), 0, query_.stride(1)})
+                                 : query_;
+  check_attention(query, keys, values, v, mask, score_bias);
+  if (query.scalar_type() == ScalarType::Double) {
+    auto [c, w] = attention_double(query, keys, values, v, mask, score_bias, scale);
+    if (!one_query) return {c, w};
+    return {view(c, {c.size(0), c.size(2)}, {c.size(2), 1}),
+            view(w, {w.size(0), w.size(2)}, {w.size(2), 1})};
+  }
+  const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), D = values.size(2);
+  Tensor context = one_query ? empty(query, {B, D}) : empty(query, {B, T, D});
+  Tensor weights = one_query ? empty(query, {B, S}) : empty(query, {B, T, S});
+  attend(query, Keys(keys, powers), values, v, mask, score_bias, scale, context, weights);
   return {context, weights};
 }
 

@@ -10,7 +10,6 @@
 #include <tuple>
 
 namespace seq2seq_fast {
-namespace {
 
 Mode choose(float max_q, float max_k, float max_v) {
   const float m = max_q + max_k;
@@ -18,6 +17,8 @@ Mode choose(float max_q, float max_k, float max_v) {
   if (m < 2.f && max_k < kSmallKeys) return Mode::kSmall;
   return m < 9.5f ? Mode::kFast : Mode::kLarge;
 }
+
+namespace {
 
 // Rows of width H in the layout of loops.h: row `at` of `rows` in every group.
 void scatter(const float* from, int64_t H, int64_t Hp, int64_t rows, int64_t at, float* out) {

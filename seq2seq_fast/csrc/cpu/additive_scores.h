@@ -54,6 +54,14 @@ void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
                  int64_t last, float* out, int64_t ld, float* buffer);
 
+// context (B, T, D) and weights (B, T, S), contiguous. See additive_attention.cpp.
+void attend(const Tensor& query, const Keys& k, const Tensor& values, const Tensor& v,
+            const std::optional<Tensor>& mask, const std::optional<Tensor>& score_bias,
+            double scale, const Tensor& context, const Tensor& weights);
+
+// How a query meets a block of keys; see loops.h.
+Mode choose(float max_q, float max_k, float max_v);
+
 // Gradients of query, keys and v, given g (B, T, S), rows ldg apart. What is not needed comes back
 // empty.
 struct Needs {

@@ -35,6 +35,9 @@ enum class Mode : uint8_t { kSmall, kFast, kLarge, kExact };
 // Blocks with max|k| below this hold exp(2k) - 1 in place of exp(2k).
 constexpr float kSmallKeys = 1.f;
 
+enum class Cell : uint8_t { kLstm, kGru, kRnn };
+constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of gates
+
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
@@ -50,7 +53,7 @@ struct Loops {
   // One group of `width` features, n <= kQueries queries, `count` keys; with e = 4 g x / (x + 1)^2
   //   dq[t][h] += e;  dk[s][h] += e;  dv[h] += g tanh
   // q (n, kStreams, width), K and dk (count, width), g (n, ldg), dq (n, width), dv (width,). In
-  // Mode::kExact e = w[h] g (1 - tanh^2), else w is not read.
+  // Mode::kExact e = w[h] g (1 - tanh^2), else w is not read. Where dk is null, dq alone is made.
   void (*gradients)(Mode mode, bool minus_one, const float* q, int64_t n, const float* K,
                     int64_t count, const float* g, int64_t ldg, const float* w, int64_t width,
                     float* dq, float* dk, float* dv);
@@ -77,6 +80,15 @@ struct Loops {
   // out[i][j] = sum_d a[i][d] rows[j][d], i < m, j < n
   void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
                    int64_t D, float* out, int64_t ldo);
+
+  // One row of H units of a cell, see cells.h: gates (blocks, H) in place, and the states after it.
+  // What a cell does not have is not read.
+  void (*advance)(Cell cell, float* gates, const float* hidden_before, const float* cell_before,
+                  int64_t H, float* hidden, float* memory);
+  // Backward, given what `advance` left; dh and dc in place.
+  void (*retreat)(Cell cell, const float* gates, const float* hidden_before,
+                  const float* cell_before, const float* memory, int64_t H, float* dh, float* dc,
+                  float* dgates);
 };
 
 // The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does

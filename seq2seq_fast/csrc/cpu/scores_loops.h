@@ -58,8 +58,8 @@ S2S_INLINE void scores_of(const float* q, const float* K, int64_t width, int64_t
   }
 }
 
-// N keys, one vector of features, n queries
-template <Mode mode, bool minus_one, int N>
+// N keys, one vector of features, n queries; without kAll only dq
+template <Mode mode, bool minus_one, bool kAll, int N>
 S2S_INLINE void gradients_of(const float* q, int64_t n, const float* K, const float* g, int64_t ldg,
                              const float* w_, int64_t width, float* dq, float* dk, float* dv) {
   constexpr float kOver = mode == Mode::kFast || mode == Mode::kLarge ? 2.f : 1.f;
@@ -113,6 +113,7 @@ S2S_INLINE void gradients_of(const float* q, int64_t n, const float* K, const fl
     }
     store(dq, sum_q);
   }
+  if constexpr (!kAll) return;
   store(dv, load(dv) + sum_v * (1.f / kOver));
   for (int j = 0; j < N; ++j) store(dk + j * width, load(dk + j * width) + sum_k[j]);
 }
@@ -158,15 +159,22 @@ void gradients(Mode mode, bool minus_one, const float* q, int64_t n, const float
                const float* g, int64_t ldg, const float* w, int64_t width, float* dq, float* dk,
                float* dv) {
   with_mode(mode, minus_one, [&]<Mode m, bool minus>() S2S_LAMBDA {
-    for (int64_t h = 0; h < width; h += kVec) {
-      int64_t s = 0;
-      for (; s + 4 <= count; s += 4)
-        gradients_of<m, minus, 4>(q + h, n, K + s * width + h, g + s, ldg, w + h, width, dq + h,
-                                  dk + s * width + h, dv + h);
-      for (; s < count; ++s)
-        gradients_of<m, minus, 1>(q + h, n, K + s * width + h, g + s, ldg, w + h, width, dq + h,
-                                  dk + s * width + h, dv + h);
-    }
+    const auto over_all = [&]<bool kAll>() S2S_LAMBDA {
+      for (int64_t h = 0; h < width; h += kVec) {
+        const auto keys = [&]<int N>(int64_t s) S2S_LAMBDA {
+          gradients_of<m, minus, kAll, N>(q + h, n, K + s * width + h, g + s, ldg, w + h, width,
+                                          dq + h, kAll ? dk + s * width + h : nullptr,
+                                          kAll ? dv + h : nullptr);
+        };
+        int64_t s = 0;
+        for (; s + 4 <= count; s += 4) keys.template operator()<4>(s);
+        for (; s < count; ++s) keys.template operator()<1>(s);
+      }
+    };
+    if (dk == nullptr)
+      over_all.template operator()<false>();
+    else
+      over_all.template operator()<true>();
   });
 }
 

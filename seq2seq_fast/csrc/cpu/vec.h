@@ -9,6 +9,7 @@
 #define S2S_INLINE inline __attribute__((always_inline))
 #define S2S_LAMBDA __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC diagnostic ignored "-Wignored-attributes"  // alignment and aliasing, of Vec in a template
 
 namespace seq2seq_fast {
 namespace {
@@ -130,6 +131,12 @@ S2S_INLINE Vec tanh(Vec x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   const Vec y = m < 0.625f ? p * z * x + x : (x < 0.f ? -large : large);
+  return x == x ? y : x;
+}
+
+S2S_INLINE Vec sigmoid(Vec x) {
+  const Vec low = x < -87.f ? -87.f + Vec{} : x;
+  const Vec y = 1.f / (1.f + exp_moderate(-(low < 87.f ? low : 87.f + Vec{})));
   return x == x ? y : x;
 }
 

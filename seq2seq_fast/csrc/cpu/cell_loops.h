@@ -1,0 +1,82 @@
+// The inner loops of recurrent cells. See loops.h.
+#pragma once
+#include "vec.h"
+//
+#include "cells.h"
+
+namespace seq2seq_fast {
+namespace {
+
+// n <= kVec numbers; the other lanes are zero, and are not stored.
+S2S_INLINE Vec load_some(const float* p, int64_t n) {
+  if (n == kVec) return load(p);
+  Vec x = {};
+  std::memcpy(&x, p, sizeof(float) * n);
+  return x;
+}
+S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
+  if (n == kVec) return store(p, x);
+  std::memcpy(p, &x, sizeof(float) * n);
+}
+
+template <Cell kCell>
+S2S_INLINE void advance_row(float* gates, const float* hidden_before, const float* cell_before,
+                            int64_t H, float* hidden, float* cell) {
+  for (int64_t h = 0; h < H; h += kVec) {
+    const int64_t n = H - h < kVec ? H - h : kVec;
+    Unit<Vec> u;
+    for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(gates + i * H + h, n);
+    if constexpr (kCell == Cell::kLstm) u.cell_before = load_some(cell_before + h, n);
+    if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
+    advance<kCell>(u);
+    for (int i = 0; i < blocks_of(kCell); ++i) store_some(gates + i * H + h, u.gates[i], n);
+    if constexpr (kCell == Cell::kLstm) store_some(cell + h, u.cell, n);
+    store_some(hidden + h, u.hidden, n);
+  }
+}
+
+template <Cell kCell>
+S2S_INLINE void retreat_row(const float* gates, const float* hidden_before,
+                            const float* cell_before, const float* cell, int64_t H, float* dh,
+                            float* dc, float* dgates) {
+  for (int64_t h = 0; h < H; h += kVec) {
+    const int64_t n = H - h < kVec ? H - h : kVec;
+    Unit<Vec> u;
+    Vec out[4], gh = load_some(dh + h, n), gc = {};
+    for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(gates + i * H + h, n);
+    if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
+    if constexpr (kCell == Cell::kLstm) {
+      u.cell_before = load_some(cell_before + h, n);
+      u.cell = load_some(cell + h, n);
+      gc = load_some(dc + h, n);
+    }
+    retreat<kCell>(u, gh, gc, out);
+    for (int i = 0; i < blocks_of(kCell); ++i) store_some(dgates + i * H + h, out[i], n);
+    if constexpr (kCell == Cell::kLstm) store_some(dc + h, gc, n);
+    store_some(dh + h, gh, n);
+  }
+}
+
+void advance_cell(Cell cell, float* gates, const float* hidden_before, const float* cell_before,
+                  int64_t H, float* hidden, float* memory) {
+  if (cell == Cell::kLstm)
+    advance_row<Cell::kLstm>(gates, hidden_before, cell_before, H, hidden, memory);
+  else if (cell == Cell::kGru)
+    advance_row<Cell::kGru>(gates, hidden_before, cell_before, H, hidden, memory);
+  else
+    advance_row<Cell::kRnn>(gates, hidden_before, cell_before, H, hidden, memory);
+}
+
+void retreat_cell(Cell cell, const float* gates, const float* hidden_before,
+                  const float* cell_before, const float* memory, int64_t H, float* dh, float* dc,
+                  float* dgates) {
+  if (cell == Cell::kLstm)
+    retreat_row<Cell::kLstm>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
+  else if (cell == Cell::kGru)
+    retreat_row<Cell::kGru>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
+  else
+    retreat_row<Cell::kRnn>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
+}
+
+}  // namespace
+}  // namespace seq2seq_fast

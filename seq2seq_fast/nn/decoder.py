@@ -1,0 +1,211 @@
+"""The recurrent decoder with attention; B batch, T steps, V vocabulary, batch first."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from . import checks
+from .attention import Attention, PreparedSource
+from .cells import recurrent
+
+
+class DecoderState(NamedTuple):
+    """What a decoder carries from step to step."""
+
+    hidden: Tensor  # (n_layers, B, H)
+    cell: Tensor | None  # the same of an LSTM
+    context: Tensor | None = None  # (B, D) of the step before, with query_after; None: zeros
+
+
+class Decoder(nn.Module):
+    """Embedding, recurrent layers over [embedded token; context], logits of [output; context].
+
+    Args:
+        output_dim: size of the vocabulary (V).
+        emb_dim, hidden_dim (H), n_layers: widths and depth.
+        dropout: on the embedded token and between layers.
+        cell_type: "lstm", "gru" or "rnn" (tanh); the layers are the module of that name.
+        attention: False for a decoder that reads one fixed context vector at every step.
+        query_after: the query is the top layer's hidden state after the step, and the layers read
+            the context of the step before; otherwise it is the state before the step, and they
+            read the step's own context.
+        encoder_dim: width of the encoder's outputs, or of the fixed context (D); None for H.
+        attention_dim: width that the scores are summed over; None for H.
+        recompute: keep no gates for backward over a sequence, but make them anew there.
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        emb_dim: int,
+        hidden_dim: int,
+        n_layers: int,
+        dropout: float,
+        *,
+        cell_type: str = "lstm",
+        attention: bool = True,
+        query_after: bool = False,
+        encoder_dim: int | None = None,
+        attention_dim: int | None = None,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        checks.at_least_one(
+            output_dim=output_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
+        )
+        checks.probability("dropout", dropout)
+        encoder_dim = hidden_dim if encoder_dim is None else encoder_dim
+        attention_dim = hidden_dim if attention_dim is None else attention_dim
+        checks.at_least_one(encoder_dim=encoder_dim, attention_dim=attention_dim)
+        self.output_dim, self.context_dim = output_dim, encoder_dim
+        self.cell_type, self.query_after, self.recompute = cell_type, query_after, recompute
+        self.embedding = nn.Embedding(output_dim, emb_dim)
+        self.attention = (
+            Attention(attention_dim, query_dim=hidden_dim, key_dim=encoder_dim)
+            if attention
+            else None
+        )
+        layers = recurrent(cell_type, emb_dim + encoder_dim, hidden_dim, n_layers, dropout)
+        self.add_module(cell_type, layers)
+        self.fc_out = nn.Linear(hidden_dim + encoder_dim, output_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def layers(self) -> nn.RNNBase:
+        return getattr(self, self.cell_type)
+
+    def forward(
+        self,
+        input: Tensor,
+        hidden: Tensor,
+        cell: Tensor | None,
+        encoder_outputs: Tensor | PreparedSource,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """One token further.
+
+        Args:
+            input: (B,) token ids.
+            hidden, cell: (n_layers, B, H); cell is None unless the layers are an LSTM.
+            encoder_outputs: (B, S, D), or what `attention.precompute` made of them, which spares
+                every step but the first the projection of the keys. Without attention the
+                context (B, D).
+            mask: (B, S) bool, True = attend; given to `precompute` where that was used.
+            context: (B, D), what the step before returned, of a decoder with query_after.
+
+        Returns:
+            logits (B, V), hidden and cell; with query_after the context (B, D) too.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        source = self.source(encoder_outputs, mask)
+        checks.tokens("input", input, "(B,)", 1, self.output_dim)
+        B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
+        if input.shape[0] != B:
+            raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")
+        self._check_state(DecoderState(hidden, cell, context), B)
+        logits, state, _ = self.step(input, DecoderState(hidden, cell, context), source)
+        return (logits, *(state if self.query_after else state[:2]))
+
+    def source(
+        self, encoder_outputs: Tensor | PreparedSource, mask: Tensor | None = None
+    ) -> Tensor | PreparedSource:
+        """What every step needs of the source, prepared: see `forward`."""
+        if self.attention is not None:
+            return self.attention.source(encoder_outputs, mask)
+        if mask is not None:
+            raise ValueError("mask: got a Tensor, expected None: the decoder has no attention")
+        checks.context("encoder_outputs", encoder_outputs, self.context_dim, self.fc_out.weight)
+        return encoder_outputs
+
+    def step(
+        self, input: Tensor, state: DecoderState, source: Tensor | PreparedSource
+    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        """`forward` on a prepared source, unchecked: input (B,) ids -> logits (B, V), the state
+        after it, and the attention weights (B, S), None without attention."""
+        out = self.run(input.unsqueeze(1), state, source)
+        features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
+        context = out.contexts[:, 0] if self.query_after else None
+        weights = None if out.weights is None else out.weights[:, 0]
+        return self.fc_out(features), DecoderState(out.hidden, out.cell, context), weights
+
+    def run(
+        self,
+        tokens: Tensor,
+        state: DecoderState,
+        source: Tensor | PreparedSource,
+        feedback: Sequence[int] = (),
+    ) -> DecoderOutput:
+        """All steps but the readout, as one operation, unchecked.
+
+        Args:
+            tokens: (B, T) ids, the input of each step.
+            state, source: before the first step; what `source` returned.
+            feedback: the steps, from 1 on, whose input is the argmax of the step before instead.
+        """
+        embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
+        factors, between_layers = self._dropout_factors(*embedded.shape[:2])
+        if factors is not None:
+            embedded = embedded * factors
+            factors = factors.transpose(0, 1)
+        attends: dict[str, Any] = {"context": state.context}
+        if isinstance(source, PreparedSource):
+            assert self.attention is not None
+            query = self.attention.Wa.weight, self.attention.Wa.bias
+            attends |= {"query": query, **source._asdict()}
+        else:
+            attends["context"] = source
+        fed_back = None
+        if feedback:
+            readout = self.embedding.weight, self.fc_out.weight, self.fc_out.bias
+            fed_back = Feedback(feedback, *readout, factors)
+        return attention_decoder(
+            embedded.transpose(0, 1),
+            state.hidden,
+            state.cell,
+            self.layers.all_weights,
+            **attends,
+            cell_type=self.cell_type,
+            query_after=self.query_after,
+            dropout=0.0 if between_layers is None else between_layers,
+            feedback=fed_back,
+            recompute=self.recompute,
+        )
+
+    def _dropout_factors(self, T: int, B: int) -> tuple[Tensor | None, Tensor | None]:
+        """(T, B, E) of embedded tokens and (n_layers - 1, B, T, H) between layers, or None.
+
+        Drawn step by step, because the plain form draws them so: a seed means the same run.
+        """
+        p = self.dropout.p
+        if not self.training or p == 0 or T == 0:
+            return None, None
+        like, n_between = self.embedding.weight, self.layers.num_layers - 1
+        token, between = like.new_ones(B, like.shape[1]), like.new_ones(B, self.layers.hidden_size)
+        draws = [
+            (F.dropout(token, p), [F.dropout(between, p) for _ in range(n_between)])
+            for _ in range(T)
+        ]
+        factors = torch.stack([of_token for of_token, _ in draws])
+        if n_between == 0:
+            return factors, None
+        return factors, torch.stack([torch.stack(x) for _, x in draws], 1).transpose(1, 2)
+
+    def _check_state(self, state: DecoderState, B: int) -> None:
+        shape, weight = (self.layers.num_layers, B, self.layers.hidden_size), self.fc_out.weight
+        checks.state("hidden", state.hidden, shape, weight)
+        if self.cell_type == "lstm":
+            checks.state("cell", state.cell, shape, weight)
+        elif state.cell is not None:
+            raise ValueError(f"cell: got a Tensor, expected None: the layers are {self.cell_type}")
+        if state.context is None:
+            return
+        if not self.query_after:
+            raise ValueError("context: got a Tensor, expected None without query_after")
+        checks.context("context", state.context, self.context_dim, weight, B)

@@ -1,0 +1,79 @@
+"""The recurrent encoder; B batch, S source, batch first."""
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .cells import recurrent
+
+
+class Encoder(nn.Module):
+    """Embedding, dropout and recurrent layers over the source.
+
+    Args:
+        input_dim: size of the vocabulary.
+        emb_dim, hidden_dim (H), n_layers: widths and depth.
+        dropout: on the embedded source and between layers.
+        cell_type: "lstm", "gru" or "rnn" (tanh); the layers are the module of that name.
+        bidirectional: outputs, and states unless bridged, are 2 H wide, the forward half first.
+        bridge_dim: width of the states handed to a decoder: hidden = tanh(bridge_hidden(state)),
+            cell = bridge_cell(state). None hands them over as they are.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        emb_dim: int,
+        hidden_dim: int,
+        n_layers: int,
+        dropout: float,
+        *,
+        cell_type: str = "lstm",
+        bidirectional: bool = False,
+        bridge_dim: int | None = None,
+    ):
+        super().__init__()
+        checks.at_least_one(
+            input_dim=input_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
+        )
+        checks.probability("dropout", dropout)
+        self.cell_type = cell_type
+        self.output_dim = hidden_dim * (2 if bidirectional else 1)
+        self.state_dim = self.output_dim if bridge_dim is None else bridge_dim
+        self.embedding = nn.Embedding(input_dim, emb_dim)
+        layers = recurrent(cell_type, emb_dim, hidden_dim, n_layers, dropout, bidirectional)
+        self.add_module(cell_type, layers)
+        self.dropout = nn.Dropout(dropout)
+        if bridge_dim is not None:
+            checks.at_least_one(bridge_dim=bridge_dim)
+            self.bridge_hidden = nn.Linear(self.output_dim, bridge_dim)
+            if cell_type == "lstm":
+                self.bridge_cell = nn.Linear(self.output_dim, bridge_dim)
+
+    @property
+    def layers(self) -> nn.RNNBase:
+        return getattr(self, self.cell_type)
+
+    def forward(self, src: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """src (B, S) token ids -> outputs (B, S, output_dim), hidden and cell
+        (n_layers, B, state_dim); cell is None unless the layers are an LSTM.
+
+        Raises:
+            TypeError, ValueError: src is not (B, S) whole numbers in the vocabulary with S above 0.
+        """
+        checks.tokens("src", src, "(B, S)", 2, self.embedding.num_embeddings)
+        if src.shape[1] == 0:
+            raise ValueError("src: got an empty source (S = 0), expected S above 0")
+        outputs, state = self.layers(self.dropout(self.embedding(src)))
+        hidden, cell = state if self.cell_type == "lstm" else (state, None)
+        hidden, cell = self._both_directions(hidden), self._both_directions(cell)
+        if hasattr(self, "bridge_hidden"):
+            hidden = torch.tanh(self.bridge_hidden(hidden))
+            cell = None if cell is None else self.bridge_cell(cell)
+        return outputs, hidden, cell
+
+    def _both_directions(self, state: Tensor | None) -> Tensor | None:
+        """(2 n_layers, B, H), forward and backward in turn -> (n_layers, B, 2 H)."""
+        if state is None or not self.layers.bidirectional:
+            return state
+        return torch.cat([state[0::2], state[1::2]], -1)

@@ -1,0 +1,394 @@
+"""The attention decoder over T steps: fake kernels, autograd and the public function.
+
+The ops are the recurrence alone, time first; every product over all T steps is here, around them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference_decoder as reference
+from ..library import is_reference
+from ..reference_decoder import BLOCKS, Run
+from . import decoder_checks as checks
+from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
+
+_ops = torch.ops.seq2seq_fast
+
+
+@torch.library.register_fake("seq2seq_fast::attention_decoder")
+def _(
+    inputs,
+    hidden,
+    cell,
+    layers,
+    attention,
+    mask,
+    powers,
+    context,
+    dropout,
+    cell_type,
+    query_after,
+    feedback,
+    readout,
+    input_dropout,
+):
+    (T, B, _), (L, _, H), empty = inputs.shape, hidden.shape, inputs.new_empty
+    queries, contexts, weights, logits = empty(0), empty(0), empty(0), empty(0)
+    if attention:
+        *_, keys, values, v = attention
+        queries, weights = empty(T, B, v.shape[0]), empty(T, B, keys.shape[1])
+        contexts = empty(T + 1, B, values.shape[2])
+    if feedback:
+        logits = empty(B, T + 1, readout[1].shape[0])
+    return (
+        empty(L, T + 1, B, H),
+        empty(L, T + 1, B, H) if cell_type == "lstm" else empty(0),
+        empty(L, T, B, BLOCKS[cell_type] * H),
+        queries,
+        contexts,
+        weights,
+        empty((len(feedback), B) if feedback else 0, dtype=torch.int64),
+        logits,
+    )
+
+
+@torch.library.register_fake("seq2seq_fast::attention_decoder_backward")
+def _(
+    grad_outputs,
+    grad_contexts,
+    grad_weights,
+    grad_hidden,
+    grad_cell,
+    hiddens,
+    cells,
+    gates,
+    queries,
+    weights,
+    *_,
+):
+    def like(x):
+        return x.new_empty(x.shape)
+
+    first = grad_contexts.new_empty(grad_contexts.shape[1:])
+    same = (gates, queries, weights, grad_contexts, grad_hidden, grad_cell)
+    return *(like(x) for x in same), first
+
+
+class Feedback(NamedTuple):
+    """How a step is fed the model's own argmax: which steps, and what reads and embeds it."""
+
+    steps: Sequence[int]  # ascending, from 1 on
+    embedding: Tensor  # (V, E)
+    weight: Tensor  # (V, H + D), of the readout over [output; context]
+    bias: Tensor  # (V,)
+    dropout: Tensor | None = None  # (B, T, E), factors of the embedded tokens
+
+
+class DecoderOutput(NamedTuple):
+    """What `attention_decoder` returns."""
+
+    outputs: Tensor  # (B, T, H), of the top layer
+    contexts: Tensor  # (B, T, D)
+    weights: Tensor | None  # (B, T, S); None without attention
+    hidden: Tensor  # (L, B, H), after the last step
+    cell: Tensor | None  # the same of an LSTM, else None
+    tokens: Tensor | None  # (B, F) what was fed back, at each of feedback's steps
+    logits: Tensor | None  # (B, T + 1, V); [:, t] has been made for feedback's steps t
+
+
+class _Decoder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, hidden, cell, context, mask, powers, dropout, options, run, *weights):
+        layers, attention = _split(weights, hidden)
+        if run is None:
+            run = _run(inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
+                       *options[:2], [], [], None)  # fmt: skip
+        gates = None if options.recompute else run.gates
+        ctx.save_for_backward(
+            inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
+            powers, dropout, *weights,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return _results(run)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=False))
+        needs["weights"] = ctx.needs_input_grad[len(_INPUTS) :]
+        with torch.no_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            found = _backward(ctx.options, needs, grads, *ctx.saved_tensors)
+        known = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+        return _once(_wanted(found, ctx.needs_input_grad), known)
+
+
+_INPUTS = ("inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "options", "run")
+
+
+class _Options(NamedTuple):
+    cell_type: str
+    query_after: bool
+    recompute: bool
+
+
+def _run(*args) -> Run:
+    return Run(*_ops.attention_decoder(*args))
+
+
+def _split(weights, hidden):
+    n = 3 * hidden.shape[0]
+    return list(weights[:n]), list(weights[n:])
+
+
+def _results(run: Run):
+    """What a caller sees of a run, time first."""
+    attends, has_cells = run.contexts.numel() or run.queries.dim() > 1, run.cells.dim() > 1
+    return (
+        run.hiddens[-1, 1:],
+        run.contexts[1:] if attends else None,
+        run.weights if attends else None,
+        run.hiddens[:, -1],
+        run.cells[:, -1] if has_cells else None,
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Gradient of a weight: sum over steps and batch of a (T, B, N) times b (T, B, M)."""
+    return a.flatten(0, 1).T @ b.flatten(0, 1)
+
+
+def _layer_inputs(inputs, hiddens, dropout, i):
+    if i == 0:
+        return inputs
+    return hiddens[i - 1, 1:] if dropout is None else hiddens[i - 1, 1:] * dropout[i - 1]
+
+
+def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
+    """Activated gates (L, T, B, G): one product each, now that all states are known."""
+    gates = []
+    for i in range(len(layers) // 3):
+        x, w_input = _layer_inputs(inputs, hiddens, dropout, i), layers[3 * i]
+        if i == 0 and attention:
+            x, w_input = torch.cat([x, fed], -1), torch.cat([w_input, attention[0]], 1)
+        g = reference.layer_gates(x, hiddens[i, :-1], w_input, *layers[3 * i + 1 : 3 * i + 3])
+        gates.append(reference.activate(cell_type, g))
+    return torch.stack(gates)
+
+
+def _backward(
+    options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, powers, dropout,
+    *weights,
+):  # fmt: skip
+    cell_type, query_after, _ = options
+    layers, attention = _split(weights, hiddens)
+    L = hiddens.shape[0]
+    fed = contexts[:-1] if query_after else contexts[1:]
+    if gates is None:
+        gates = _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention)
+
+    def dense(grad, like):
+        return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+    outputs, steps, rows, last, last_cell = grads
+    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = _ops.attention_decoder_backward(
+        dense(outputs, hiddens[-1, 1:]),
+        dense(steps, contexts[1:]),
+        dense(rows, w),
+        dense(last, hiddens[:, -1]),
+        dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
+        hiddens, cells, gates, queries, w, layers, attention, powers, dropout,
+        cell_type, query_after,
+    )  # fmt: skip
+    n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
+    dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]
+    found = []
+    for i in range(L):
+        need_input, need_hidden, need_bias = needs["weights"][3 * i : 3 * i + 3]
+        rows = _layer_inputs(inputs, hiddens, dropout, i)
+        over = (0, 1) if layers[3 * i + 2].dim() == 1 else 0
+        found.append(_product(dx[i], rows) if need_input else None)
+        found.append(_product(dh[i], hiddens[i, :-1]) if need_hidden else None)
+        found.append(dgates[i].sum(over) if need_bias else None)
+    if attention:
+        *_, keys, values, v = attention
+        _, need_query, _, need_keys, need_values, need_v = needs["weights"][3 * L :]
+        state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
+        found.append(_product(dx[0], fed))
+        found.append(_product(dq, state) if need_query else None)
+        found.append(dq.sum((0, 1)))
+        _, dkeys, dv = _ops.additive_scores_backward(
+            ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
+        )
+        found.append(dkeys)
+        found.append(torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1)))
+        found.append(dv)
+    dinputs = dx[0] @ layers[0] if needs["inputs"] else None
+    dcontext = dcontext if query_after else None
+    return dinputs, dhidden, dcell, dcontext, None, None, None, None, None, *found
+
+
+def _weights_of(layers, inputs_width, cell_type):
+    """nn.LSTM's, nn.GRU's or nn.RNN's weights in the ops' order: w_input, w_hidden and bias of each
+    layer, and the first layer's weights for the context apart."""
+    weights = []
+    for w_input, w_hidden, b_input, b_hidden in layers:
+        bias = b_input + b_hidden
+        if cell_type == "gru":
+            n = 2 * w_hidden.shape[1]
+            w_input = torch.cat([w_input[n:], w_input[:n]])
+            bias = torch.cat([b_input[n:], bias[:n], b_hidden[n:]])
+        weights += [w_input, w_hidden, bias]
+    w_context = weights[0][:, inputs_width:]
+    weights[0] = weights[0][:, :inputs_width]
+    return weights, w_context
+
+
+def attention_decoder(
+    inputs: Tensor,
+    hidden: Tensor,
+    cell: Tensor | None,
+    layers: Sequence[Sequence[Tensor]],
+    *,
+    query: tuple[Tensor, Tensor] | None = None,
+    keys: Tensor | PreparedKeys | None = None,
+    values: Tensor | None = None,
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    context: Tensor | None = None,
+    cell_type: str = "lstm",
+    query_after: bool = False,
+    dropout: float | Tensor = 0.0,
+    feedback: Feedback | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> DecoderOutput:
+    """A recurrent decoder over T steps, attention inside its recurrence, as one operation.
+
+    At each step the top layer's hidden state is projected to a query, the source is attended to,
+    and the first layer reads the step's input and a context.
+
+    Args:
+        inputs: (B, T, E), embedded tokens, floating point.
+        hidden: (L, B, H), before the first step.
+        cell: the same of an LSTM; None for other cells.
+        layers: weight_ih, weight_hh, bias_ih, bias_hh of each layer, as in `nn.LSTM.all_weights`;
+            the first weight_ih (G, E + D) is over [input; context].
+        query: weight (A, H) and bias (A,) of the query's projection.
+        keys: (B, S, A), projected; or what `prepare_keys` made of them.
+        values: (B, S, D).
+        v: (A,).
+        mask: (B, S) bool, True = attend. A row masked everywhere has contexts of zero.
+        context: (B, D): with `query_after` what the first step reads (zeros if None). Without
+            query, keys, values and v the decoder has no attention, and every step reads it.
+        cell_type: "lstm", "gru" or "rnn" (tanh), with PyTorch's formulas.
+        query_after: the query is the hidden state after the step, and the first layer reads the
+            context of the step before (input feeding). Otherwise the query is the state before
+            the step, and the first layer reads the step's own context.
+        dropout: between layers; the probability, or factors (L - 1, B, T, H).
+        feedback: the steps whose input is the argmax of the step before in place of inputs.
+        recompute: gates are made anew in backward, by one product per layer, rather than kept.
+        backend: None for the best there is, "native", or "reference".
+
+    Returns:
+        `DecoderOutput`. Gradients flow to all floating-point arguments, factors of dropout aside.
+
+    Float16 and bfloat16 are computed in float32. Under autocast so is everything but float64, and
+    the results have autocast's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    keys, powers = keys if isinstance(keys, PreparedKeys) else (keys, None)
+    autocast = _autocast_on(inputs)
+    attention = (*(query or (None, None)), keys, values, v)
+    checks.decoder(
+        inputs, hidden, cell, layers, attention, mask, context, cell_type, dropout, feedback,
+        autocast,
+    )  # fmt: skip
+    dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
+    dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
+    within = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def cast(x):
+        return None if x is None else x.to(within)
+
+    with torch.autocast(inputs.device.type, enabled=False):
+        found = _decode(
+            cast(inputs).transpose(0, 1).contiguous(),
+            cast(hidden).contiguous(),
+            inputs.new_empty(0, dtype=within) if cell is None else cast(cell).contiguous(),
+            [[cast(w) for w in layer] for layer in layers],
+            [cast(x) for x in attention if x is not None],
+            mask,
+            powers,
+            cast(context),
+            _factors(dropout, inputs, hidden, within),
+            _Options(cell_type, query_after, recompute),
+            feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
+            backend,
+        )
+    return DecoderOutput(
+        *(x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in found)
+    )
+
+
+def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, dtype: torch.dtype):
+    """Factors of what goes from layer to layer, (L - 1, T, B, H)."""
+    if isinstance(dropout, Tensor):
+        return dropout.to(dtype).transpose(1, 2).contiguous()
+    L, B, H = hidden.shape
+    if dropout == 0 or L == 1:
+        return None
+    ones = torch.ones(L - 1, inputs.shape[1], B, H, dtype=dtype, device=inputs.device)
+    return F.dropout(ones, dropout)
+
+
+def _decode(
+    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback,
+    backend,
+):  # fmt: skip
+    layers, w_context = _weights_of(layers, inputs.shape[2], options.cell_type)
+    if attention:
+        attention = [w_context, *attention]
+    else:  # the same at every step: a part of the bias
+        from_context = context @ w_context.T
+        layers[2] = layers[2] + F.pad(from_context, (0, len(layers[2]) - from_context.shape[1]))
+    steps, readout, input_dropout = [], [], None
+    if feedback:
+        steps, *readout, input_dropout = feedback
+        if input_dropout is not None:
+            input_dropout = input_dropout.transpose(0, 1).contiguous()
+    source = (mask, powers, context, dropout)
+    plain = is_reference("attention_decoder", inputs.device.type, backend)
+    args = (*source, *options[:2], steps, readout, input_dropout)
+    grad = _needs_grad(inputs, hidden, cell, context, *layers, *attention, *readout)
+    if plain:
+        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args)
+        results = _results(run)
+    elif not grad:
+        run = _run(inputs, hidden, cell, layers, attention, *args)
+        results = _results(run)
+    else:
+        run = None
+        if steps:
+            with torch.no_grad():
+                run = _run(inputs, hidden, cell, layers, attention, *args)
+            fed = F.embedding(run.tokens, readout[0])
+            if input_dropout is not None:
+                fed = fed * input_dropout[steps]
+            inputs = inputs.index_copy(0, torch.tensor(steps, device=inputs.device), fed)
+        results = _Decoder.apply(
+            inputs, hidden, cell, context if attention else None, mask, powers, dropout, options,
+            run, *layers, *attention,
+        )  # fmt: skip
+    outputs, contexts, weights, hidden, cell = results
+    if not attention:
+        contexts = context.unsqueeze(1).expand(-1, len(inputs), -1)
+    else:
+        contexts, weights = contexts.transpose(0, 1), weights.transpose(0, 1)
+    tokens, logits = (run.tokens.T, run.logits) if steps else (None, None)
+    return outputs.transpose(0, 1), contexts, weights, hidden, cell, tokens, logits

@@ -1,0 +1,128 @@
+"""Argument checks of `attention_decoder`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference_decoder import BLOCKS
+from .checks import DTYPES
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+def cell_type(name: object) -> None:
+    if name not in BLOCKS:
+        raise ValueError(f"cell_type: got {name!r}, expected one of {list(BLOCKS)}")
+
+
+def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, autocast: bool):
+    """x is a tensor of a shape, in which None stands for any size."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor {spelled}")
+    if x.dtype != like.dtype and not (autocast and x.dtype in DTYPES):
+        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as inputs have")
+    if x.device != like.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as inputs are")
+    sizes = zip(x.shape, shape, strict=False)
+    if x.dim() != len(shape) or any(e is not None and n != e for n, e in sizes):
+        wanted = ", ".join("any" if e is None else str(e) for e in shape)
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = ({wanted})")
+
+
+def decoder(
+    inputs: Tensor,
+    hidden: Tensor,
+    cell: Tensor | None,
+    layers: Sequence[Sequence[Tensor]],
+    attention: Sequence[Tensor | None],
+    mask: Tensor | None,
+    context: Tensor | None,
+    kind: str,
+    dropout: float | Tensor,
+    feedback: Sequence | None,
+    autocast: bool,
+) -> None:
+    """attention: weight and bias of the query's projection, keys, values and v, or five None."""
+    cell_type(kind)
+    if not isinstance(inputs, Tensor) or inputs.dtype not in DTYPES:
+        got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise TypeError(f"inputs: got {got}, expected a floating-point Tensor (B, T, E)")
+
+    def tensor(name: str, x: object, spelled: str, *shape: int | None) -> None:
+        _tensor(name, x, inputs, spelled, shape, autocast)
+
+    tensor("inputs", inputs, "(B, T, E)", None, None, None)
+    B, T, E = inputs.shape
+    L = len(layers)
+    tensor("hidden", hidden, "(L, B, H)", L, B, None)
+    H = hidden.shape[2]
+    if L == 0 or H == 0:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected L and H above 0")
+    if kind == "lstm":
+        tensor("cell", cell, "(L, B, H)", L, B, H)
+    elif cell is not None:
+        raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
+    D = _source(tensor, attention, mask, context, B, H)
+    G = GATES[kind] * H
+    for i, layer in enumerate(layers):
+        if len(layer) != 4:
+            raise ValueError(
+                f"layers[{i}]: got {len(layer)} tensors, expected weight_ih, weight_hh, bias_ih,"
+                " bias_hh"
+            )
+        tensor(f"layers[{i}][0]", layer[0], "(gates, inputs)", G, E + D if i == 0 else H)
+        tensor(f"layers[{i}][1]", layer[1], "(gates, H)", G, H)
+        tensor(f"layers[{i}][2]", layer[2], "(gates,)", G)
+        tensor(f"layers[{i}][3]", layer[3], "(gates,)", G)
+    if isinstance(dropout, Tensor):
+        tensor("dropout", dropout, "(L - 1, B, T, H)", L - 1, B, T, H)
+    elif not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: got {dropout}, expected between 0 and 1")
+    if feedback is not None:
+        _feedback(tensor, feedback, B, T, E, H + D)
+
+
+def _source(tensor, attention, mask, context, B: int, H: int) -> int:
+    """The context's width D."""
+    given = [x is not None for x in attention]
+    if any(given) != all(given):
+        missing = ("query", "query", "keys", "values", "v")[given.index(False)]
+        raise ValueError(f"{missing}: got None, expected all of query, keys, values and v, or none")
+    if not any(given):
+        if mask is not None:
+            raise ValueError("mask: got a Tensor, expected None without keys and values")
+        tensor("context", context, "(B, D)", B, None)
+        return context.shape[1]
+    w_query, b_query, keys, values, v = attention
+    tensor("keys", keys, "(B, S, A)", B, None, None)
+    S, A = keys.shape[1:]
+    if S == 0 or A == 0:
+        raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected S and A above 0")
+    tensor("query[0]", w_query, "(A, H)", A, H)
+    tensor("query[1]", b_query, "(A,)", A)
+    tensor("values", values, "(B, S, D)", B, S, None)
+    tensor("v", v, "(A,)", A)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+        if mask.shape != (B, S):
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, S) = {(B, S)}")
+        if mask.device != keys.device:
+            raise ValueError(f"mask: is on {mask.device}, expected {keys.device} as keys are")
+    if context is not None:
+        tensor("context", context, "(B, D)", B, values.shape[2])
+    return values.shape[2]
+
+
+def _feedback(tensor, feedback, B: int, T: int, E: int, features: int) -> None:
+    steps, embedding, weight, bias, dropout = feedback
+    if any(not 0 < t < T for t in steps) or list(steps) != sorted(set(steps)):
+        raise ValueError(f"feedback.steps: got {steps}, expected steps 1 to {T - 1}, ascending")
+    tensor("feedback.embedding", embedding, "(V, E)", None, E)
+    V = embedding.shape[0]
+    tensor("feedback.weight", weight, "(V, H + D)", V, features)
+    tensor("feedback.bias", bias, "(V,)", V)
+    if dropout is not None:
+        tensor("feedback.dropout", dropout, "(B, T, E)", B, T, E)

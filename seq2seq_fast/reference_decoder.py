@@ -1,0 +1,273 @@
+"""The specification of the attention decoder, forward and backward, in plain PyTorch.
+
+Time comes first inside: inputs (T, B, E), hidden and cell (L, B, H) for L layers. A layer has
+w_input (I, its input's width), w_hidden (J, H) and bias (G,) or (B, G), over these blocks of gates:
+
+    lstm   i  f  g  o      I = J = G = 4 H
+    gru    n  r  z  m      I = 3 H from the left, J = 3 H from the right, G = 4 H
+    rnn    h               I = J = G = H
+
+where GRU's m is the hidden state's part of n, which r multiplies: that is why it stands alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference
+
+INPUT_BLOCKS = {"lstm": 4, "gru": 3, "rnn": 1}
+BLOCKS = {"lstm": 4, "gru": 4, "rnn": 1}
+
+
+class Run(NamedTuple):
+    """What a run over T steps leaves: what backward needs, results among it."""
+
+    hiddens: Tensor  # (L, T + 1, B, H), the initial state first
+    cells: Tensor  # (L, T + 1, B, H), of an LSTM
+    gates: Tensor  # (L, T, B, G), after their nonlinearities
+    queries: Tensor  # (T, B, A)
+    contexts: Tensor  # (T + 1, B, D), the one before the first step first
+    weights: Tensor  # (T, B, S)
+    tokens: Tensor  # (F, B), what was fed back in each of F steps
+    logits: Tensor  # (B, T + 1, V); [:, t] is written for the steps t that were fed its argmax
+
+
+def activate(cell_type: str, gates: Tensor) -> Tensor:
+    """Nonlinearities of gates (..., G)."""
+    if cell_type == "rnn":
+        return gates.tanh()
+    a, b, c, d = gates.chunk(4, -1)
+    if cell_type == "lstm":
+        return torch.cat([a.sigmoid(), b.sigmoid(), c.tanh(), d.sigmoid()], -1)
+    r = b.sigmoid()
+    return torch.cat([(a + r * d).tanh(), r, c.sigmoid(), d], -1)
+
+
+def advance(cell_type: str, gates: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """The next hidden and cell state, given activated gates; only an LSTM changes `cell`."""
+    if cell_type == "rnn":
+        return gates, cell
+    if cell_type == "gru":
+        n, _, z, _ = gates.chunk(4, -1)
+        return n + z * (hidden - n), cell
+    i, f, g, o = gates.chunk(4, -1)
+    cell = f * cell + i * g
+    return o * cell.tanh(), cell
+
+
+def layer_gates(x: Tensor, hidden: Tensor, w_input: Tensor, w_hidden: Tensor, bias: Tensor):
+    """Gates (..., G) before their nonlinearities, of x and the hidden state before the step."""
+    G = bias.shape[-1]
+    from_input, from_hidden = x @ w_input.T, hidden @ w_hidden.T
+    return (
+        bias
+        + F.pad(from_input, (0, G - from_input.shape[-1]))
+        + F.pad(from_hidden, (G - from_hidden.shape[-1], 0))
+    )
+
+
+def attention_decoder(
+    inputs: Tensor,
+    hidden: Tensor,
+    cell: Tensor,
+    layers: list[Tensor],
+    attention: list[Tensor],
+    mask: Tensor | None,
+    powers: Tensor | None,
+    context: Tensor | None,
+    dropout: Tensor | None,
+    cell_type: str,
+    query_after: bool,
+    feedback: list[int],
+    readout: list[Tensor],
+    input_dropout: Tensor | None,
+) -> Run:
+    """A decoder over T steps with attention inside its recurrence.
+
+    Args:
+        hidden, cell: (L, B, H), before the first step; cell is empty unless it is an LSTM's.
+        layers: w_input, w_hidden and bias of each layer in turn.
+        attention: w_context (I, D), w_query (A, H), b_query (A,), keys (B, S, A), values (B, S, D)
+            and v (A,); or nothing for a decoder without attention.
+        mask: (B, S) bool, True = attend.
+        context: (B, D), what the first step's cells read if the query comes after them; without
+            attention what the readout reads at every step.
+        dropout: (L - 1, T, B, H), factors of what a layer hands to the next one.
+        query_after: the query is the top layer's hidden state after the step, and the cells read
+            the context of the step before; otherwise it is the state before the step, and they
+            read that step's own context.
+        feedback: the steps whose input is the argmax of the step before, read out by
+            readout = [embedding (V, E), weight (V, H + D), bias (V,)] and multiplied by
+            input_dropout (T, B, E).
+    """
+    T, B, _ = inputs.shape
+    L = hidden.shape[0]
+    lstm = cell_type == "lstm"
+    hiddens, cells = [hidden.unbind()], [cell.unbind() if lstm else (cell,) * L]
+    gates, queries, weights, tokens, contexts = [], [], [], [], []
+    logits, (A, S) = inputs.new_empty(0), (0, 0)
+    if attention:
+        w_context, w_query, b_query, keys, values, v = attention
+        A, S = v.shape[0], keys.shape[1]
+        layers = [torch.cat([layers[0], w_context], 1), *layers[1:]]
+        if context is None:
+            context = values.new_zeros(B, values.shape[2])
+    if context is not None:
+        contexts.append(context)
+
+    def attend():
+        queries.append(F.linear(hiddens[-1][-1], w_query, b_query))
+        c, w = reference.additive_attention(
+            queries[-1].unsqueeze(1), keys, values, v, rows, None, 1.0
+        )
+        contexts.append(c.squeeze(1))
+        weights.append(w.squeeze(1))
+
+    rows = None if mask is None else mask.unsqueeze(1)
+    if feedback:
+        embedding, w_out, b_out = readout
+        logits = inputs.new_zeros(B, T + 1, w_out.shape[0])
+    for t in range(T):
+        x = inputs[t]
+        if t in feedback:
+            features = torch.cat([hiddens[-1][-1], contexts[-1]], -1)
+            logits[:, t] = F.linear(features, w_out, b_out).detach()
+            tokens.append(logits[:, t].argmax(-1))
+            x = F.embedding(tokens[-1], embedding)
+            x = x if input_dropout is None else x * input_dropout[t]
+        if attention and not query_after:
+            attend()
+        if attention:
+            x = torch.cat([x, contexts[-1]], -1)
+        step: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i in range(L):
+            if i > 0:
+                x = step[-1][1] if dropout is None else step[-1][1] * dropout[i - 1, t]
+            g = activate(cell_type, layer_gates(x, hiddens[-1][i], *layers[3 * i : 3 * i + 3]))
+            step.append((g, *advance(cell_type, g, hiddens[-1][i], cells[-1][i])))
+        activated, states, memories = zip(*step, strict=True)
+        gates.append(torch.stack(activated))
+        hiddens.append(states)
+        cells.append(memories)
+        if attention and query_after:
+            attend()
+
+    def stack(rows, *empty, dim=0, wanted=bool(attention)):
+        if not wanted:
+            return inputs.new_empty(0)
+        return torch.stack(rows, dim) if rows else inputs.new_empty(empty)
+
+    G = layers[2].shape[-1]
+    return Run(
+        torch.stack([torch.stack(x) for x in hiddens], 1),
+        torch.stack([torch.stack(x) for x in cells], 1) if lstm else inputs.new_empty(0),
+        stack(gates, L, 0, B, G, dim=1, wanted=True),
+        stack(queries, 0, B, A),
+        stack(contexts),
+        stack(weights, 0, B, S),
+        torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=inputs.device),
+        logits,
+    )
+
+
+def cell_backward(cell_type, grad, grad_cell, gates, before, cell_before, cell):
+    """Gradients of the gates before their nonlinearities, and what of grad and grad_cell goes to
+    the hidden and the cell state before the step without passing the gates."""
+    if cell_type == "rnn":
+        return grad * (1 - gates * gates), torch.zeros_like(grad), grad_cell
+    if cell_type == "gru":
+        n, r, z, m = gates.chunk(4, -1)
+        dn = grad * (1 - z) * (1 - n * n)
+        dr = dn * m * r * (1 - r)
+        dz = grad * (before - n) * z * (1 - z)
+        return torch.cat([dn, dr, dz, dn * r], -1), grad * z, grad_cell
+    i, f, g, o = gates.chunk(4, -1)
+    tanh = cell.tanh()
+    grad_cell = grad_cell + grad * o * (1 - tanh * tanh)
+    di = grad_cell * g * i * (1 - i)
+    df = grad_cell * cell_before * f * (1 - f)
+    dg = grad_cell * i * (1 - g * g)
+    do = grad * tanh * o * (1 - o)
+    return torch.cat([di, df, dg, do], -1), torch.zeros_like(grad), grad_cell * f
+
+
+def attention_decoder_backward(
+    grad_outputs: Tensor,
+    grad_contexts: Tensor,
+    grad_weights: Tensor,
+    grad_hidden: Tensor,
+    grad_cell: Tensor,
+    hiddens: Tensor,
+    cells: Tensor,
+    gates: Tensor,
+    queries: Tensor,
+    weights: Tensor,
+    layers: list[Tensor],
+    attention: list[Tensor],
+    powers: Tensor | None,
+    dropout: Tensor | None,
+    cell_type: str,
+    query_after: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The recurrence of `attention_decoder` backward; what is no recurrence is left to the caller.
+
+    Args:
+        grad_outputs (T, B, H), of the top layer; grad_contexts (T, B, D), grad_weights (T, B, S);
+        grad_hidden, grad_cell (L, B, H), of the last step's state. The rest as in `Run`.
+
+    Returns:
+        Gradients of the gates before their nonlinearities (L, T, B, G), of the queries (T, B, A),
+        scores (T, B, S) and contexts (T, B, D) of each step, of the initial hidden and cell state
+        (L, B, H), and of the context before the first step (B, D).
+    """
+    L, T = gates.shape[:2]
+    lstm = cell_type == "lstm"
+    dh, dc = list(grad_hidden.unbind()), list(grad_cell.unbind()) if lstm else [grad_cell] * L
+    dgates = torch.empty_like(gates)
+    dqueries, dscores = torch.empty_like(queries), torch.empty_like(weights)
+    dcontexts = grad_contexts.clone()
+    carried = torch.zeros_like(grad_contexts[0]) if T and attention else grad_contexts.new_empty(0)
+    n_input, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
+
+    def attend_backward(t):
+        _, w_query, _, keys, values, v = attention
+        found = reference.additive_attention_backward(
+            dcontexts[t].unsqueeze(1),
+            grad_weights[t].unsqueeze(1),
+            queries[t].unsqueeze(1),
+            keys,
+            values,
+            v,
+            weights[t].unsqueeze(1),
+            1.0,
+        )
+        dqueries[t], dscores[t] = found[0].squeeze(1), found[4].squeeze(1)
+        dh[-1] = dh[-1] + dqueries[t] @ w_query
+
+    for t in range(T - 1, -1, -1):
+        dh[-1] = dh[-1] + grad_outputs[t]
+        if attention and query_after:
+            dcontexts[t] += carried
+            attend_backward(t)
+        for i in range(L - 1, -1, -1):
+            w_input, w_hidden, _ = layers[3 * i : 3 * i + 3]
+            memory = (cells[i, t], cells[i, t + 1]) if lstm else (cells, cells)
+            dgates[i, t], dh[i], dc[i] = cell_backward(
+                cell_type, dh[i], dc[i], gates[i, t], hiddens[i, t], *memory
+            )
+            dh[i] = dh[i] + dgates[i, t, :, G - n_hidden :] @ w_hidden
+            if i > 0:
+                dx = dgates[i, t, :, :n_input] @ w_input
+                dh[i - 1] = dh[i - 1] + (dx if dropout is None else dx * dropout[i - 1, t])
+        if attention:
+            carried = dgates[0, t, :, :n_input] @ attention[0]
+            if not query_after:
+                dcontexts[t] += carried
+                attend_backward(t)
+    if not query_after:
+        carried = torch.zeros_like(carried)
+    dcell = torch.stack(dc) if lstm else grad_cell.new_empty(0)
+    return dgates, dqueries, dscores, dcontexts, torch.stack(dh), dcell, carried
