@@ -41,6 +41,23 @@ constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
+// Packed weights (panels, K, width): the columns of a panel lie together for each k, in units of
+// kPackedUnit, so that a product with one row reads memory from one end to the other.
+constexpr int64_t kPackedUnit = 16, kPackedWidth = 4 * kPackedUnit;  // the widest panel
+enum class Weights : uint8_t { kFloat, kBFloat16, kInt8 };
+
+// Columns of the left operand of a product: rows x, ld apart, of K numbers.
+struct Operand {
+  const float* x;
+  int64_t ld, K;
+};
+
+// What is known of a stretch of logits: the largest, sum exp(x - largest), and where it is.
+struct Peak {
+  float top, sum;
+  int32_t index;
+};
+
 struct Loops {
   const char* name;
 
@@ -89,6 +106,15 @@ struct Loops {
   void (*retreat)(Cell cell, const float* gates, const float* hidden_before,
                   const float* cell_before, const float* memory, int64_t H, float* dh, float* dc,
                   float* dgates);
+
+  // out (rows, width), ldo apart, += scale (width,) * [operands side by side] w; w is a panel,
+  // scale may be null.
+  void (*packed_panel)(Weights type, const Operand* operands, int count, int64_t rows,
+                       const void* w, int64_t width, const float* scale, float* out, int64_t ldo);
+  // A NaN, if there is one, is the largest.
+  Peak (*peak)(const float* x, int64_t n);
+  // The places of what is above the threshold, ascending; `out` holds n.
+  int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };
 
 // The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does
