@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..library import is_reference, use_backend
 from . import native, stepwise
-from .options import DecodingOptions, check
+from .options import DecodingOptions, check, token_ids
 from .packing import DTYPES, PackedDecoder, pack_decoder, state_of
 from .results import Generated, Scored
 
@@ -110,9 +110,7 @@ def score(
     """
     prepared = decoder.source(source) if isinstance(source, Tensor) else source
     B = state.hidden.shape[1]
-    if not isinstance(trg, Tensor) or trg.dtype not in (torch.int64, torch.int32):
-        got = trg.dtype if isinstance(trg, Tensor) else type(trg).__name__
-        raise TypeError(f"trg: got {got}, expected an int64 or int32 Tensor (B, T)")
+    token_ids("trg", trg, decoder.output_dim)
     if trg.dim() != 2 or trg.shape[0] != B or trg.shape[1] == 0:
         raise ValueError(
             f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {B} as the source has"

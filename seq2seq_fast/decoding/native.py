@@ -44,16 +44,18 @@ def generate(
 ) -> Generated:
     """See `seq2seq_fast.generate`; arguments are checked already."""
     B, device = state.hidden.shape[1], state.hidden.device
+    context, mask = state.context, None
+    from_source: list[Tensor] = []
     if isinstance(source, Tensor):
-        context, from_source, mask = source.contiguous(), [], None
+        context = source
     else:
         keys, powers = source.keys
         powers = keys.new_empty(0) if powers is None else powers
-        context, mask = state.context, source.mask
         from_source = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+        mask = source.mask
     whole = [options.bos, options.eos, options.fill, options.min_length, options.beam_size,
              options.n_best, options.no_repeat_ngram]  # fmt: skip
-    *found, weights = torch.ops.seq2seq_fast.decode(
+    found = torch.ops.seq2seq_fast.decode(
         packed.weights,
         decoder.cell_type,
         decoder.query_after,
@@ -69,7 +71,9 @@ def generate(
         float(options.coverage_penalty),
         options.return_weights,
     )
-    found.append(weights if options.return_weights else None)
     if options.beam_size == 1:
-        found = [None if x is None else x.squeeze(1) for x in found]
-    return Generated(*found)
+        found = [x.squeeze(1) if x.dim() > 1 else x for x in found]
+    tokens, lengths, log_probs, scores, finished, weights = found
+    return Generated(
+        tokens, lengths, log_probs, scores, finished, weights if options.return_weights else None
+    )

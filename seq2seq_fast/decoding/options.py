@@ -138,9 +138,7 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
     prefix: Any = options.prefix
     if prefix is None:
         return
-    if not isinstance(prefix, Tensor) or prefix.dtype not in (torch.int64, torch.int32):
-        got = prefix.dtype if isinstance(prefix, Tensor) else type(prefix).__name__
-        raise TypeError(f"prefix: got {got}, expected an int64 or int32 Tensor (B, P)")
+    token_ids("prefix", prefix, vocabulary)
     if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] != batch):
         raise ValueError(
             f"prefix: got shape {tuple(prefix.shape)}, expected (P,) or (B, P) with B = {batch}"
@@ -150,11 +148,18 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
             f"prefix: got {prefix.shape[-1]} tokens, expected at most max_length ="
             f" {options.max_length}"
         )
-    if prefix.numel() == 0:
-        return
-    low, high = (int(n) for n in torch.aminmax(prefix))
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(f"prefix: got token id {bad}, expected 0 to {vocabulary - 1}")
     if bool((prefix == options.eos).any()):
         raise ValueError(f"prefix: got eos ({options.eos}) in it, expected none")
+
+
+def token_ids(name: str, x: object, vocabulary: int) -> None:
+    """x: whole numbers below `vocabulary`."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: got {got}, expected a Tensor of int64 or int32 token ids")
+    if x.numel() == 0:
+        return
+    low, high = (int(n) for n in torch.aminmax(x))
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
@@ -60,13 +60,14 @@ def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
             both = torch.cat([w_input, w_hidden], 1)
             packed += [*pack_matrix(both, blocks, dtype), *nothing]
         packed.append(pack_rows(bias[:, None], blocks).flatten())
-    for linear in (decoder.attention and decoder.attention.Wa, decoder.fc_out):
-        if linear is None:
-            packed += [*nothing, like.new_empty(0)]
-        else:
-            packed += pack_matrix(linear.weight, 1, dtype)
-            packed.append(pack_rows(linear.bias[:, None], 1).flatten())
-    return packed
+    query = None if decoder.attention is None else decoder.attention.Wa
+    packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
+    return packed + _pack_linear(decoder.fc_out, dtype)
+
+
+def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
+    bias = pack_rows(linear.bias[:, None], 1).flatten()
+    return [*pack_matrix(linear.weight, 1, dtype), bias]
 
 
 def pack_rows(w: Tensor, blocks: int) -> Tensor:

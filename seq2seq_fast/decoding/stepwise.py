@@ -78,16 +78,17 @@ def penalised(
     """log P / lp + cp of hypotheses (N,) with weights (N, n, S) and positions (N, S)."""
     scores = log_probs / ((5 + lengths.double()) / 6) ** options.length_penalty
     if options.coverage_penalty > 0:
+        assert weights is not None and positions is not None
         covered = weights.sum(1).clamp(torch.finfo(torch.float32).tiny, 1).double()
         covered = covered.log().masked_fill(~positions, 0).sum(1)
         scores = scores + options.coverage_penalty * covered
     return scores
 
 
-def bar(log_probs: Tensor, history: Tensor, options: DecodingOptions) -> Tensor:
-    """log_probs (N, V) with -inf for what must not follow on history (N, t)."""
+def bar(logits: Tensor, history: Tensor, options: DecodingOptions) -> Tensor:
+    """logits (N, V) with -inf for what must not follow on history (N, t)."""
     t, n = history.shape[1], options.no_repeat_ngram
-    barred = log_probs.clone()
+    barred = logits.clone()
     if t + 1 < options.min_length:
         barred[:, options.eos] = -torch.inf
     if n and t >= n:
@@ -96,13 +97,13 @@ def bar(log_probs: Tensor, history: Tensor, options: DecodingOptions) -> Tensor:
         rows, at = again.nonzero(as_tuple=True)
         barred[rows, grams[rows, at, -1]] = -torch.inf
     stuck = barred.isneginf().all(1)
-    barred[stuck, options.eos] = log_probs[stuck, options.eos]
+    barred[stuck, options.eos] = logits[stuck, options.eos]
     return barred
 
 
-def draw(log_probs: Tensor, options: DecodingOptions) -> Tensor:
-    """One token (N,) of each row of log_probs (N, V)."""
-    x = log_probs / options.temperature
+def draw(logits: Tensor, options: DecodingOptions) -> Tensor:
+    """One token (N,) of each row of logits (N, V)."""
+    x = logits / options.temperature
     if 0 < options.top_k < x.shape[1]:
         x = x.masked_fill(x < x.topk(options.top_k).values[:, -1:], -torch.inf)
     if options.top_p < 1:
@@ -135,13 +136,13 @@ def one_each(
         if t < prefix.shape[1]:
             token = prefix[live, t]
         else:
-            allowed = bar(log_p, tokens[live, :t], options)
+            allowed = bar(logits, tokens[live, :t], options)
             token = draw(allowed, options) if options.sample else allowed.argmax(1)
         tokens[live, t] = token
         lengths[live] = t + 1
         log_probs[live] += log_p.gather(1, token[:, None]).squeeze(1)
         finished[live] = token == options.eos
-        if weights is not None:
+        if weights is not None and w is not None:
             weights[live, t] = w
         goes_on = (~finished[live] & (limits[live] > t + 1)).nonzero().squeeze(1)
         if len(goes_on) == 0:
@@ -191,6 +192,12 @@ class Beams:
         if self.weights is not None:
             self.weights = self.weights[at, parents]
         self.state = take_state(self.state, (at * K + parents).flatten())
+
+    def attended(self, weights: Tensor | None) -> None:
+        """Adds a step's weights (R * K, S), if weights are kept."""
+        if self.weights is not None and weights is not None:
+            step = weights.view(*self.weights.shape[:2], 1, -1)
+            self.weights = torch.cat([self.weights, step], 2)
 
     def keep(self, rows: Tensor) -> None:
         K = self.log_probs.shape[1]
@@ -250,8 +257,7 @@ def beam_search(
         expanded = take_source(source, beams.rows.repeat_interleave(K))
         logits, beams.state, w = decoder.step(token, beams.state, expanded)
         log_p = logits.log_softmax(-1).double()
-        if S is not None:
-            beams.weights = torch.cat([beams.weights, w.view(R, K, 1, S)], 2)
+        beams.attended(w)
         if t < prefix.shape[1]:
             token = prefix[beams.rows, t, None].expand(R, K)
             log_p = log_p.view(R, K, -1).gather(2, token[..., None]).squeeze(2)
@@ -260,24 +266,19 @@ def beam_search(
         else:
             allowed = bar(log_p, beams.tokens.flatten(0, 1), options).view(R, K, -1)
             _continue(beams, ended, beams.log_probs[..., None] + allowed, options)
-        going = [
-            i
-            for i, (b, log_prob) in enumerate(
-                zip(beams.rows.tolist(), beams.log_probs[:, 0].tolist(), strict=True)
-            )
-            if t + 1 < int(limits[b])
-            and log_prob > -torch.inf
-            and not ended[b].complete(log_prob, int(limits[b]))
-        ]
+        going = []
         for i, b in enumerate(beams.rows.tolist()):
-            if t + 1 == int(limits[b]):
+            best, limit = float(beams.log_probs[i, 0]), int(limits[b])
+            if t + 1 == limit:
                 _end_all(beams, i, ended[b])
+            elif best > -torch.inf and not ended[b].complete(best, limit):
+                going.append(i)
         if not going:
             break
         if len(going) < R:
             beams.keep(torch.tensor(going, device=device))
         token = beams.tokens[:, :, -1].flatten()
-    return _assemble([e.best for e in ended], options, device)
+    return _assemble([e.best for e in ended], options, state.hidden, S)
 
 
 def _continue(beams: Beams, ended: list[Ended], scores: Tensor, options: DecodingOptions) -> None:
@@ -310,24 +311,20 @@ def _end_all(beams: Beams, i: int, ended: Ended) -> None:
 
 
 def _assemble(
-    rows: list[list[Hypothesis]], options: DecodingOptions, device: torch.device
+    rows: list[list[Hypothesis]], options: DecodingOptions, like: Tensor, S: int | None
 ) -> Generated:
-    B, N = len(rows), options.n_best
-    found = [(b, i, h) for b, row in enumerate(rows) for i, h in enumerate(row)]
-    n = max(len(h.tokens) for _, _, h in found)
+    B, N, device = len(rows), options.n_best, like.device
+    n = max((len(h.tokens) for row in rows for h in row), default=0)
     tokens = torch.full((B, N, n), options.fill, device=device)
     lengths = torch.zeros(B, N, dtype=torch.int64, device=device)
     log_probs = torch.full((B, N), -torch.inf, device=device)
     scores, finished = log_probs.clone(), torch.zeros(B, N, dtype=torch.bool, device=device)
-    weights = None
-    if options.return_weights:
-        first = found[0][2].weights
-        assert first is not None
-        weights = first.new_zeros(B, N, n, first.shape[1])
-    for b, i, h in found:
-        tokens[b, i, : len(h.tokens)] = h.tokens
-        lengths[b, i], finished[b, i] = len(h.tokens), h.finished
-        log_probs[b, i], scores[b, i] = h.log_prob, h.score
-        if weights is not None and h.weights is not None:
-            weights[b, i, : len(h.tokens)] = h.weights
+    weights = like.new_zeros(B, N, n, S) if S is not None and options.return_weights else None
+    for b, row in enumerate(rows):
+        for i, h in enumerate(row):
+            tokens[b, i, : len(h.tokens)] = h.tokens
+            lengths[b, i], finished[b, i] = len(h.tokens), h.finished
+            log_probs[b, i], scores[b, i] = h.log_prob, h.score
+            if weights is not None and h.weights is not None:
+                weights[b, i, : len(h.tokens)] = h.weights
     return Generated(tokens, lengths, log_probs, scores, finished, weights)

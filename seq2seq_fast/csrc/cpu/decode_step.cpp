@@ -8,7 +8,8 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
+constexpr int64_t kRowsTogether = 48;   // of a panel's gates, which then stay in cache
+constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
 
 Weights weights_of(ScalarType type) {
   if (type == ScalarType::Float) return Weights::kFloat;
@@ -45,7 +46,11 @@ void Matrix::multiply(int64_t i, const Operand* operands, int count, int64_t row
                       int64_t ldo) const {
   const char* w = static_cast<const char*>(data.data_ptr()) + i * K * width * size_of(type);
   const float* scale = scales.numel() ? floats(scales) + i * width : nullptr;
-  loops.packed_panel(type, operands, count, rows, w, width, scale, out, ldo);
+  if (type == Weights::kFloat || rows < kLeastUnpacked)
+    return loops.packed_panel(type, operands, count, rows, w, width, scale, out, ldo);
+  Buffer<float> unpacked(K * width);
+  loops.unpack(type, w, K * width, unpacked);
+  loops.packed_panel(Weights::kFloat, operands, count, rows, unpacked, width, scale, out, ldo);
 }
 
 static Cell cell_of(const std::string& name) {

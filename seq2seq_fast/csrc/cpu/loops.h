@@ -111,6 +111,8 @@ struct Loops {
   // scale may be null.
   void (*packed_panel)(Weights type, const Operand* operands, int count, int64_t rows,
                        const void* w, int64_t width, const float* scale, float* out, int64_t ldo);
+  // n weights that are not floats, a multiple of kPackedUnit, as floats
+  void (*unpack)(Weights type, const void* w, int64_t n, float* out);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
   // The places of what is above the threshold, ascending; `out` holds n.

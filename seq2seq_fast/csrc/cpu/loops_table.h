@@ -7,9 +7,9 @@
 namespace seq2seq_fast {
 
 extern const Loops S2S_LOOPS;
-const Loops S2S_LOOPS = {S2S_NAME,        scores,        gradients, exp2x,
-                         expm1_2x,        largest,       softmax,   softmax_backward,
-                         scale_and_flush, weighted_rows, products,  advance_cell,
-                         retreat_cell,    packed_panel,  peak,      above};
+const Loops S2S_LOOPS = {S2S_NAME, scores,       gradients,        exp2x,           expm1_2x,
+                         largest,  softmax,      softmax_backward, scale_and_flush, weighted_rows,
+                         products, advance_cell, retreat_cell,     packed_panel,    unpack,
+                         peak,     above};
 
 }  // namespace seq2seq_fast

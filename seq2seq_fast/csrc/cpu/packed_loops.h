@@ -2,6 +2,10 @@
 #pragma once
 #include "vec.h"
 
+#ifdef S2S_INTRINSICS
+#include <immintrin.h>
+#endif
+
 namespace seq2seq_fast {
 namespace {
 
@@ -16,8 +20,17 @@ S2S_INLINE Vec load_weights(const uint16_t* p) {  // bfloat16, the upper half of
   return x;
 }
 S2S_INLINE Vec load_weights(const int8_t* p) {
-  const VecInt x = __builtin_convertvector(*reinterpret_cast<const VecByte*>(p), VecInt);
+  // Widening bytes is one instruction that GCC 12 does not find by itself.
+#if defined(S2S_INTRINSICS) && S2S_LANES == 16
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const auto x = reinterpret_cast<VecInt>(_mm512_maskz_cvtepi8_epi32(0xffff, bytes));
   return __builtin_convertvector(x, Vec);
+#elif defined(S2S_INTRINSICS)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector(reinterpret_cast<VecInt>(_mm256_cvtepi8_epi32(bytes)), Vec);
+#else
+  return __builtin_convertvector(*reinterpret_cast<const VecByte*>(p), Vec);
+#endif
 }
 
 // M rows by N vectors of a panel's columns. Every result is one sum in the order of k, so that it
@@ -84,6 +97,18 @@ S2S_INLINE void packed_panel_of(const Operand* operands, int count, int64_t rows
     return;
   }
   for (int64_t at = 0; at < width; at += kPackedUnit) columns.template operator()<kPerUnit>(at);
+}
+
+template <typename W>
+S2S_INLINE void unpack_of(const W* w, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kVec) store(out + i, load_weights(w + i));
+}
+
+void unpack(Weights type, const void* w, int64_t n, float* out) {
+  if (type == Weights::kBFloat16)
+    unpack_of(static_cast<const uint16_t*>(w), n, out);
+  else
+    unpack_of(static_cast<const int8_t*>(w), n, out);
 }
 
 void packed_panel(Weights type, const Operand* operands, int count, int64_t rows, const void* w,
