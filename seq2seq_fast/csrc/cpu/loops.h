@@ -85,19 +85,20 @@ struct Loops {
   void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
                    int64_t D, float* out, int64_t ldo);
 
-  // One panel's outputs of m rows: out = init + a (m, K) panel. In `out` and `init` the blocks lie
-  // ld_block apart; used[j] <= kBlock outputs of block j are there. init may be null.
+  // One panel's outputs of m rows: out = init + a (m, K) panel. Of block j, used[j] <= kBlock
+  // outputs are there; blocks lie block_init and block_out apart. init may be null.
   void (*panel)(const float* a, int64_t lda, int64_t m, int64_t K, const float* panel,
-                const float* init, int64_t ld_init, float* out, int64_t ldo, int64_t ld_block,
-                const int64_t* used);
+                const float* init, int64_t ld_init, int64_t block_init, float* out, int64_t ldo,
+                int64_t block_out, const int64_t* used);
   void (*panel_double)(const double* a, int64_t lda, int64_t m, int64_t K, const double* panel,
-                       const double* init, int64_t ld_init, double* out, int64_t ldo,
-                       int64_t ld_block, const int64_t* used);
+                       const double* init, int64_t ld_init, int64_t block_init, double* out,
+                       int64_t ldo, int64_t block_out, const int64_t* used);
 
-  // n units of a cell in one row, see cells.h: gates, whose blocks lie H apart, in place, and the
-  // states after the step. What a cell does not have is not read.
-  void (*advance)(Cell cell, float* gates, int64_t H, const float* hidden_before,
-                  const float* cell_before, int64_t n, float* hidden, float* memory);
+  // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
+  // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not
+  // have is not read.
+  void (*advance)(Cell cell, const float* raw, const float* hidden_before, const float* cell_before,
+                  int64_t n, float* gates, int64_t H, float* hidden, float* memory);
   // Backward, given what `advance` left; dh and dc in place.
   void (*retreat)(Cell cell, const float* gates, int64_t H, const float* hidden_before,
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
