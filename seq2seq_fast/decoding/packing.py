@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..nn.decoder import Decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-UNIT, WIDTH = 16, 64  # kPackedUnit and kPackedWidth of csrc/cpu/loops.h
+UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 
 
 class PackedDecoder(NamedTuple):

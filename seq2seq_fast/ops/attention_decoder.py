@@ -73,7 +73,7 @@ def _(
     def like(x):
         return x.new_empty(x.shape)
 
-    first = grad_contexts.new_empty(grad_contexts.shape[1:])
+    first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
     same = (gates, queries, weights, grad_contexts, grad_hidden, grad_cell)
     return *(like(x) for x in same), first
 

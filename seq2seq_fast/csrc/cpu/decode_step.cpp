@@ -1,9 +1,8 @@
 // See decode_step.h.
 #include "decode_step.h"
 
-#include <string>
-
 #include "cells.h"
+#include "decoder.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -37,7 +36,7 @@ Matrix::Matrix(const Tensor& data_, const Tensor& scales_)
   STD_TORCH_CHECK(data.dim() == 3 && data.is_contiguous(), "expected panels (P, K, width)");
   panels = data.size(0), K = data.size(1), width = data.size(2);
   floats(scales);
-  STD_TORCH_CHECK(width % kPackedUnit == 0 && width <= kPackedWidth &&
+  STD_TORCH_CHECK(width % kBlock == 0 && width <= kPanel &&
                       (scales.numel() == 0 || scales.numel() == panels * width),
                   "expected panels of whole units, a scale for each column or none");
 }
@@ -53,13 +52,6 @@ void Matrix::multiply(int64_t i, const Operand* operands, int count, int64_t row
   loops.packed_panel(Weights::kFloat, operands, count, rows, unpacked, width, scale, out, ldo);
 }
 
-static Cell cell_of(const std::string& name) {
-  if (name == "lstm") return Cell::kLstm;
-  if (name == "gru") return Cell::kGru;
-  STD_TORCH_CHECK(name == "rnn", "expected cell_type lstm, gru or rnn");
-  return Cell::kRnn;
-}
-
 static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x) {
   std::vector<PackedDecoder::Layer> layers;
   for (size_t i = 1; i + 6 < x.size(); i += 5)
@@ -68,7 +60,7 @@ static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x)
 }
 
 PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type, bool after)
-    : cell(cell_of(cell_type)),
+    : cell(decoder::cell_of(cell_type)),
       query_after(after),
       embedding(floats(x.at(0))),
       V(x[0].size(0)),
@@ -103,7 +95,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       most_(most),
       L_(hidden_state.size(0)),
       H_(hidden_state.size(2)),
-      unit_(model.cell == Cell::kRnn ? kPackedWidth : kPackedUnit),
+      unit_(model.cell == Cell::kRnn ? kPanel : kBlock),
       Hp_(round_up(H_, unit_)),
       lstm_(model.cell == Cell::kLstm),
       cover_(cover),
@@ -238,7 +230,7 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const int64_t width = blocks * unit_;
   const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
   parallel(layer.input.panels, work, [&](int64_t begin, int64_t end) {
-    alignas(64) float gates[kRowsTogether * kPackedWidth];
+    alignas(64) float gates[kRowsTogether * kPanel];
     for (int64_t p = begin; p < end; ++p)
       for (int64_t first = 0; first < rows; first += kRowsTogether) {
         const int64_t n = std::min(kRowsTogether, rows - first);
@@ -252,8 +244,9 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
           layer.hidden.multiply(p, &part_state, 1, n, gates + width - layer.hidden.width, width);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = (first + i) * Hp_ + p * unit_;
-          loops.advance(model_.cell, gates + i * width, hidden(now, l) + at,
-                        lstm_ ? cell(now, l) + at : nullptr, unit_, hidden(next, l) + at,
+          float* raw = gates + i * width;
+          loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
+                        unit_, raw, kBlock, hidden(next, l) + at,
                         lstm_ ? cell(next, l) + at : nullptr);
         }
       }

@@ -77,7 +77,7 @@ class DecoderStep {
   float* logits(int64_t m) const { return logits_ + m * logits_ld_; }
   const Peak* peaks(int64_t m) const { return peaks_ + m * chunks_; }  // of each chunk
   int64_t chunks() const { return chunks_; }
-  int64_t chunk_width() const { return chunk_panels_ * kPackedWidth; }
+  int64_t chunk_width() const { return chunk_panels_ * kPanel; }
   const float* weights(int64_t m) const { return weights_ + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
 

@@ -83,20 +83,20 @@ S2S_INLINE void packed_rows(const Operand* operands, int count, int64_t rows, co
 template <typename W>
 S2S_INLINE void packed_panel_of(const Operand* operands, int count, int64_t rows, const W* w,
                                 int64_t width, const float* scale, float* out, int64_t ldo) {
-  constexpr int kPerUnit = kPackedUnit / kVec;  // vectors
+  constexpr int kPerUnit = kBlock / kVec;  // vectors
   const auto columns = [&]<int N>(int64_t at) S2S_LAMBDA {
     packed_rows<W, N>(operands, count, rows, w + at, width, scale ? scale + at : nullptr, out + at,
                       ldo);
   };
-  if (kPerUnit == 1 && width == 4 * kPackedUnit) return columns.template operator()<4>(0);
-  if (kPerUnit == 1 && width == 3 * kPackedUnit) return columns.template operator()<3>(0);
+  if (kPerUnit == 1 && width == 4 * kBlock) return columns.template operator()<4>(0);
+  if (kPerUnit == 1 && width == 3 * kBlock) return columns.template operator()<3>(0);
   if (rows == 1) {  // what is read must be read at once
     int64_t at = 0;
     for (; at + 4 * kVec <= width; at += 4 * kVec) columns.template operator()<4>(at);
-    for (; at < width; at += kPackedUnit) columns.template operator()<kPerUnit>(at);
+    for (; at < width; at += kBlock) columns.template operator()<kPerUnit>(at);
     return;
   }
-  for (int64_t at = 0; at < width; at += kPackedUnit) columns.template operator()<kPerUnit>(at);
+  for (int64_t at = 0; at < width; at += kBlock) columns.template operator()<kPerUnit>(at);
 }
 
 template <typename W>

@@ -9,7 +9,8 @@
 #define S2S_INLINE inline __attribute__((always_inline))
 #define S2S_LAMBDA __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wignored-attributes"  // alignment and aliasing, of Vec in a template
+// Vec as an argument of a template loses its alignment and aliasing, which only memory needs.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 
 namespace seq2seq_fast {
 namespace {
