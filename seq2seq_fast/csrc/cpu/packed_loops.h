@@ -33,16 +33,21 @@ S2S_INLINE Vec load_weights(const int8_t* p) {
 #endif
 }
 
+constexpr int64_t kLineBytes = 64;
+
 // M rows by N vectors of a panel's columns. Every result is one sum in the order of k, so that it
-// does not depend on M: a row is multiplied alike whatever stands beside it.
+// does not depend on M: a row is multiplied alike whatever stands beside it. Where several rows
+// share what is read, a line for each k is asked for from `ahead` on, into the second level.
 template <typename W, int M, int N>
 S2S_INLINE void packed_tile(const Operand* operands, int count, int64_t row, const W* w,
-                            int64_t width, const float* scale, float* out, int64_t ldo) {
+                            int64_t width, const float* scale, const char* ahead, float* out,
+                            int64_t ldo) {
   Vec acc[M][N] = {};
   for (int s = 0; s < count; ++s) {
     const int64_t ld = operands[s].ld, K = operands[s].K;
     const float* x = operands[s].x + row * ld;
-    for (int64_t k = 0; k < K; ++k, w += width) {
+    for (int64_t k = 0; k < K; ++k, w += width, ahead += kLineBytes) {
+      if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
       Vec b[N];
       for (int j = 0; j < N; ++j) b[j] = load_weights(w + j * kVec);
       for (int i = 0; i < M; ++i)
@@ -60,10 +65,15 @@ template <typename W, int N>
 S2S_INLINE void packed_rows(const Operand* operands, int count, int64_t rows, const W* w,
                             int64_t width, const float* scale, float* out, int64_t ldo) {
   constexpr int kMost = 6;
-  int64_t row = 0;
+  int64_t row = 0, K = 0;
+  for (int s = 0; s < count; ++s) K += operands[s].K;
+  // The next panel, of which every tile of rows asks for as many lines as there are k.
+  const char* ahead = reinterpret_cast<const char*>(w + K * width);
+  const char* end = ahead + K * width * sizeof(W);
   const auto tile = [&]<int M>() S2S_LAMBDA {
-    packed_tile<W, M, N>(operands, count, row, w, width, scale, out + row * ldo, ldo);
+    packed_tile<W, M, N>(operands, count, row, w, width, scale, ahead, out + row * ldo, ldo);
     row += M;
+    if (ahead + K * kLineBytes < end) ahead += K * kLineBytes;
   };
   while (rows - row >= kMost) tile.template operator()<kMost>();
   switch (rows - row) {
