@@ -1,8 +1,10 @@
 """Registration with torch.library: schemas, the reference as fallback, kernels as override."""
 
 import contextlib
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -85,8 +87,11 @@ for _name, _schema in SCHEMAS.items():
         _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
 # find_spec, not `except ImportError`: a broken build must be seen.
+CUDA_ARCHITECTURES: tuple[int, ...] = ()  # compute capabilities that the extension is built for
 if importlib.util.find_spec("seq2seq_fast._C") is not None:
-    import seq2seq_fast._C  # noqa: F401
+    import seq2seq_fast._C as _C
+
+    CUDA_ARCHITECTURES = tuple(map(int, _C.cuda_architectures.split()))
 
 # Asked once: the query itself breaks torch.compile(fullgraph=True).
 HAS_KERNEL = {
@@ -151,10 +156,43 @@ _forced: list[str] = []
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     """Usable backends per op and device, best first; the first one is used by default.
 
-    "triton" computes empty and float64 tensors as the reference does. It takes CPU tensors only
-    in Triton's interpreter, which TRITON_INTERPRET=1 turns on, and only when asked for by name.
+    On a GPU all of them compute float64 as the reference does, and "triton" empty tensors too.
+    "triton" takes CPU tensors only in Triton's interpreter, which TRITON_INTERPRET=1 turns on, and
+    only when asked for by name. A GPU that the extension was not built for has no "native".
     """
-    return {name: {device: _USABLE[name, device] for device in ("cpu", "cuda")} for name in SCHEMAS}
+    usable = _usable if torch.cuda.is_available() else _built
+    return {name: {device: usable(name, device) for device in ("cpu", "cuda")} for name in SCHEMAS}
+
+
+def _built(op: str, device: str) -> tuple[str, ...]:
+    return _USABLE.get((op, device), ("reference",))
+
+
+def _usable(op: str, device: str) -> tuple[str, ...]:
+    built = _built(op, device)
+    if device == "cuda" and built[0] == "native" and _gpu_is_too_old():
+        return built[1:]
+    return built
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _gpu_is_too_old() -> bool:
+    """Whether a GPU of this machine is older than what the extension was built for.
+
+    Asked when a GPU is first used, not at import, because the question initialises CUDA.
+    """
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    major, minor = min(capabilities)
+    oldest = min(CUDA_ARCHITECTURES)
+    if 10 * major + minor >= oldest:
+        return False
+    warnings.warn(
+        f"seq2seq_fast: the compiled CUDA kernels are for compute capability {oldest / 10} and"
+        f" later, a GPU here has {major}.{minor}: other backends take their place",
+        stacklevel=3,
+    )
+    return True
 
 
 @contextlib.contextmanager
@@ -173,19 +211,22 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
 
 
-def choose(op: str, device: str, backend: str | None) -> str:
-    """The backend of this call; a named backend that is absent raises."""
-    usable = _USABLE.get((op, device), ("reference",))
-    if backend is None:
-        if not _forced:
-            return usable[0]
+def choose(op: str, x: torch.Tensor, backend: str | None) -> str:
+    """The backend of a call on tensors like x; a named backend that is absent raises."""
+    device = x.device.type
+    usable = _usable(op, device)
+    if backend is None and _forced:
         backend = _forced[-1]
-    if backend not in usable:
+    if backend is None:
+        backend = usable[0]
+    elif backend not in usable:
         check_backend_name(backend)
         raise ValueError(f"backend: {backend!r} was asked for, but has no {op} kernel for {device}")
+    if device == "cuda" and x.dtype == torch.float64:
+        return "reference"
     return backend
 
 
-def is_reference(op: str, device: str, backend: str | None) -> bool:
-    """Whether this call runs the plain PyTorch form; a named backend that is absent raises."""
-    return choose(op, device, backend) == "reference"
+def is_reference(op: str, x: torch.Tensor, backend: str | None) -> bool:
+    """Whether a call on tensors like x runs the plain PyTorch form; see `choose`."""
+    return choose(op, x, backend) == "reference"

@@ -10,6 +10,7 @@ w_input (I, its input's width), w_hidden (J, H) and bias (G,) or (B, G), over th
 where GRU's m is the hidden state's part of n, which r multiplies: that is why it stands alone.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,14 @@ def layer_gates(x: Tensor, hidden: Tensor, w_input: Tensor, w_hidden: Tensor, bi
     )
 
 
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, v: Tensor, mask: Tensor | None):
+    """Context (B, D) and weights (B, S) of queries (B, A); mask (B, S)."""
+    rows = None if mask is None else mask.unsqueeze(1)
+    args = (query.unsqueeze(1), keys, values, v, rows, None, 1.0)
+    context, weights = reference.additive_attention(*args)
+    return context.squeeze(1), weights.squeeze(1)
+
+
 def attention_decoder(
     inputs: Tensor,
     hidden: Tensor,
@@ -84,6 +93,7 @@ def attention_decoder(
     feedback: list[int],
     readout: list[Tensor],
     input_dropout: Tensor | None,
+    attend_to: Callable = plain_attention,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -102,6 +112,7 @@ def attention_decoder(
         feedback: the steps whose input is the argmax of the step before, read out by
             readout = [embedding (V, E), weight (V, H + D), bias (V,)] and multiplied by
             input_dropout (T, B, E).
+        attend_to: what computes context and weights, as `plain_attention` does.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -120,13 +131,10 @@ def attention_decoder(
 
     def attend():
         queries.append(F.linear(hiddens[-1][-1], w_query, b_query))
-        c, w = reference.additive_attention(
-            queries[-1].unsqueeze(1), keys, values, v, rows, None, 1.0
-        )
-        contexts.append(c.squeeze(1))
-        weights.append(w.squeeze(1))
+        c, w = attend_to(queries[-1], keys, values, v, mask)
+        contexts.append(c)
+        weights.append(w)
 
-    rows = None if mask is None else mask.unsqueeze(1)
     if feedback:
         embedding, w_out, b_out = readout
         logits = inputs.new_zeros(B, T + 1, w_out.shape[0])

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import seq2seq_fast as s2s
+from seq2seq_fast import library
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc")
 
@@ -231,3 +233,55 @@ def test_backends_and_their_names():
     meta = [x.to("meta") for x in (q, k, values, v)]
     with pytest.raises(ValueError, match="no additive_attention kernel for meta"):
         s2s.additive_attention(*meta, backend="native")
+
+
+@pytest.fixture
+def built_for_cuda(monkeypatch):
+    """As if the extension had CUDA kernels: choose() on what stands for a tensor on a GPU."""
+    built = ("native", "triton", "reference")
+    monkeypatch.setattr(library, "CUDA_ARCHITECTURES", (80, 90))
+    monkeypatch.setitem(library._USABLE, ("additive_scores", "cuda"), built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    library._gpu_is_too_old.cache_clear()
+    yield lambda dtype, backend=None: library.choose(
+        "additive_scores", SimpleNamespace(device=torch.device("cuda"), dtype=dtype), backend
+    )
+    library._gpu_is_too_old.cache_clear()
+
+
+def test_a_gpu_older_than_the_extension_is_left_to_other_backends(built_for_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (7, 5))[i])
+    with pytest.warns(UserWarning, match=r"capability 8.0 and later, a GPU here has 7.5"):
+        assert built_for_cuda(torch.float32) == "triton"
+    with pytest.raises(ValueError, match="no additive_scores kernel for cuda"):
+        built_for_cuda(torch.float32, "native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert s2s.backends()["additive_scores"]["cuda"] == ("triton", "reference")
+
+
+def test_float64_on_a_gpu_is_the_references(built_for_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (10, 0))
+    assert built_for_cuda(torch.float32) == built_for_cuda(torch.bfloat16) == "native"
+    assert built_for_cuda(torch.float64) == built_for_cuda(torch.float64, "native") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("powers", "error", "message"),
+    [
+        ("x", TypeError, "keys.powers: got str"),
+        (torch.zeros(2, 320).double(), TypeError, "keys.powers: got torch.float64"),
+        (torch.zeros(2, 7), ValueError, r"keys.powers: got shape \(2, 7\), expected \(2, 320\)"),
+        (torch.zeros(320, 2).T, ValueError, "keys.powers: expected a contiguous"),
+    ],
+)
+def test_powers_of_another_form_are_refused(powers, error, message):
+    q, k, values, v = inputs(grad=False)
+    assert s2s.prepare_keys(k).powers.shape == (2, 320)
+    with pytest.raises(error, match=message):
+        s2s.additive_attention(q, s2s.PreparedKeys(k, powers), values, v)
+
+
+@pytest.mark.parametrize("scale", [None, "x", True, torch.tensor(2.0)])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    with pytest.raises(TypeError, match="scale: got"):
+        s2s.additive_attention(*inputs(grad=False), scale=scale)

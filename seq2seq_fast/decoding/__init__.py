@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..library import is_reference, use_backend
+from ..library import use_backend
 from . import native, stepwise
 from .options import DecodingOptions, check, token_ids
 from .packing import DTYPES, PackedDecoder, pack_decoder, state_of
@@ -60,8 +60,7 @@ def generate(
             return _nothing(asked, prepared, state)
         if native.chosen(decoder, asked, backend):
             return native.generate(decoder, _packed(decoder), prepared, state, asked)
-        plain = is_reference("attention_decoder", state.hidden.device.type, backend)
-        with use_backend("reference") if plain else contextlib.nullcontext():
+        with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
             return stepwise.generate(decoder, prepared, state, asked)
 
 

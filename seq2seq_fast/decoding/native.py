@@ -31,8 +31,8 @@ def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) ->
     """Whether the engine decodes this; asked for and not able to, it raises."""
     if backend == "native" and (why := refusal(decoder, options)) is not None:
         raise ValueError(f"backend: 'native' was asked for, but {why}")
-    device = decoder.fc_out.weight.device.type
-    return not is_reference("decode", device, backend) and refusal(decoder, options) is None
+    plain = is_reference("decode", decoder.fc_out.weight, backend)
+    return not plain and refusal(decoder, options) is None
 
 
 def generate(

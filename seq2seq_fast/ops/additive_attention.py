@@ -43,9 +43,7 @@ def _fake(name):
 def _(keys):
     if not HAS_KERNEL.get(("prepare_keys", keys.device.type)):
         return keys.new_empty(0)
-    B, S, H = keys.shape  # rows padded to whole sixteens, and a maximum per block of 16 positions
-    floats = S * ((H + 15) // 16 * 16) + ((S + 15) // 16 + 15) // 16 * 16
-    return keys.new_empty((B, floats), dtype=torch.float32)
+    return keys.new_empty(checks.powers_shape(keys), dtype=torch.float32)
 
 
 @_fake("additive_scores")
@@ -191,7 +189,7 @@ def additive_scores(
     checks.scores(query, keys, v)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
-    backend = choose("additive_scores", query.device.type, backend)
+    backend = choose("additive_scores", query, backend)
     if backend == "reference":
         out = reference.additive_scores(q, keys, v)
     elif _needs_grad(query, keys, v):
@@ -257,6 +255,10 @@ def additive_attention(
         powers = powers if cast[1] is k else None
         query, k, values, v, score_bias = cast
     checks.attention(query, k, values, v, mask, score_bias)
+    if powers is not None:
+        checks.powers(powers, k)
+    if type(scale) is not float:
+        checks.number("scale", scale)
     single = query.dim() == 2
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(1)
@@ -265,7 +267,7 @@ def additive_attention(
         if single:
             score_bias = score_bias.expand(B, S).unsqueeze(1)
         score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
-    backend = choose("additive_attention", query.device.type, backend)
+    backend = choose("additive_attention", query, backend)
     if backend != "reference" and not _needs_grad(query, k, values, v, score_bias):
         op = _OPS["additive_attention", backend]
         return op(query, k, values, v, mask, score_bias, scale, powers)

@@ -12,9 +12,16 @@ from torch.nn import functional as F
 
 from .. import reference_decoder as reference
 from ..library import is_reference
-from ..reference_decoder import BLOCKS, Run
+from ..reference_decoder import BLOCKS, Run, plain_attention
 from . import decoder_checks as checks
-from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
+from .additive_attention import (
+    PreparedKeys,
+    _autocast_on,
+    _needs_grad,
+    _once,
+    _wanted,
+    additive_attention,
+)
 
 _ops = torch.ops.seq2seq_fast
 
@@ -347,6 +354,19 @@ def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, dtype: tor
     return F.dropout(ones, dropout)
 
 
+def _attend(inputs: Tensor, powers: Tensor | None, backend: str | None):
+    """What the plain loop attends with: kernels, where there are some for attention alone."""
+    if is_reference("additive_attention", inputs, backend):
+        return plain_attention
+
+    def attend(query, keys, values, v, mask):
+        return additive_attention(
+            query, PreparedKeys(keys, powers), values, v, mask=mask, backend=backend
+        )
+
+    return attend
+
+
 def _decode(
     inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback,
     backend,
@@ -363,11 +383,12 @@ def _decode(
         if input_dropout is not None:
             input_dropout = input_dropout.transpose(0, 1).contiguous()
     source = (mask, powers, context, dropout)
-    plain = is_reference("attention_decoder", inputs.device.type, backend)
+    plain = is_reference("attention_decoder", inputs, backend)
     args = (*source, *options[:2], steps, readout, input_dropout)
     grad = _needs_grad(inputs, hidden, cell, context, *layers, *attention, *readout)
     if plain:
-        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args)
+        attend = _attend(inputs, powers, backend)
+        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args, attend)
         results = _results(run)
     elif not grad:
         run = _run(inputs, hidden, cell, layers, attention, *args)

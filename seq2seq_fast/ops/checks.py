@@ -36,6 +36,32 @@ def keys(keys: Tensor) -> None:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected S and H above 0")
 
 
+def powers_shape(keys: Tensor) -> tuple[int, int]:
+    """Of what a kernel makes of keys (B, S, H) once per source: rows padded to whole sixteens, and
+    a maximum per block of sixteen positions."""
+    B, S, H = keys.shape
+    return B, S * ((H + 15) // 16 * 16) + ((S + 15) // 16 + 15) // 16 * 16
+
+
+def powers(powers: object, keys: Tensor) -> None:
+    """Only its form: whether it was made of these very keys cannot be seen."""
+    if not isinstance(powers, Tensor) or powers.dtype != torch.float32:
+        got = powers.dtype if isinstance(powers, Tensor) else type(powers).__name__
+        raise TypeError(f"keys.powers: got {got}, expected what prepare_keys made of the keys")
+    if powers.device != keys.device or not powers.is_contiguous():
+        raise ValueError(f"keys.powers: expected a contiguous Tensor on {keys.device} as keys are")
+    if powers.numel() and powers.shape != powers_shape(keys):
+        raise ValueError(
+            f"keys.powers: got shape {tuple(powers.shape)}, expected {powers_shape(keys)}, which"
+            " prepare_keys makes of the keys"
+        )
+
+
+def number(name: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a number")
+
+
 def _right(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> bool:
     """Settles the usual case in 1 us; what fails here is looked at argument by argument.
 
@@ -106,7 +132,10 @@ def attention(
             raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
         if mask.device != query.device:
             raise ValueError(f"mask: is on {mask.device}, expected {query.device} as query is")
-        _shape("mask", mask, "(B, S) or (B, T, S)", (B, S), full)
+        if query.dim() == 3:
+            _shape("mask", mask, "(B, S) or (B, T, S)", (B, S), full)
+        else:
+            _shape("mask", mask, "(B, S)", (B, S))
     if score_bias is not None:
         _tensor("score_bias", score_bias, query)
         sizes = zip(score_bias.shape[::-1], full[::-1], strict=False)

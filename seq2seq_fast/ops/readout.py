@@ -62,7 +62,7 @@ def readout(
     """
     if _autocast_on(outputs):
         outputs, contexts, weight, bias, made = _autocast(outputs, contexts, weight, bias, made)
-    if is_reference("attention_decoder", outputs.device.type, None):
+    if is_reference("attention_decoder", outputs, None):
         logits = F.linear(torch.cat([outputs, contexts], -1), weight, bias)
         return F.pad(logits, (0, 0, 1, 0))
     if _needs_grad(outputs, contexts, weight, bias):
