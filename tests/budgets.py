@@ -4,6 +4,7 @@ A score element is one tanh(query + key). A Hopper multiprocessor issues 128 lan
 clock and evaluates 16 special functions (MUFU): 4 slots make at most 32 elements a clock.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sass
@@ -19,6 +20,9 @@ BUDGETS = {
     "forward": Budget(4.4, 0.5),
     "forward, one query": Budget(10, None),
     "backward": Budget(11, 0.5),
+    "forward, C++": Budget(4.2, 0.5),
+    "forward, one query, C++": Budget(8, None),
+    "backward, C++": Budget(10, 0.5),
 }
 
 
@@ -48,10 +52,11 @@ def measure(
     per_reciprocal: int,
     per_iteration: int = 1,
     name: str = "",
+    among: Callable[[sass.Loop], bool] = lambda loop: True,
 ) -> Measured:
     """Counts the main loop of the kernel `name` in an sm_90 cubin; arguments as in sass.py."""
     code = sass.kernel(cubin, name)
-    loop = code.main_loop(per_reciprocal)
+    loop = code.main_loop(per_reciprocal, among)
     n = sass.elements(loop, per_reciprocal, per_iteration)
     return Measured(
         kernel,
@@ -65,7 +70,7 @@ def measure(
 
 
 def table(rows: list[Measured]) -> str:
-    form = "{:20} {:8} {:34} {:>8} {:>8} {:>8} {:>8} {:>10} {:>7}"
+    form = "{:24} {:8} {:34} {:>8} {:>8} {:>8} {:>8} {:>10} {:>7}"
     head = ("kernel", "backend", "variant", "slots", "at most", "MUFU", "at most", "registers")
     lines = [form.format(*head, "spills")]
     for r in sorted(rows, key=lambda r: (list(BUDGETS).index(r.kernel), r.backend)):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,15 @@ class Kernel:
     registers: int
     spills: int  # instructions that read or write local memory
 
-    def main_loop(self, per_reciprocal: int) -> Loop:
-        """The innermost loop that spends the fewest slots per element.
+    def main_loop(
+        self, per_reciprocal: int, among: Callable[[Loop], bool] = lambda loop: True
+    ) -> Loop:
+        """The innermost loop, among some, that spends the fewest slots per element.
 
         What is slower beside it is a path for unusual input. Loops without a reciprocal are none
         over elements.
         """
-        candidates = [loop for loop in self.loops if loop.count("MUFU.RCP")]
+        candidates = [loop for loop in self.loops if loop.count("MUFU.RCP") and among(loop)]
         if not candidates:
             raise ValueError("no loop with a MUFU.RCP in it")
         return min(candidates, key=lambda loop: loop.slots / elements(loop, per_reciprocal))
