@@ -114,7 +114,7 @@ def test_the_interpreter_is_taken_only_by_name():
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has GPUs")
 def test_triton_is_absent_where_nothing_runs_it():
     q, k, values, v = tensors(1, 2, 3, 4, 5)
-    assert s2s.backends()["additive_attention"]["cuda"] == ("reference",)
+    assert "triton" not in s2s.backends()["additive_attention"]["cuda"]
     with pytest.raises(ValueError, match="'triton' was asked for, but has no additive_attention"):
         s2s.additive_attention(q, k, values, v, backend="triton")
 
@@ -196,8 +196,14 @@ BUDGETED = {
 
 @compiled
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [x for x in KERNELS if x.split()[0] in BUDGETED])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((x, "fp32") for x in KERNELS if x.split()[0] in BUDGETED),
+        # The other kernels have numbers of the inputs' dtype nowhere in their main loops.
+        *((x, "bf16") for x in KERNELS if x.startswith("one_query")),
+    ],
+)
 def test_instruction_budgets(name, dtype, within_budget):
     kernel, per_iteration = BUDGETED[name.split()[0]]
     within_budget(
