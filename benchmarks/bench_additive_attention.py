@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import report
 import torch
 from cases import BOTH, FIGURES, FORWARD, STEPS, WORKLOADS
 from torch.nn import functional as F
@@ -50,6 +51,8 @@ def contenders(case, mode):
     calls["eager"] = call(plain, keys)
     calls["compile"] = call(torch.compile(plain, dynamic=False), keys)
     calls["compile, Linear"] = call(torch.compile(plain_linear, dynamic=False), keys)
+    if case.T == 1 and mode == FORWARD:  # bound by bytes: each number is used once
+        calls[report.FLOOR] = torch.randn(keys.numel() + values.numel()).sum
     return calls
 
 

@@ -4,6 +4,7 @@ import datetime
 import json
 import platform
 import re
+import statistics
 from pathlib import Path
 
 BASELINES = {
@@ -11,6 +12,7 @@ BASELINES = {
     "compile": "compile",
     "compile, Linear": "compile, Linear(H, 1)",
 }
+FLOOR = "reading keys and values once"  # a sum over as many numbers, where each is used only once
 DISTURBED = 0.05  # share of the machine's CPU time
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
@@ -82,7 +84,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _attention(rows: list[dict]) -> str:
     unprepared = "library, keys not prepared"
     head = ["case", "shape", "scale", "what", "library", "G elements/s"]
-    head += [f"against {label}" for label in BASELINES.values()]
+    head += [f"against {label}" for label in (*BASELINES.values(), FLOOR)]
     lines = []
     for row in rows:
         ratio = ratios(row)
@@ -90,14 +92,15 @@ def _attention(rows: list[dict]) -> str:
             _time(row["seconds"]["library"]) + _disturbed(row),
             row["elements_per_second"] / 1e9,
         )
-        against = [_ratio(ratio.get(baseline)) for baseline in BASELINES]
+        against = [_ratio(ratio.get(baseline)) for baseline in (*BASELINES, FLOOR)]
         line = [_name(row), _shape(row), row["scale"], row["mode"], time, f"{rate:.3g}", *against]
         lines.append(line)
         if unprepared in row["seconds"]:
             seconds = row["seconds"][unprepared]
             rate = rate * row["seconds"]["library"] / seconds
             against = [
-                _ratio(r and r / ratio[unprepared]) for r in (ratio.get(b) for b in BASELINES)
+                _ratio(r and r / ratio[unprepared])
+                for r in (ratio.get(b) for b in (*BASELINES, FLOOR))
             ]
             lines.append(
                 [f"{row['name']} (keys not prepared)", *line[1:4], _time(seconds), f"{rate:.3g}"]
@@ -115,6 +118,19 @@ def _models(rows: list[dict]) -> str:
         line = [row["name"], _shape(row), row["mode"], _time(seconds) + _disturbed(row)]
         line += [_time(seconds / row["shape"]["T"])]
         lines.append(line + [_ratio(ratio.get(name)) for name in ("tutorial", "hoisted")])
+    return _table(head, lines)
+
+
+def _decoding(rows: list[dict]) -> str:
+    others = ["tutorial code", "ONNX Runtime", "reading the weights"]
+    head = ["model", "shape", "what", "weights", "library, a step"]
+    head += [f"against {other}" for other in others]
+    lines = [
+        [row["name"], _shape(row), row["mode"], row["dtype"]]
+        + [_time(row["seconds"]["library"] / row["steps"]) + _disturbed(row)]
+        + [_ratio(ratios(row).get(other)) for other in others]
+        for row in rows
+    ]
     return _table(head, lines)
 
 
@@ -138,19 +154,50 @@ def _accuracy(entries: list[dict]) -> str:
     return _table(head, lines)
 
 
-def markdown(results: dict) -> str:
-    m, rows = results["machine"], results["rows"]
-    parts = [
+def _introduction(results: dict) -> str:
+    m = results["machine"]
+    text = (
         f"{m['cpu']}, {m['threads']} threads, PyTorch {m['torch']}, float32, {m['date']}. Medians"
         " of interleaved rounds; a ratio is the other's time over the library's, above 1 is faster."
-    ]
-    if any(_disturbed(row) for row in rows):
-        parts[0] += (
-            f" * Other processes had more than {DISTURBED:.0%} of the CPU: not to be relied on."
+    )
+    if any(_disturbed(row) for row in results["rows"]):
+        text += f" * Other processes had more than {DISTURBED:.0%} of the CPU: not to be relied on."
+    return text
+
+
+def summary(results: dict) -> str:
+    """For the README: a line per attention row, and accuracy in a sentence."""
+    head = ["case", "shape", "what", "library", *BASELINES.values()]
+    lines = []
+    for row in results["rows"]:
+        if row["kind"] == "attention":
+            ratio = ratios(row)
+            time = _time(row["seconds"]["library"]) + _disturbed(row)
+            line = [_name(row), _shape(row), row["mode"], time]
+            lines.append(line + [_ratio(ratio.get(baseline)) for baseline in BASELINES])
+    parts = [_introduction(results), _table(head, lines)]
+    if results["accuracy"]:
+        median = statistics.median(entry["ratio_median"] for entry in results["accuracy"])
+        most = max(entry["allowed_median"] for entry in results["accuracy"])
+        parts.append(
+            "Largest error against float64 over that of eager PyTorch, outputs and gradients:"
+            f" {median:.2f} in the median. Of what the tests' accuracy rule allows: {most:.0%} at"
+            " most."
         )
+    return "\n\n".join(parts)
+
+
+def markdown(results: dict) -> str:
+    rows = results["rows"]
+    parts = [_introduction(results)]
     sections = (
         ("", _attention, [r for r in rows if r["kind"] == "attention"]),
         ("", _models, [r for r in rows if r["kind"] == "model"]),
+        (
+            "Decoding, the encoder left out:",
+            _decoding,
+            [r for r in rows if r["kind"] == "decoding"],
+        ),
         (
             "Peak memory that one forward and backward add:",
             _memory,
@@ -217,7 +264,7 @@ def write(results: dict, folder: Path, readme: Path | None = None) -> list[str]:
     (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
     said = [f"Wrote {stem}.json, {stem}.md", chart(results, folder / f"{stem}.png")]
     if readme:
-        replaced = replace_block(readme.read_text(encoding="utf-8"), text)
+        replaced = replace_block(readme.read_text(encoding="utf-8"), summary(results))
         readme.write_text(replaced, encoding="utf-8")
         said.append(f"Wrote {readme.name}")
     return said

@@ -2,7 +2,8 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -28,6 +29,10 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "decode": "(Tensor[] weights, str cell_type, bool query_after, Tensor hidden, Tensor cell,"
+    " Tensor? context, Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, int[] whole,"
+    " float length_penalty, float coverage_penalty, bool return_weights)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -76,7 +81,8 @@ _FALLBACKS = {
 _lib = torch.library.Library("seq2seq_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
-    _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
+    if _name in _FALLBACKS:  # decoding's is decoding/stepwise.py, which is no function of tensors
+        _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
 # find_spec, not `except ImportError`: a broken build must be seen.
 if importlib.util.find_spec("seq2seq_fast._C") is not None:
@@ -90,23 +96,70 @@ HAS_KERNEL = {
     for name in SCHEMAS
     for device in ("cpu", "cuda")
 }
+
+BACKENDS = ("native", "triton", "reference")
+# Best first, where a backend has the op; measurements may give an op and a device their own order.
+ORDER = {
+    (name, device): BACKENDS if device == "cuda" else ("native", "reference", "triton")
+    for name in SCHEMAS
+    for device in ("cpu", "cuda")
+}
+TRITON_OPS: dict[str, str] = {}  # name of an op: name of its Triton kernels' op
+TRITON_DEVICE = ""
+
+
+def _in_triton(name: str, launch: Callable) -> None:
+    """Registers the launcher of an op's Triton kernels as an op of its own."""
+    fallback = _FALLBACKS[name]
+
+    def on_device(*args):
+        first = args[0]
+        if first.dtype == torch.float64 or any(
+            isinstance(x, torch.Tensor) and x.numel() == 0 for x in args
+        ):
+            return fallback(*args)
+        with torch.cuda.device_of(first):
+            return launch(*args)
+
+    TRITON_OPS[name] = f"{name}_triton"
+    _lib.define(TRITON_OPS[name] + SCHEMAS[name])
+    _lib.impl(TRITON_OPS[name], on_device, TRITON_DEVICE.upper())
+
+
+# A CPU build of torch has nothing to run kernels on but Triton's interpreter.
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+if (_interpreted or torch.backends.cuda.is_built()) and importlib.util.find_spec("triton"):
+    from . import triton as _triton
+
+    TRITON_DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
+    for _name, _launch in _triton.LAUNCHERS.items():
+        _in_triton(_name, _launch)
+
+
+def _has(backend: str, name: str, device: str) -> bool:
+    if backend == "native":
+        return HAS_KERNEL.get((name, device), False)
+    return backend == "reference" or (name in TRITON_OPS and device == TRITON_DEVICE)
+
+
+_USABLE = {
+    key: tuple(backend for backend in order if _has(backend, *key)) for key, order in ORDER.items()
+}
 _forced: list[str] = []
 
 
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Usable backends per op and device, best first; the first one is used by default."""
-    return {
-        name: {
-            device: (("native", "reference") if HAS_KERNEL[name, device] else ("reference",))
-            for device in ("cpu", "cuda")
-        }
-        for name in SCHEMAS
-    }
+    """Usable backends per op and device, best first; the first one is used by default.
+
+    "triton" computes empty and float64 tensors as the reference does. It takes CPU tensors only
+    in Triton's interpreter, which TRITON_INTERPRET=1 turns on, and only when asked for by name.
+    """
+    return {name: {device: _USABLE[name, device] for device in ("cpu", "cuda")} for name in SCHEMAS}
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend: "native" or "reference"."""
+    """Run every op inside the block on one backend: "native", "triton" or "reference"."""
     check_backend_name(name)
     _forced.append(name)
     try:
@@ -116,17 +169,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def check_backend_name(name: str) -> None:
-    if name not in ("native", "reference"):
-        raise ValueError(f'backend: got {name!r}, expected "native" or "reference"')
+    if name not in BACKENDS:
+        raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
+
+
+def choose(op: str, device: str, backend: str | None) -> str:
+    """The backend of this call; a named backend that is absent raises."""
+    usable = _USABLE.get((op, device), ("reference",))
+    if backend is None:
+        if not _forced:
+            return usable[0]
+        backend = _forced[-1]
+    if backend not in usable:
+        check_backend_name(backend)
+        raise ValueError(f"backend: {backend!r} was asked for, but has no {op} kernel for {device}")
+    return backend
 
 
 def is_reference(op: str, device: str, backend: str | None) -> bool:
     """Whether this call runs the plain PyTorch form; a named backend that is absent raises."""
-    if backend is None:
-        backend = _forced[-1] if _forced else None
-    if backend is None:
-        return not HAS_KERNEL.get((op, device), False)
-    check_backend_name(backend)
-    if backend == "native" and not HAS_KERNEL.get((op, device), False):
-        raise ValueError(f"backend: 'native' was asked for, but has no {op} kernel for {device}")
-    return backend == "reference"
+    return choose(op, device, backend) == "reference"

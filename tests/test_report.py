@@ -27,6 +27,7 @@ ATTENTION = {
         "library, keys not prepared": 4e-3,
         "eager": 1e-2,
         "compile": 6e-3,
+        report.FLOOR: 1e-3,
     },
     "elements_per_second": 8e4,
     "peak_bytes": {"library": 1_000_000, "eager": 20_000_000},
@@ -62,15 +63,16 @@ def line_of(text, *words):
 
 def test_ratios():
     ratios = report.ratios(ATTENTION)
-    assert ratios == pytest.approx({"library, keys not prepared": 2, "eager": 5, "compile": 3})
+    expected = {"library, keys not prepared": 2, "eager": 5, "compile": 3, report.FLOOR: 0.5}
+    assert ratios == pytest.approx(expected)
 
 
 def test_markdown_shows_ratios_scale_and_what_did_not_run():
     text = report.markdown(RESULTS)
     prepared = line_of(text, "step (keys prepared)")
     assert prepared[2:5] == ["B 4 of 16", "forward", "2.00 ms"]
-    assert prepared[-3:] == ["5.00×", "3.00×", "–"]
-    assert line_of(text, "step (keys not prepared)")[-3:] == ["2.50×", "1.50×", "–"]
+    assert prepared[-4:] == ["5.00×", "3.00×", "–", "0.50×"]
+    assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
     assert line_of(text, "small model")[-3:] == ["1000.00 ms", "3.00×", "–"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
     assert line_of(text, "context")[-3:] == ["0.50", "0.75", "25%"]
@@ -106,7 +108,11 @@ def test_written_files(tmp_path, monkeypatch):
     assert data["machine"].keys() >= {"cpu", "threads", "torch", "date"}
     assert data["rows"][0].keys() >= {"name", "mode", "shape", "scale", "dtype", "seconds"}
     assert data["rows"][0]["ratios"]["eager"] == pytest.approx(5)
-    assert (tmp_path / "results" / f"{stem}.md").read_text().strip() in readme.read_text()
+    assert "small model" in (tmp_path / "results" / f"{stem}.md").read_text()
+    assert line_of(readme.read_text(), "step (keys prepared)")[-4:] == [
+        *("2.00 ms", "5.00×", "3.00×", "–"),
+    ]
+    assert "0.50 in the median" in readme.read_text() and "25% at most" in readme.read_text()
 
 
 def test_chart(tmp_path):

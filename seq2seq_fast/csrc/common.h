@@ -35,20 +35,22 @@ class Buffer {
   void* data_;
 };
 
-// A new contiguous CPU tensor, of like's dtype unless told. Not through the dispatcher, as
-// new_empty goes: with a few numbers to work on, three such calls are most of the time.
+// A new contiguous tensor where like is, of like's dtype unless told. Not through the dispatcher,
+// as new_empty goes: with a few numbers to work on, three such calls are most of the time.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                     std::optional<ScalarType> dtype = std::nullopt) {
   std::array<int64_t, 4> strides;
   const auto dim = static_cast<int64_t>(sizes.size());
   for (int64_t i = dim - 1, stride = 1; i >= 0; stride *= std::max<int64_t>(1, sizes[i--]))
     strides[i] = stride;
-  int32_t type;
+  int32_t type, device, index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.data(), strides.data(), type,
-                                                         aoti_torch_device_type_cpu(), 0, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes.data(), strides.data(), type, device, index, &out));
   return Tensor(out);
 }
 

@@ -34,21 +34,6 @@ struct Softmax {
   }
 };
 
-void check_shape(const Tensor& x, int64_t B, int64_t N, int64_t W, const char* message) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == B && x.size(1) == N && x.size(2) == W, message);
-}
-
-void check_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& v,
-                     const std::optional<Tensor>& mask, const std::optional<Tensor>& bias) {
-  check(query, keys, v);
-  const int64_t B = query.size(0), T = query.size(1), S = keys.size(1);
-  STD_TORCH_CHECK(values.dim() == 3 && values.size(0) == B && values.size(1) == S &&
-                      values.scalar_type() == query.scalar_type(),
-                  "expected values (B, S, D) of query's dtype");
-  if (bias) check_shape(*bias, B, T, S, "expected score_bias (B, T, S)");
-  if (mask) check_shape(*mask, B, mask->size(1) == 1 ? 1 : T, S, "expected mask (B, T or 1, S)");
-}
-
 // out (n, D) = w (n, S) values[b], where w[i][s] is at w + i * wi + s * ws
 void weighted_sum(const Rows<float>& values, int64_t b, int64_t first_d, int64_t D, int64_t S,
                   const float* w, int64_t wi, int64_t ws, int64_t n, float* out, float* scratch) {

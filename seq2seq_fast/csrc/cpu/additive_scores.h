@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common.h"
+#include "../checks.h"
 #include "loops.h"
 
 namespace seq2seq_fast {
@@ -24,6 +24,10 @@ struct Queries {
     return streams + kStreams * (b * T * Hp + h * T + t * width(h));
   }
 };
+
+// A group of features of a query, of whom all have magnitudes up to max_q, into `to` (kStreams,
+// width)
+void make_streams(const float* q, int64_t width, float max_q, float* to);
 
 // Keys as exponentials, as loops.h wants them.
 struct Keys {
@@ -46,8 +50,6 @@ struct Keys {
   void gather(int64_t b, int64_t i, float* buffer) const;
   int64_t gather_floats() const { return kRows * Hp + raw.scratch(kRows); }
 };
-
-void check(const Tensor& query, const Tensor& keys, const Tensor& v);
 
 // Scores of queries [t, t + n) with blocks [first, last), into out (n, kRows for each
 // block), ld apart; `buffer` holds keys.gather_floats().

@@ -151,37 +151,56 @@ void products(const float* a, int64_t lda, const float* rows, int64_t ld, int64_
   for (; m > 0; --m, a += lda, out += ldo) product_strip<1>(a, lda, rows, ld, n, D, out, ldo);
 }
 
-void softmax(float* x, int64_t S, float scale, const float* bias, const bool* mask,
-             int64_t stride) {
-  bool any = mask == nullptr;
-  float top = -INFINITY;
+// Where mask forbids, x becomes -inf. Whether anything is attended to.
+S2S_INLINE bool forbid(float* x, int64_t S, const bool* mask, int64_t stride) {
+  bool any = false;
   for (int64_t s = 0; s < S; ++s) {
-    x[s] = scale * x[s] + (bias ? bias[s] : 0.f);
-    const bool attended = mask == nullptr || mask[s * stride];
+    const bool attended = mask[s * stride];
     any |= attended;
     x[s] = attended ? x[s] : -INFINITY;
-    top = x[s] > top ? x[s] : top;
   }
-  if (!any) {
+  return any;
+}
+
+// The lanes of x[s ...) that lie below S; those behind are -inf.
+S2S_INLINE Vec load_front(const float* x, int64_t s, int64_t S) {
+  if (s + kVec <= S) return load(x + s);
+  Vec front = -INFINITY - Vec{};
+  std::memcpy(&front, x + s, sizeof(float) * (S - s));
+  return front;
+}
+S2S_INLINE void store_front(float* x, int64_t s, int64_t S, Vec value) {
+  std::memcpy(x + s, &value, sizeof(float) * (S - s < kVec ? S - s : kVec));
+}
+
+void softmax(float* x, int64_t S, float scale, const float* bias, const bool* mask,
+             int64_t stride) {
+  if (bias) {
+    for (int64_t s = 0; s < S; ++s) x[s] = scale * x[s] + bias[s];
+  } else if (scale != 1.f) {
+    for (int64_t s = 0; s < S; ++s) x[s] *= scale;
+  }
+  if (mask && !forbid(x, S, mask, stride)) {
     std::memset(x, 0, sizeof(float) * S);
     return;
   }
+  Vec tops = -INFINITY - Vec{};
+  for (int64_t s = 0; s < S; s += kVec) {
+    const Vec y = load_front(x, s, S);
+    tops = y > tops ? y : tops;
+  }
+  const float top = largest_lane(tops);
   Vec sums = {};
-  int64_t s = 0;
-  for (; s + kVec <= S; s += kVec) {
-    const Vec e = exp_negative(load(x + s) - top);
-    store(x + s, e);
+  for (int64_t s = 0; s < S; s += kVec) {
+    const Vec e = exp_negative(load_front(x, s, S) - top);
+    store_front(x, s, S, e);
     sums += e;
   }
-  if (s < S) {
-    Vec rest = -INFINITY - Vec{};
-    std::memcpy(&rest, x + s, sizeof(float) * (S - s));
-    const Vec e = exp_negative(rest - top);
-    for (int64_t i = s; i < S; ++i) sums[i - s] += e[i - s];
-    std::memcpy(x + s, &e, sizeof(float) * (S - s));
-  }
   const float total = sum(sums);
-  for (int64_t i = 0; i < S; ++i) x[i] = mask == nullptr || mask[i * stride] ? x[i] / total : 0.f;
+  for (int64_t s = 0; s < S; ++s) x[s] /= total;
+  // Zero also where the sum is NaN.
+  if (mask && !(total < INFINITY))
+    for (int64_t s = 0; s < S; ++s) x[s] = mask[s * stride] ? x[s] : 0.f;
 }
 
 void scale_and_flush(float* x, int64_t n, float scale) {

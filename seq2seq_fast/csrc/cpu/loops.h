@@ -45,6 +45,21 @@ constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
+// What a decoding engine reads: panels of kPanel outputs, or fewer whole blocks, in these types.
+enum class Weights : uint8_t { kFloat, kBFloat16, kInt8 };
+
+// Columns of the left operand of a product: rows x, ld apart, of K numbers.
+struct Operand {
+  const float* x;
+  int64_t ld, K;
+};
+
+// What is known of a stretch of logits: the largest, sum exp(x - largest), and where it is.
+struct Peak {
+  float top, sum;
+  int32_t index;
+};
+
 struct Loops {
   const char* name;
 
@@ -103,6 +118,17 @@ struct Loops {
   void (*retreat)(Cell cell, const float* gates, int64_t H, const float* hidden_before,
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates);
+
+  // out (rows, width), ldo apart, += scale (width,) * [operands side by side] w; w is a panel,
+  // scale may be null.
+  void (*packed_panel)(Weights type, const Operand* operands, int count, int64_t rows,
+                       const void* w, int64_t width, const float* scale, float* out, int64_t ldo);
+  // n weights that are not floats, a multiple of kBlock, as floats
+  void (*unpack)(Weights type, const void* w, int64_t n, float* out);
+  // A NaN, if there is one, is the largest.
+  Peak (*peak)(const float* x, int64_t n);
+  // The places of what is above the threshold, ascending; `out` holds n.
+  int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };
 
 // The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does

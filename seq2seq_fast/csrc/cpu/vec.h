@@ -66,6 +66,14 @@ S2S_INLINE float sum(Vec x) {
   return lanes[0];
 }
 
+S2S_INLINE float largest_lane(Vec x) {
+  float lanes[kVec];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int n = kVec / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+  return lanes[0];
+}
+
 // 2^k for whole k in [-126, 127]
 S2S_INLINE Vec power_of_two(Vec k) {
   const VecInt bits = (__builtin_convertvector(k, VecInt) + 127) << 23;

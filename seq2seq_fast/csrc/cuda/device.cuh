@@ -1,0 +1,123 @@
+// What device code needs of the machine beyond CUDA C++: approximate instructions, asynchronous
+// copies, dtypes. tests/cuda_on_cpu has the same for the host compiler, so that every kernel here
+// also runs without a GPU.
+#pragma once
+#include <cstdint>
+
+namespace seq2seq_fast {
+
+// Blocks of a launch.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+  Grid(int64_t x_) : x(x_) {}
+  Grid(int64_t x_, int64_t y_, int64_t z_) : x(x_), y(y_), z(z_) {}
+};
+
+}  // namespace seq2seq_fast
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+namespace seq2seq_fast {
+
+#ifdef __CUDACC__
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4)
+    return x;
+  else
+    return T(x);
+}
+
+// 1 / x with an error of one unit in the last place; x and 1 / x must be normal numbers.
+__device__ __forceinline__ float reciprocal(float x) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+// 2^x with an error of two units in the last place, 0 in place of subnormal numbers.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+
+// Copies 16 aligned bytes from global to shared memory; they are there when the thread that asked
+// has waited for all groups but the last `pending` it has closed.
+__device__ __forceinline__ void copy_async(float* shared, const float* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;"); }
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+__device__ __forceinline__ float* shared_memory() {
+  extern __shared__ float4 memory[];
+  return reinterpret_cast<float*>(memory);
+}
+
+#endif
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAll = 0xffffffffu;  // lanes
+
+enum class Type : int { kFloat, kHalf, kBFloat16 };
+
+__device__ __forceinline__ float load(const void* data, Type type, int64_t at) {
+  if (type == Type::kFloat) return static_cast<const float*>(data)[at];
+  if (type == Type::kHalf) return to_float(static_cast<const Half*>(data)[at]);
+  return to_float(static_cast<const BFloat16*>(data)[at]);
+}
+__device__ __forceinline__ void store(void* data, Type type, int64_t at, float x) {
+  if (type == Type::kFloat)
+    static_cast<float*>(data)[at] = x;
+  else if (type == Type::kHalf)
+    static_cast<Half*>(data)[at] = from_float<Half>(x);
+  else
+    static_cast<BFloat16*>(data)[at] = from_float<BFloat16>(x);
+}
+
+// A (B, N, W) tensor of any dtype and strides.
+struct View {
+  const void* data;
+  Type type;
+  int64_t stride[3];
+  __device__ __forceinline__ float operator()(int64_t b, int64_t n, int64_t w) const {
+    return load(data, type, b * stride[0] + n * stride[1] + w * stride[2]);
+  }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAll, x, lanes);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, lanes));
+  return x;
+}
+
+// Magnitudes order as their bits do, with NaN above infinity.
+__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+__device__ __forceinline__ float larger(float x, float y) {
+  return magnitude(x) > magnitude(y) ? __uint_as_float(magnitude(x))
+                                     : __uint_as_float(magnitude(y));
+}
+
+__host__ __device__ constexpr int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,101 @@
+// Host side of the CUDA kernels: where tensors lie, the current stream, launches.
+#pragma once
+#include <utility>
+
+#include "../checks.h"
+#include "device.cuh"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define S2S_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CUDA, m)
+
+// Weak, so that an extension with CUDA in it also loads where PyTorch has none.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace seq2seq_fast {
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "seq2seq_fast: CUDA error: ", cudaGetErrorString(error));
+}
+
+// Makes the device of x current, for as long as this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
+    const int32_t index = x.get_device_index();
+    void* stream;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  }
+
+  template <typename... P>
+  void launch(void (*kernel)(P...), Grid grid, dim3 threads, int64_t shared_floats,
+              std::type_identity_t<P>... arguments) const {
+    if (grid.x == 0) return;
+    STD_TORCH_CHECK(grid.x < int64_t{1} << 31 && grid.y < 65536 && grid.z < 65536,
+                    "seq2seq_fast: too many blocks: ", grid.x, ", ", grid.y, ", ", grid.z);
+    const auto bytes = static_cast<int>(shared_floats * sizeof(float));
+    if (bytes > 48 * 1024)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const dim3 blocks(grid.x, grid.y, grid.z);
+    kernel<<<blocks, threads, bytes, stream_>>>(arguments...);
+    check_cuda(cudaGetLastError());
+  }
+
+  void zero(void* data, int64_t bytes) const {
+    check_cuda(cudaMemsetAsync(data, 0, bytes, stream_));
+  }
+
+  int multiprocessors;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+#endif
+
+template <typename... T>
+void check_device(const Tensor& query, const T&... others) {
+  const auto place = [](const Tensor& x) {
+    int32_t type, index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+    return std::pair(type, index);
+  };
+  STD_TORCH_CHECK(((place(others) == place(query)) && ...), "expected all tensors on one device");
+}
+
+inline Type type_of(const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "expected a float32, float16 or bfloat16 tensor; float64 has no CUDA kernel");
+  return dtype == ScalarType::Float  ? Type::kFloat
+         : dtype == ScalarType::Half ? Type::kHalf
+                                     : Type::kBFloat16;
+}
+
+// x (B, N, W), (N, W) or (W,)
+inline View view_of(const Tensor& x) {
+  View view{x.data_ptr(), type_of(x), {}};
+  for (int64_t i = 0; i < x.dim(); ++i) view.stride[3 - x.dim() + i] = x.stride(i);
+  return view;
+}
+
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// The sizes of a dimension, which kernels count in 32 bits; offsets they make of 64.
+inline int size_of(const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(x.size(dim) < int64_t{1} << 30, "a dimension of ", x.size(dim),
+                  " is too long, expected less than 2^30");
+  return static_cast<int>(x.size(dim));
+}
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,77 @@
+// Launches of one_query.cuh.
+#include "additive_scores.h"
+#include "one_query.cuh"
+#include "one_query.h"
+
+namespace seq2seq_fast {
+namespace {
+
+// Whether rows of x (B, N, W) can be read in aligned fours.
+bool by_four(const Tensor& x) {
+  const size_t bytes = 4 * x.element_size();
+  return x.size(2) % 4 == 0 && x.stride(2) == 1 && x.stride(1) % 4 == 0 && x.stride(0) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes == 0;
+}
+
+// Sets the parts of the source. It is split where blocks would leave half of the GPU idle, into
+// parts that are worth the joining, and where its scores would not fit shared memory.
+void choose_ranges(OneQueryArguments& a, int64_t rows, int multiprocessors) {
+  constexpr int64_t kLeast = 16384;  // elements, 64 KiB
+  const int64_t idle = multiprocessors / std::max<int64_t>(1, rows);
+  const int64_t ranges = std::min(idle, int64_t{a.S} * a.H / kLeast);
+  const int64_t wanted = std::max({ranges, int64_t{1}, ceil_div(a.S, kMostKeysInShared)});
+  a.keys_of_range = static_cast<int>(round_up(ceil_div(a.S, wanted), kRowsOfBlock));
+  a.ranges = static_cast<int>(ceil_div(a.S, a.keys_of_range));
+}
+
+OneQueryArguments arguments(const Device& device, const Tensor& query, const Tensor& keys,
+                            const Tensor& v) {
+  OneQueryArguments a{view_of(query), view_of(keys)};
+  a.v = view_of(v);
+  a.keys_by_four = by_four(keys);
+  a.type = a.query.type;
+  a.T = size_of(query, 1), a.S = size_of(keys, 1), a.H = size_of(query, 2);
+  choose_ranges(a, query.size(0) * a.T, device.multiprocessors);
+  return a;
+}
+
+void launch(const Device& device, const OneQueryArguments& a, int64_t rows) {
+  const auto kernel = a.type == Type::kFloat  ? one_query<float>
+                      : a.type == Type::kHalf ? one_query<Half>
+                                              : one_query<BFloat16>;
+  device.launch(kernel, rows * a.ranges, dim3(kOneQueryThreads),
+                one_query_shared_floats(a.H, a.keys_of_range), a);
+}
+
+}  // namespace
+
+void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
+                         const Tensor& values, const Tensor& v, const Softmax& softmax,
+                         const std::optional<Tensor>& powers, const Tensor& context,
+                         const Tensor& weights) {
+  OneQueryArguments a = arguments(device, query, keys, v);
+  const int64_t rows = query.size(0) * a.T;
+  a.values = view_of(values);
+  a.values_by_four = by_four(values);
+  if (powers) a.powers = powers_of(*powers, keys);
+  a.softmax = softmax;
+  a.context = context.data_ptr(), a.weights = weights.data_ptr();
+  a.D = size_of(values, 2);
+  if (a.ranges == 1) return launch(device, a, rows);
+  const int64_t of_parts = rows * a.ranges * (2 + a.D);
+  Tensor memory = empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);
+  a.exponentials = floats_of(memory);
+  a.parts = a.exponentials + rows * a.S;
+  a.arrived = reinterpret_cast<unsigned*>(a.parts + of_parts);
+  device.zero(a.arrived, rows * static_cast<int64_t>(sizeof(unsigned)));
+  launch(device, a, rows);
+}
+
+void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,
+                      const Tensor& v, const Tensor& scores) {
+  OneQueryArguments a = arguments(device, query, keys, v);
+  a.weights = scores.data_ptr();
+  launch(device, a, query.size(0) * a.T);
+}
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,29 @@
+// Attention of few queries in one launch. See one_query.cuh.
+#pragma once
+#include <optional>
+
+#include "launch.h"
+#include "softmax.cuh"
+
+namespace seq2seq_fast {
+
+// So few queries each read the source on their own; more of them share it in tiles.
+constexpr int64_t kFewQueries = 4;
+// Rows that a block holds in shared memory, 4 bytes each: one or two of keys, three of features.
+constexpr int64_t kMostKeysInShared = 4096, kMostFeaturesInShared = 4096;
+
+inline bool goes_one_by_one(const Tensor& query) {
+  return query.size(1) <= kFewQueries && query.size(2) <= kMostFeaturesInShared;
+}
+
+// Into context (B, T, D) and weights (B, T, S), contiguous, with a T axis or without.
+void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
+                         const Tensor& values, const Tensor& v, const Softmax& softmax,
+                         const std::optional<Tensor>& powers, const Tensor& context,
+                         const Tensor& weights);
+
+// Scores (B, T, S) alone.
+void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,
+                      const Tensor& v, const Tensor& scores);
+
+}  // namespace seq2seq_fast

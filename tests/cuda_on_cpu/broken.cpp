@@ -1,0 +1,55 @@
+// Kernels with a fault each, to see that the harness finds it. `fault` 0 is the kernel as it should
+// be: out[i] = x[i] + its neighbour's, in another block of 32 the block's maximum, and so on.
+#include "launch.h"
+
+namespace seq2seq_fast {
+namespace {
+
+enum Fault { kNone, kNoBarrier, kNoWait, kUnwritten, kOrder, kPastTheEnd, kDivergent, kLateWarp };
+
+struct Arguments {
+  const float* x;
+  float* out;
+  unsigned* arrived;
+  int fault;
+};
+
+// out[i] = x[n - 1 - i] of a block of n = 64, through shared memory and an asynchronous copy; then
+// out[64 + block] = how many blocks have come before, which must not depend on the order.
+void reversed(Arguments a) {
+  float* const memory = shared_memory();
+  const int i = threadIdx.x, n = blockDim.x;
+  if (i % 4 == 0) copy_async(memory + i, a.x + i);
+  close_copies();
+  if (a.fault != kNoWait) wait_copies<0>();
+  if (a.fault != kNoBarrier) __syncthreads();
+  float y = memory[n - 1 - i];
+  if (a.fault == kDivergent && i < 32) __syncthreads();
+  if (a.fault != kLateWarp || i % 2 == 0) y += __shfl_xor_sync(kAll, 0.f, 1);
+  if (a.fault == kPastTheEnd && i == 0) memory[n] = 1.f;
+  if (a.fault != kUnwritten || i != 5) a.out[i] = y;
+  if (i != 0) return;
+  const unsigned before = atomicAdd(a.arrived, 1u);
+  a.out[n + blockIdx.x] = a.fault == kOrder ? static_cast<float>(before) : 0.f;
+}
+
+torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
+  constexpr int kThreads = 64, kBlocks = 5;
+  auto out = empty(x, {kThreads + kBlocks});
+  unsigned arrived = 0;
+  const Device device(x);
+  device.launch(reversed, kBlocks, dim3(kThreads), kThreads,
+                {static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()),
+                 &arrived, static_cast<int>(fault)});
+  return out;
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seq2seq_fast_cuda_on_cpu, m) {
+  m.def("broken(Tensor x, int fault) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
+  m.impl("broken", TORCH_BOX(&seq2seq_fast::broken));
+}

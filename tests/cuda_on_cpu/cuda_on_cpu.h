@@ -1,0 +1,281 @@
+// CUDA for the host compiler: what csrc/cuda needs of it, run by one thread of the CPU.
+//
+// Each thread of a block is a fiber that runs until it has to wait, at a barrier or for its warp.
+// Which fiber runs next, and which block, is drawn anew for every launch, so that a result that
+// depends on the order differs from run to run. Shared memory is NaN when a block begins, and so is
+// the place an asynchronous copy goes to until it is waited for. A block whose threads wait for
+// what never comes, or that writes past its shared memory, is an error.
+#pragma once
+#include <setjmp.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define S2S_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m)
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace cuda_on_cpu {
+
+enum class Wait { kNothing, kBarrier, kWarp, kEnd };
+enum class Exchange { kShuffleXor, kAny };
+
+struct Copy {
+  float* to;
+  const float* from;
+};
+
+struct Fiber {
+  dim3 thread;
+  Wait wait;
+  Exchange exchange;
+  uint32_t value, argument, result;
+  std::vector<std::vector<Copy>> copies;  // groups that are closed, and an open one
+  jmp_buf state;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+constexpr size_t kStack = 128 << 10;
+constexpr int kWarpSize = 32;
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;  // kept for the next launch
+inline Fiber* current = nullptr;
+inline jmp_buf scheduler;
+inline std::function<void()> kernel;
+inline dim3 block_index, block_size, grid_size;
+inline std::vector<float> shared;
+inline std::mt19937 draw(0);
+inline int multiprocessors = 16;
+
+inline void wait(Wait reason) {
+  current->wait = reason;
+  if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
+}
+
+inline void run_fiber() {
+  kernel();
+  current->wait = Wait::kEnd;
+  _longjmp(scheduler, 1);
+}
+
+// Runs a fiber until it waits, from its beginning or where it waited.
+inline void resume(Fiber& fiber, bool begin) {
+  current = &fiber;
+  fiber.wait = Wait::kNothing;
+  if (_setjmp(scheduler) != 0) return;
+  if (!begin) _longjmp(fiber.state, 1);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_fiber, 0);
+  setcontext(&fiber.context);
+}
+
+// Hands a warp what its lanes exchange, if all of them have come for it.
+inline bool serve_warp(int first) {
+  for (int i = first; i < first + kWarpSize; ++i)
+    if (fibers[i]->wait != Wait::kWarp || fibers[i]->exchange != fibers[first]->exchange)
+      return false;
+  bool any = false;
+  for (int i = first; i < first + kWarpSize; ++i) any = any || fibers[i]->value != 0;
+  for (int i = 0; i < kWarpSize; ++i) {
+    Fiber& fiber = *fibers[first + i];
+    fiber.wait = Wait::kNothing;
+    fiber.result = fiber.exchange == Exchange::kAny
+                       ? any
+                       : fibers[first + (i ^ static_cast<int>(fiber.argument))]->value;
+  }
+  return true;
+}
+
+inline void run_block(int threads, size_t shared_floats) {
+  constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+  constexpr size_t kGuard = 64;
+  shared.assign(shared_floats + kGuard, kPoison);
+  std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  for (int i = 0; i < threads; ++i) {
+    fibers[i]->copies.assign(1, {});
+    fibers[i]->wait = Wait::kNothing;
+    fibers[i]->thread =
+        dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
+  }
+  for (bool begin = true;; begin = false) {
+    std::shuffle(order.begin(), order.end(), draw);
+    for (int i : order)
+      if (fibers[i]->wait == Wait::kNothing) resume(*fibers[i], begin);
+    bool served = false;
+    for (int i = 0; i < threads; i += kWarpSize) served |= serve_warp(i);
+    if (served) continue;
+    const auto waiting = [&](Wait reason) {
+      return std::count_if(order.begin(), order.end(),
+                           [&](int i) { return fibers[i]->wait == reason; });
+    };
+    if (waiting(Wait::kEnd) == threads) break;
+    STD_TORCH_CHECK(waiting(Wait::kWarp) == 0 && waiting(Wait::kEnd) == 0,
+                    "threads wait for others that never come");
+    uint32_t any = 0;
+    for (int i : order) any |= fibers[i]->value;
+    for (int i : order) fibers[i]->wait = Wait::kNothing, fibers[i]->result = any;
+  }
+  for (size_t i = 0; i < kGuard; ++i)
+    STD_TORCH_CHECK(std::isnan(shared[shared_floats + i]), "a write past the shared memory");
+}
+
+inline void run(dim3 grid, dim3 size, size_t shared_floats) {
+  const int threads = static_cast<int>(size.x * size.y * size.z);
+  STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
+  while (fibers.size() < static_cast<size_t>(threads)) {
+    fibers.push_back(std::make_unique<Fiber>());
+    fibers.back()->stack = std::make_unique<char[]>(kStack);
+  }
+  block_size = size;
+  grid_size = grid;
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), draw);
+  for (unsigned block : order) {
+    block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+    run_block(threads, shared_floats);
+  }
+}
+
+inline uint32_t exchange(Exchange kind, uint32_t value, uint32_t argument) {
+  current->exchange = kind, current->value = value, current->argument = argument;
+  wait(Wait::kWarp);
+  return current->result;
+}
+
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::current->thread)
+#define blockIdx (cuda_on_cpu::block_index)
+#define blockDim (cuda_on_cpu::block_size)
+#define gridDim (cuda_on_cpu::grid_size)
+
+using std::max;
+using std::min;
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline void __syncthreads() {
+  cuda_on_cpu::current->value = 0;
+  cuda_on_cpu::wait(cuda_on_cpu::Wait::kBarrier);
+}
+inline int __syncthreads_or(int x) {
+  cuda_on_cpu::current->value = x != 0;
+  cuda_on_cpu::wait(cuda_on_cpu::Wait::kBarrier);
+  return static_cast<int>(cuda_on_cpu::current->result);
+}
+inline void __threadfence() {}
+inline float __shfl_xor_sync(uint32_t, float x, int lanes) {
+  using namespace cuda_on_cpu;
+  return __uint_as_float(
+      exchange(Exchange::kShuffleXor, __float_as_uint(x), static_cast<uint32_t>(lanes)));
+}
+inline int __any_sync(uint32_t, int x) {
+  return static_cast<int>(cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kAny, x != 0, 0));
+}
+inline unsigned atomicAdd(unsigned* x, unsigned y) {
+  const unsigned old = *x;
+  *x += y;
+  return old;
+}
+inline float __ldcg(const float* x) { return *x; }
+
+namespace seq2seq_fast {
+
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+template <typename T>
+float to_float(T x) {
+  return static_cast<float>(x);
+}
+template <typename T>
+T from_float(float x) {
+  return static_cast<T>(x);
+}
+
+// Off by up to `most` units in the last place, as the instructions may be: by how many, x tells.
+inline float blur(float x, float y, int most) {
+  if (!std::isfinite(y) || y == 0.f) return y;
+  const int units = static_cast<int>((__float_as_uint(x) * 2654435761u >> 16) % (2 * most + 1));
+  return __uint_as_float(__float_as_uint(y) + static_cast<uint32_t>(units - most));
+}
+inline float reciprocal(float x) { return blur(x, 1.f / x, 1); }
+inline float exp2_approximate(float x) { return blur(x, std::exp2(x), 2); }
+
+inline void copy_async(float* shared, const float* global) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0, "a misaligned copy");
+  std::fill_n(shared, 4, std::numeric_limits<float>::quiet_NaN());
+  cuda_on_cpu::current->copies.back().push_back({shared, global});
+}
+inline void close_copies() { cuda_on_cpu::current->copies.emplace_back(); }
+template <int pending>
+void wait_copies() {
+  auto& groups = cuda_on_cpu::current->copies;
+  for (size_t i = 0; i + pending + 1 < groups.size(); ++i) {
+    for (const auto& copy : groups[i]) std::copy_n(copy.from, 4, copy.to);
+    groups[i].clear();
+  }
+}
+inline float* shared_memory() { return cuda_on_cpu::shared.data(); }
+
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor&) {}
+  template <typename... P>
+  void launch(void (*kernel)(P...), Grid grid, dim3 threads, int64_t shared_floats,
+              std::type_identity_t<P>... arguments) const {
+    cuda_on_cpu::kernel = [&] { kernel(arguments...); };
+    cuda_on_cpu::run(dim3(grid.x, grid.y, grid.z), threads, static_cast<size_t>(shared_floats));
+  }
+  void zero(void* data, int64_t bytes) const { std::memset(data, 0, static_cast<size_t>(bytes)); }
+
+  int multiprocessors = cuda_on_cpu::multiprocessors;
+};
+
+}  // namespace seq2seq_fast

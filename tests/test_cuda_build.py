@@ -1,0 +1,117 @@
+"""The CUDA kernels as nvcc compiles them, which needs no GPU: warnings, registers, budgets."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import library_paths
+
+ROOT = Path(__file__).parent.parent
+
+
+def cuobjdump(*arguments, cwd=None) -> str:
+    triton = pytest.importorskip("triton", reason="cuobjdump ships inside triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run(
+        [tool, *arguments], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[Path]:
+    command = [sys.executable, "setup.py", "-q", "build_cuda"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "no nvcc found" in ran.stderr:
+        pytest.skip("no nvcc here")
+    assert ran.returncode == 0, ran.stderr
+    folder = ROOT / ran.stdout.split()[-1]
+    return sorted(folder.glob("*.o"))
+
+
+@pytest.fixture(scope="module")
+def cubins(objects, tmp_path_factory) -> dict[str, bytes]:
+    """Of sm_90, by the name of their source."""
+    found = {}
+    for path in objects:
+        folder = tmp_path_factory.mktemp(path.stem)
+        cuobjdump("-xelf", "sm_90", path.resolve(), cwd=folder)
+        (cubin,) = folder.glob("*.cubin")
+        found[path.stem] = cubin.read_bytes()
+    return found
+
+
+def test_nothing_is_warned_of_or_spilled(objects):
+    assert {path.stem for path in objects} == {
+        path.stem for path in (ROOT / "seq2seq_fast/csrc/cuda").glob("*.cu")
+    }
+    for path in objects:
+        text = path.with_suffix(".txt").read_text()
+        assert "warning" not in text, text
+        frames = re.findall(".*bytes stack frame.*", text)
+        assert frames
+        for frame in frames:
+            assert re.findall(r"\d+", frame) == ["0", "0", "0"], text
+
+
+def test_every_architecture_and_ptx_are_in(objects):
+    for path in objects:
+        assert re.findall(r"sm_(\d+)\.cubin", cuobjdump("-lelf", path)) == "80 90 100 120".split()
+        assert re.findall(r"sm_(\d+)\.ptx", cuobjdump("-lptx", path)) == ["120"]
+
+
+LOAD = """
+import sys, torch, seq2seq_fast
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+torch.ops.load_library(sys.argv[1])
+print(sum(has(f"seq2seq_fast::{name}", "CUDA") for name in seq2seq_fast.backends()))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
+    """With every symbol resolved at once, as Python loads an extension."""
+    library = tmp_path / "cuda.so"
+    torch_libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
+    command = ["nvcc", "-shared", "-o", library, *objects, *torch_libraries]
+    subprocess.run(command, check=True)
+    command = [sys.executable, "-c", LOAD, library]
+    environment = os.environ | {"LD_BIND_NOW": "1"}
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "5", ran.stderr  # ops
+
+
+# The tiles for few queries or a short source, 4x4 and 2x2, save padding and pay more for loads.
+TILES = {"4x16": "ILi4ELi16E", "7x7": "ILi7ELi7E", "4x8": "ILi4ELi8E", "4x7": "ILi4ELi7E"}
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_budget_of_forward(cubins, within_budget, tile):
+    name = "additive_scores" + TILES[tile]
+    variant = f"{tile} a thread"
+    cubin = cubins["additive_scores"]
+    within_budget("forward, C++", "native", variant, cubin, per_reciprocal=2, name=name)
+
+
+def test_budget_of_backward(cubins, within_budget):
+    cubin, name = cubins["additive_scores"], "additive_scores_backward"
+    within_budget("backward, C++", "native", "8x2 a thread", cubin, per_reciprocal=2, name=name)
+
+
+KEYS = {"float32": "IfE", "float16": "I6__half", "bfloat16": "I13__nv_bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", KEYS)
+def test_budget_of_one_query(cubins, within_budget, dtype):
+    common = dict(per_reciprocal=2, name="one_query" + KEYS[dtype])
+    kernel = "forward, one query, C++"
+
+    def raw(loop):  # the loop that makes its own powers, one for each element
+        return loop.count("MUFU.EX2") == 2 * loop.count("MUFU.RCP")
+
+    cubin = cubins["one_query"]
+    within_budget(kernel, "native", f"prepared keys ({dtype})", cubin, **common)
+    within_budget(kernel, "native", f"{dtype} keys", cubin, among=raw, **common)
