@@ -1,77 +1,176 @@
-"""The small tutorial model: a training step and an evaluation pass, S = T = 20, B 32, V 1000."""
+"""Models in the tutorial's form: training steps, the decoder alone, evaluation, peak memory.
 
-import contextlib
-import copy
+Baselines: the tutorial's code, and the same model in PyTorch with all that is no recurrence moved
+out of its loop by hand, which knows no feedback.
+"""
+
+import os
 import random
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-import pytest
+import plain
 import torch
 from torch import nn
 
 import seq2seq_fast as s2s
 
-B, S, T, V, EMB, H, LAYERS = 32, 20, 20, 1000, 100, 256, 2
-MODES = ("training step", "evaluation")
-QUICK = FULL = {}
+STEP, DECODER, EVALUATION = "training step", "decoder, forward + backward", "evaluation"
 
 
-def project_at_every_step(model, src, trg, teacher_forcing_ratio):
-    """The tutorial's loop, which projects the keys anew at each step."""
-    values, hidden, cell = model.encoder(src)
-    token = trg[:, 0]
-    steps = [values.new_zeros(len(trg), V)]
-    for t in range(1, trg.shape[1]):
-        logits, hidden, cell = model.decoder(token, hidden, cell, values)
-        steps.append(logits)
-        token = trg[:, t] if random.random() < teacher_forcing_ratio else logits.argmax(-1)
-    return torch.stack(steps, 1)
+@dataclass(frozen=True)
+class Model:
+    name: str
+    what: str
+    B: int
+    S: int
+    T: int
+    V: int
+    H: int = 256
+    emb: int = 100
+    layers: int = 2
+    ratio: float = 1.0  # of teacher forcing
+
+    def shape(self):
+        kept = asdict(self)
+        return {k: kept[k] for k in ("B", "S", "T", "V", "H", "emb", "layers", "ratio")}
 
 
-def using(backend):
-    return s2s.use_backend(backend) if backend else contextlib.nullcontext()
+WORDS = Model("tutorial, 10,000 words", STEP, 64, 30, 30, 10_000)
+LETTERS = Model("tutorial, 100 tokens", DECODER, 64, 50, 50, 100)
+SPEECH = Model("speech", DECODER, 8, 400, 60, 100, 1024, 128, 1)
+PHONEMES = Model("grapheme-to-phoneme", STEP, 64, 9, 9, 42, ratio=0.5)
+GROWING = [replace(LETTERS, name=f"tutorial, T {T}", T=T) for T in (25, 100, 200)]
+
+QUICK = {
+    "test_model": (("case",), [(WORDS,), (LETTERS,), (PHONEMES,), (SPEECH,)]),
+    "test_peak_memory": (("case",), [(WORDS,)]),
+}
+FULL = {
+    "test_model": (
+        ("case",),
+        [
+            *QUICK["test_model"][1],
+            *[(replace(WORDS, ratio=ratio),) for ratio in (0.5, 0.0)],
+            *[(replace(LETTERS, what=STEP, ratio=ratio),) for ratio in (1.0, 0.5, 0.0)],
+            (replace(WORDS, what=EVALUATION, ratio=0.0),),
+            (replace(LETTERS, B=8),),
+            (replace(LETTERS, B=1),),
+            *[(case,) for case in GROWING],
+        ],
+    ),
+    "test_peak_memory": (("case",), [(WORDS,), (LETTERS,), (SPEECH,)]),
+}
 
 
-def contender(model, src, trg, mode, forward, backend):
-    """A call on a copy of the model; the same draws of teacher forcing in every contender."""
-    model = copy.deepcopy(model).train(mode == "training step")
+class Given(s2s.Encoder):
+    """Stands for an encoder: the same random outputs and states each time, as leaves."""
+
+    def __init__(self, case):
+        super().__init__(case.V, 1, case.H, case.layers, 0.0)
+        g = torch.Generator().manual_seed(0)
+
+        def leaf(*shape):
+            return nn.Parameter(torch.randn(shape, generator=g) * 0.1)
+
+        self.values = leaf(case.B, case.S, case.H)
+        self.states = nn.ParameterList([leaf(case.layers, case.B, case.H) for _ in range(2)])
+
+    def forward(self, src):
+        return self.values, *self.states
+
+
+def build(kind, case):
+    torch.manual_seed(0)
+    dropout = 0.1 if case.what == STEP else 0.0
+    if case.what == DECODER:
+        encoder = Given(case)
+    else:
+        encoder = s2s.Encoder(case.V, case.emb, case.H, case.layers, dropout)
+    decoder = s2s if kind is s2s.Seq2Seq else plain
+    return kind(encoder, decoder.Decoder(case.V, case.emb, case.H, case.layers, dropout))
+
+
+def contender(kind, case):
+    """A call that does what the case measures, on a model of its own."""
+    model = build(kind, case)
+    g = torch.Generator().manual_seed(1)
+    src = torch.randint(case.V, (case.B, case.S), generator=g)
+    trg = torch.randint(case.V, (case.B, case.T + 1), generator=g)
     optimizer = torch.optim.Adam(model.parameters())
-
-    def evaluate():
-        with torch.no_grad(), using(backend):
-            forward(model, src, trg, 0.0)
+    grad = torch.randn(case.B, case.T + 1, case.V, generator=g) if case.what == DECODER else None
 
     def train():
         random.seed(0)
         optimizer.zero_grad()
-        with using(backend):
-            logits = forward(model, src, trg, 0.5)
-            loss = nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), trg[:, 1:].flatten())
-            loss.backward()
+        logits = model(src, trg, case.ratio)
+        loss = nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), trg[:, 1:].flatten())
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return train if mode == "training step" else evaluate
+    def decode():
+        optimizer.zero_grad()
+        model(src, trg, case.ratio).backward(grad)
+
+    def evaluate():
+        model.eval()
+        with torch.no_grad():
+            model(src, trg, case.ratio)
+
+    return {STEP: train, DECODER: decode, EVALUATION: evaluate}[case.what]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_model(mode, compare):
-    torch.manual_seed(0)
-    encoder = s2s.Encoder(V, EMB, H, LAYERS, 0.1)
-    model = s2s.Seq2Seq(encoder, s2s.Decoder(V, EMB, H, LAYERS, 0.1))
-    src, trg = torch.randint(V, (B, S)), torch.randint(V, (B, T))
+def kinds(case):
+    kinds = {"library": s2s.Seq2Seq, "tutorial": plain.Seq2Seq}
+    return kinds | ({"hoisted": plain.Hoisted} if case.ratio == 1.0 else {})
 
-    def call(forward, backend):
-        return contender(model, src, trg, mode, forward, backend)
 
+def test_model(case, compare):
     compare(
-        {
-            "library": call(s2s.Seq2Seq.__call__, None),
-            "reference": call(s2s.Seq2Seq.__call__, "reference"),
-            "reference, keys projected at every step": call(project_at_every_step, "reference"),
-        },
+        {name: contender(kind, case) for name, kind in kinds(case).items()},
         kind="model",
-        name="tutorial model",
-        mode=mode,
-        shape={"B": B, "T": T, "S": S, "H": H, "V": V},
+        name=case.name,
+        mode=case.what,
+        shape=case.shape(),
         scale="as stated",
     )
+
+
+def resident_bytes(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def print_peak(name, which):
+    """Runs in a process of its own: what one call adds to the resident memory."""
+    (case,) = (case for (case,) in FULL["test_peak_memory"][1] if case.name == name)
+    tiny = replace(case, B=1, S=2, T=2)
+    contender(kinds(case)[which], tiny)()  # the libraries' own memory
+    call = contender(kinds(case)[which], case)
+    before = resident_bytes("VmRSS")
+    call()
+    print(resident_bytes("VmHWM") - before)
+
+
+def test_peak_memory(case, rows):
+    """Linux only: VmHWM, as ru_maxrss would begin at the size of this process."""
+    here = Path(__file__).resolve()
+    path = os.pathsep.join(map(str, (here.parents[1] / "tests", here.parents[1])))
+    environment = {**os.environ, "PYTHONPATH": path}
+    peaks = {}
+    for label, which in (("library", "library"), ("eager", "tutorial")):
+        command = [sys.executable, str(here), case.name, which]
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+        peaks[label] = int(done.stdout)
+    for row in rows:
+        if (row["name"], row["shape"]) == (case.name, case.shape()):
+            row["peak_bytes"] = peaks
+
+
+if __name__ == "__main__":
+    print_peak(*sys.argv[1:])

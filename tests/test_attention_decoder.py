@@ -3,6 +3,8 @@
 import itertools
 import random
 import statistics
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import plain
@@ -438,6 +440,37 @@ def test_compile_fullgraph(backend):
         found.append((loss, *torch.autograd.grad(loss, leaves)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+MEMORY = """
+import torch, seq2seq_fast as s2s
+B, T, S, H = 8, 128, 256, 256
+def peak():
+    return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
+def run(B, T, S):
+    decoder = s2s.Decoder(9, 8, H, 2, 0.0)
+    values = torch.randn(B, S, H, requires_grad=True)
+    state = s2s.DecoderState(torch.zeros(2, B, H), torch.zeros(2, B, H))
+    out = decoder.run(torch.zeros(B, T, dtype=torch.int64), state, decoder.source(values))
+    out.outputs.sum().backward()
+run(1, 2, 3)  # the libraries' own memory
+before = peak()
+run(B, T, S)
+print((peak() - before) * 1024 / 4)
+"""
+
+
+@pytest.mark.unsanitized
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc")
+def test_memory_grows_with_states_and_weights_alone():
+    """Peak of forward and backward beyond what is there, in float32 numbers, in a new process."""
+    B, T, S, H, L = 8, 128, 256, 256, 2
+    command = [sys.executable, "-c", MEMORY]
+    numbers = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    of_source = 6 * B * S * H  # values, keys, their exponentials, gradients
+    of_steps = B * T * (L * (2 * 4 * H + 2 * H) + 6 * H + 4 * S)
+    of_weights = 4 * L * 4 * H * 2 * H
+    assert numbers < 1.5 * (of_source + of_steps + of_weights) < B * T * S * H / 2
 
 
 def good():

@@ -36,11 +36,7 @@ MODEL = ATTENTION | {
     "kind": "model",
     "name": "small model",
     "scale": "as stated",
-    "seconds": {
-        "library": 1.0,
-        "reference": 3.0,
-        "reference, keys projected at every step": 4.5,
-    },
+    "seconds": {"library": 1.0, "tutorial": 3.0},
 }
 del MODEL["peak_bytes"], MODEL["elements_per_second"]
 RESULTS = {
@@ -77,7 +73,7 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert prepared[2:5] == ["B 4 of 16", "forward", "2.00 ms"]
     assert prepared[-4:] == ["5.00×", "3.00×", "–", "0.50×"]
     assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
-    assert line_of(text, "small model")[-2:] == ["3.00×", "1.50×"]
+    assert line_of(text, "small model")[-3:] == ["1000.00 ms", "3.00×", "–"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
     assert line_of(text, "context")[-3:] == ["0.50", "0.75", "25%"]
 

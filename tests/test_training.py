@@ -158,7 +158,7 @@ def test_the_example_trains_saves_and_resumes(example, tmp_path, capsys):
         "Train Loss:",
         "Valid Loss:",
         "of phonemes and",
-        "plain PyTorch",
+        "tutorial",
     ):
         assert text in second.out
     assert "words/s" in first.err
@@ -188,3 +188,16 @@ def test_the_examples_batches_and_splits(example):
         assert (batch.trg[:, 0] == example.SOS).all()
         assert ((batch.trg == example.EOS).sum(1) == 1).all()
     assert seen == 300 and len(batches) == len(list(batches))
+
+
+def test_the_examples_tutorial_code_is_the_same_model(example):
+    torch.manual_seed(0)
+    ours = example.build(12)
+    src, trg = torch.randint(3, 29, (3, 6)), torch.randint(3, 42, (3, 5))
+    src[0, 4:] = example.PAD
+    found = []
+    for m in (ours, example.Tutorial(ours)):
+        torch.manual_seed(1)
+        random.seed(1)
+        found.append(m(src, trg, 0.5))
+    torch.testing.assert_close(*found)

@@ -153,7 +153,7 @@ def _split(weights, hidden):
 
 def _results(run: Run):
     """What a caller sees of a run, time first."""
-    attends, has_cells = run.contexts.numel() or run.queries.dim() > 1, run.cells.dim() > 1
+    attends, has_cells = run.queries.dim() > 1, run.cells.dim() > 1
     return (
         run.hiddens[-1, 1:],
         run.contexts[1:] if attends else None,

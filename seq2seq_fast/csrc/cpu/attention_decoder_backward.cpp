@@ -109,7 +109,7 @@ class Backward {
     const A* c = cell_ == Cell::kLstm ? data<A>(run_.cells) + before : nullptr;
     const A* output = l == L_ - 1 ? data<A>(given_.outputs) + t * slab : nullptr;
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
-    parallel(B_, 20 * G_, [&](int64_t begin, int64_t end) {
+    parallel(B_, 20 * H_, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = b * H_;
         for (int64_t i = row; output && i < row + H_; ++i) dh[i] += output[i];
