@@ -15,13 +15,13 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-CPP := $(shell find seq2seq_fast/csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find seq2seq_fast/csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 # $(call if-there,NAME,COMMAND): runs the tool COMMAND begins with; without VENV it may be missing.
 BIN := $(if $(VENV),$(VENV)/bin/,)
 if-there = @if [ -n "$(VENV)" ] || command -v $(1) > /dev/null; \
 	then echo "$(1) $(2)"; $(BIN)$(1) $(2); else echo "lint: no $(1) here, left out"; fi
 
-.PHONY: help demo bench test lint build sanitize clean
+.PHONY: help demo bench gpu test lint build sanitize clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,11 @@ demo: build ## learn to pronounce English words (ARGS="--epochs 8 --hidden 512 -
 
 bench: build ## ratios against eager PyTorch and torch.compile (ARGS=--full for all workloads)
 	$(PY) -m pytest -q benchmarks -o python_files='bench_*.py' $(ARGS)
+
+gpu: $(READY) ## on a GPU: the tests, what it can do at most, the workloads (GPU_MINUTES=3)
+	$(PY) benchmarks/gpu.py --check
+	$(PY) setup.py -q build_ext --inplace
+	$(PY) benchmarks/gpu.py $(if $(GPU_MINUTES),--minutes $(GPU_MINUTES)) $(ARGS)
 
 test: lint build ## lint, build, the whole test suite
 	$(PY) -m pytest -q tests $(ARGS)

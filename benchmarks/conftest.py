@@ -17,11 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the cases are shared with the tests
 
 import report  # noqa: E402
+from timing import SAMPLE_S, interleaved  # noqa: E402
 
 RESULTS = pytest.StashKey[dict]()
-SAMPLE_S = 2e-3  # calls are timed in groups at least this long, well above the clock's overhead
-ROUNDS = (5, 40)
-BUDGET_S = 2.0  # per row, without warm-up; ROUNDS[0] rounds are run in any case
 
 
 def pytest_addoption(parser):
@@ -41,33 +39,6 @@ def pytest_generate_tests(metafunc):
         names, values = sets[metafunc.function.__name__]
         ids = ["-".join(getattr(x, "name", str(x)) for x in row) for row in values]
         metafunc.parametrize(names, values, ids=[i.replace(" ", "_") for i in ids])
-
-
-def seconds(call, loops):
-    start = time.perf_counter()
-    for _ in range(loops):
-        call()
-    return (time.perf_counter() - start) / loops
-
-
-def interleaved(contenders):
-    """Seconds per call, {name: one sample per round}; every round times every contender once.
-
-    Who begins moves on by one each round, so that noise and clock changes hit all alike.
-    """
-    loops = {}
-    for name, call in contenders.items():
-        seconds(call, 2)  # compiles, allocates
-        loops[name] = max(1, round(SAMPLE_S / seconds(call, 3)))
-    names, samples = list(contenders), {name: [] for name in contenders}
-    end = time.perf_counter() + BUDGET_S
-    for i in range(ROUNDS[1]):
-        if i >= ROUNDS[0] and time.perf_counter() > end:
-            break
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            samples[name].append(seconds(contenders[name], loops[name]))
-    return samples
 
 
 def cpu_seconds():

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -78,9 +80,15 @@ for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
     _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
+# The oldest GPU that the compiled CUDA kernels run on, where there are any.
+CUDA_SINCE = (0, 0)
 # find_spec, not `except ImportError`: a broken build must be seen.
 if importlib.util.find_spec("seq2seq_fast._C") is not None:
-    import seq2seq_fast._C  # noqa: F401
+    import seq2seq_fast._C
+
+    if seq2seq_fast._C.cuda_architectures:
+        CUDA_SINCE = divmod(min(map(int, seq2seq_fast._C.cuda_architectures.split())), 10)
+_gpu_was_asked = CUDA_SINCE == (0, 0)
 
 # Asked once: the query itself breaks torch.compile(fullgraph=True).
 HAS_KERNEL = {
@@ -90,23 +98,93 @@ HAS_KERNEL = {
     for name in SCHEMAS
     for device in ("cpu", "cuda")
 }
+
+BACKENDS = ("native", "triton", "reference")
+# Best first, where a backend has the op; measurements may give an op and a device their own order.
+ORDER = {
+    (name, device): BACKENDS if device == "cuda" else ("native", "reference", "triton")
+    for name in SCHEMAS
+    for device in ("cpu", "cuda")
+}
+TRITON_OPS: dict[str, str] = {}  # name of an op: name of its Triton kernels' op
+TRITON_DEVICE = ""
+
+
+def _in_triton(name: str, launch: Callable) -> None:
+    """Registers the launcher of an op's Triton kernels as an op of its own."""
+    fallback = _FALLBACKS[name]
+
+    def on_device(*args):
+        first = args[0]
+        if first.dtype == torch.float64 or any(
+            isinstance(x, torch.Tensor) and x.numel() == 0 for x in args
+        ):
+            return fallback(*args)
+        with torch.cuda.device_of(first):
+            return launch(*args)
+
+    TRITON_OPS[name] = f"{name}_triton"
+    _lib.define(TRITON_OPS[name] + SCHEMAS[name])
+    _lib.impl(TRITON_OPS[name], on_device, TRITON_DEVICE.upper())
+
+
+# A CPU build of torch has nothing to run kernels on but Triton's interpreter.
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+if (_interpreted or torch.backends.cuda.is_built()) and importlib.util.find_spec("triton"):
+    from . import triton as _triton
+
+    TRITON_DEVICE = "cpu" if _triton.INTERPRETED else "cuda"
+    for _name, _launch in _triton.LAUNCHERS.items():
+        _in_triton(_name, _launch)
+
+
+def _has(backend: str, name: str, device: str) -> bool:
+    if backend == "native":
+        return HAS_KERNEL.get((name, device), False)
+    return backend == "reference" or (name in TRITON_OPS and device == TRITON_DEVICE)
+
+
+_USABLE = {
+    key: tuple(backend for backend in order if _has(backend, *key)) for key, order in ORDER.items()
+}
 _forced: list[str] = []
 
 
+def _drop_native_from_old_gpus() -> None:
+    """Takes the compiled kernels out of the tables where the current GPU is too old for them.
+
+    Not at import: a GPU that is asked for its age cannot be used in forked processes any more.
+    """
+    global _gpu_was_asked
+    _gpu_was_asked = True
+    capability = torch.cuda.get_device_capability()
+    if capability >= CUDA_SINCE:
+        return
+    warnings.warn(
+        f"seq2seq_fast: the compiled kernels need a GPU of compute capability {CUDA_SINCE[0]}."
+        f"{CUDA_SINCE[1]}, this one has {capability[0]}.{capability[1]}; others take their place",
+        stacklevel=2,
+    )
+    for (name, device), usable in _USABLE.items():
+        if device == "cuda":
+            _USABLE[name, device] = tuple(x for x in usable if x != "native")
+
+
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Usable backends per op and device, best first; the first one is used by default."""
-    return {
-        name: {
-            device: (("native", "reference") if HAS_KERNEL[name, device] else ("reference",))
-            for device in ("cpu", "cuda")
-        }
-        for name in SCHEMAS
-    }
+    """Usable backends per op and device, best first; the first one is used by default.
+
+    "triton" computes empty and float64 tensors as the reference does, and so does "native" float64
+    tensors on a GPU. "triton" takes CPU tensors only in Triton's interpreter, which
+    TRITON_INTERPRET=1 turns on, and only when asked for by name.
+    """
+    if not _gpu_was_asked and torch.cuda.is_available():
+        _drop_native_from_old_gpus()
+    return {name: {device: _USABLE[name, device] for device in ("cpu", "cuda")} for name in SCHEMAS}
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend: "native" or "reference"."""
+    """Run every op inside the block on one backend: "native", "triton" or "reference"."""
     check_backend_name(name)
     _forced.append(name)
     try:
@@ -116,17 +194,25 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def check_backend_name(name: str) -> None:
-    if name not in ("native", "reference"):
-        raise ValueError(f'backend: got {name!r}, expected "native" or "reference"')
+    if name not in BACKENDS:
+        raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
+
+
+def choose(op: str, device: str, backend: str | None, dtype: torch.dtype = torch.float32) -> str:
+    """The backend of this call; a named backend that is absent raises."""
+    if device == "cuda" and not _gpu_was_asked and not torch.compiler.is_compiling():
+        _drop_native_from_old_gpus()
+    usable = _USABLE.get((op, device), ("reference",))
+    if backend is None:
+        backend = _forced[-1] if _forced else usable[0]
+    if backend not in usable:
+        check_backend_name(backend)
+        raise ValueError(f"backend: {backend!r} was asked for, but has no {op} kernel for {device}")
+    if backend == "native" and device == "cuda" and dtype == torch.float64:
+        return "reference"
+    return backend
 
 
 def is_reference(op: str, device: str, backend: str | None) -> bool:
     """Whether this call runs the plain PyTorch form; a named backend that is absent raises."""
-    if backend is None:
-        backend = _forced[-1] if _forced else None
-    if backend is None:
-        return not HAS_KERNEL.get((op, device), False)
-    check_backend_name(backend)
-    if backend == "native" and not HAS_KERNEL.get((op, device), False):
-        raise ValueError(f"backend: 'native' was asked for, but has no {op} kernel for {device}")
-    return backend == "reference"
+    return choose(op, device, backend) == "reference"

@@ -1,16 +1,55 @@
 import os
+from typing import NamedTuple
 
 import budgets
 import pytest
+import torch
 
 # A graph that torch.compile kept from an earlier state of these kernels must not be tested.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        """Rounded once, as on a GPU; some releases of the interpreter round twice."""
+        data = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(data.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+
 MEASURED = pytest.StashKey[list]()
+
+
+class Target(NamedTuple):
+    """What a test with the argument `on` runs on."""
+
+    device: str
+    backend: str
+
+    def put(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [x.to(self.device) for x in tensors]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--on",
+        action="append",
+        default=[],
+        metavar="DEVICE:BACKEND",
+        help="where the tests of kernels run, such as cuda:triton; cpu:native unless told",
+    )
 
 
 def pytest_configure(config):
     config.stash[MEASURED] = []
+
+
+def pytest_generate_tests(metafunc):
+    if "on" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("on") or ["cpu:native"]
+        metafunc.parametrize("on", [Target(*x.split(":")) for x in wanted], ids=wanted)
 
 
 @pytest.fixture

@@ -6,11 +6,37 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..library import HAS_KERNEL, is_reference
+from ..library import HAS_KERNEL, TRITON_OPS, choose
 from . import checks
 
 _ops = torch.ops.seq2seq_fast
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+# The op of each backend that has kernels.
+_OPS = {
+    (name, backend): getattr(_ops, op)
+    for name in (
+        "additive_scores",
+        "additive_scores_backward",
+        "additive_attention",
+        "additive_attention_backward",
+    )
+    for backend, op in (("native", name), ("triton", TRITON_OPS.get(name)))
+    if op
+}
+
+
+def _fake(name):
+    """Registers what an op makes of shapes, whatever the backend."""
+
+    def register(function):
+        for (of, _), op in _OPS.items():
+            if of == name:
+                torch.library.register_fake(op._qualified_op_name, function)
+        return function
+
+    return register
 
 
 @torch.library.register_fake("seq2seq_fast::prepare_keys")
@@ -22,7 +48,7 @@ def _(keys):
     return keys.new_empty((B, floats), dtype=torch.float32)
 
 
-@torch.library.register_fake("seq2seq_fast::additive_scores")
+@_fake("additive_scores")
 def _(query, keys, v):
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
@@ -31,18 +57,18 @@ def _empty_gradients(tensors, needs):
     return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(tensors, needs, strict=True))
 
 
-@torch.library.register_fake("seq2seq_fast::additive_scores_backward")
+@_fake("additive_scores_backward")
 def _(grad, query, keys, v, *needs):
     return _empty_gradients((query, keys, v), needs)
 
 
-@torch.library.register_fake("seq2seq_fast::additive_attention")
+@_fake("additive_attention")
 def _(query, keys, values, v, mask, score_bias, scale, powers):
     rows = query.shape[:-1]  # (B, T), or (B,): one query has no T axis in the results either
     return query.new_empty(*rows, values.shape[2]), query.new_empty(*rows, keys.shape[1])
 
 
-@torch.library.register_fake("seq2seq_fast::additive_attention_backward")
+@_fake("additive_attention_backward")
 def _(grad_context, grad_weights, query, keys, values, v, weights, scale, powers, *needs):
     return _empty_gradients((query, keys, values, v, weights), needs)
 
@@ -80,39 +106,40 @@ def _wanted(grads, needs):
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, keys, v):
+    def forward(ctx, backend, query, keys, v):
+        ctx.backend = backend
         ctx.save_for_backward(query, keys, v)
-        return _ops.additive_scores(query, keys, v)
+        return _OPS["additive_scores", backend](query, keys, v)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, needs = (grad, *ctx.saved_tensors), ctx.needs_input_grad
+        inputs, needs = (grad, *ctx.saved_tensors), ctx.needs_input_grad[1:]
         with torch.no_grad():
-            grads = _ops.additive_scores_backward(*inputs, *needs)
-        return _once(_wanted(grads, needs), inputs)
+            grads = _OPS["additive_scores_backward", ctx.backend](*inputs, *needs)
+        return None, *_once(_wanted(grads, needs), inputs)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, keys, values, v, mask, score_bias, scale, powers):
-        context, weights = _ops.additive_attention(
+    def forward(ctx, backend, query, keys, values, v, mask, score_bias, scale, powers):
+        context, weights = _OPS["additive_attention", backend](
             query, keys, values, v, mask, score_bias, scale, powers
         )
         ctx.save_for_backward(query, keys, values, v, weights, powers)
-        ctx.scale = scale
+        ctx.backend, ctx.scale = backend, scale
         return context, weights
 
     @staticmethod
     def backward(ctx, grad_context, grad_weights):
         *inputs, weights, powers = ctx.saved_tensors
-        need_q, need_k, need_values, need_v, _, need_bias, _, _ = ctx.needs_input_grad
+        need_q, need_k, need_values, need_v, _, need_bias = ctx.needs_input_grad[1:7]
         needs = (need_q, need_k, need_values, need_v, need_bias)
         with torch.no_grad():
-            grads = _ops.additive_attention_backward(
+            grads = _OPS["additive_attention_backward", ctx.backend](
                 grad_context, grad_weights, *inputs, weights, ctx.scale, powers, *needs
             )
         *grads, grad_bias = _once(_wanted(grads, needs), (grad_context, grad_weights, *inputs))
-        return *grads, None, grad_bias, None, None
+        return None, *grads, None, grad_bias, None, None
 
 
 def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
@@ -148,7 +175,7 @@ def additive_scores(
         query: (B, T, H) or (B, H), floating point.
         keys: (B, S, H), already projected, same dtype and device.
         v: (H,), same dtype and device.
-        backend: None for the best there is, "native", or "reference".
+        backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
         (B, T, S), or (B, S) where query has no T axis.
@@ -164,12 +191,13 @@ def additive_scores(
     checks.scores(query, keys, v)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
-    if is_reference("additive_scores", query.device.type, backend):
+    backend = choose("additive_scores", query.device.type, backend, query.dtype)
+    if backend == "reference":
         out = reference.additive_scores(q, keys, v)
     elif _needs_grad(query, keys, v):
-        out = _Scores.apply(q, keys, v)
+        out = _Scores.apply(backend, q, keys, v)
     else:
-        out = _ops.additive_scores(q, keys, v)
+        out = _OPS["additive_scores", backend](q, keys, v)
     return out.squeeze(1) if single else out
 
 
@@ -212,7 +240,7 @@ def additive_attention(
         score_bias: added to the scaled scores, broadcastable to (B, T, S) (or (B, S) where
             query has no T axis).
         scale: factor of the scores.
-        backend: None for the best there is, "native", or "reference".
+        backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
         context (B, T, D) and weights (B, T, S), without the T axis where query has none.
@@ -237,12 +265,13 @@ def additive_attention(
         if single:
             score_bias = score_bias.expand(B, S).unsqueeze(1)
         score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
-    plain = is_reference("additive_attention", query.device.type, backend)
-    if not plain and not _needs_grad(query, k, values, v, score_bias):
-        return _ops.additive_attention(query, k, values, v, mask, score_bias, scale, powers)
+    backend = choose("additive_attention", query.device.type, backend, query.dtype)
+    if backend != "reference" and not _needs_grad(query, k, values, v, score_bias):
+        op = _OPS["additive_attention", backend]
+        return op(query, k, values, v, mask, score_bias, scale, powers)
     q = query.unsqueeze(1) if single else query
-    if plain:
+    if backend == "reference":
         out = reference.additive_attention(q, k, values, v, mask, score_bias, scale)
     else:
-        out = _Attention.apply(q, k, values, v, mask, score_bias, scale, powers)
+        out = _Attention.apply(backend, q, k, values, v, mask, score_bias, scale, powers)
     return (out[0].squeeze(1), out[1].squeeze(1)) if single else out

@@ -1,0 +1,235 @@
+"""All that a machine with a GPU is asked: the tests on the device, what it can do at most, and the
+workloads beside plain PyTorch. Writes benchmarks/results/<gpu name>.json and .md as it goes.
+
+make gpu VENV= [GPU_MINUTES=3]
+"""
+
+import argparse
+import datetime
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import gpu_report  # noqa: E402
+import torch  # noqa: E402
+from bench_additive_attention import plain, plain_linear  # noqa: E402
+from cases import BOTH, FORWARD, WORKLOADS, Case  # noqa: E402
+from timing import device_seconds, interleaved  # noqa: E402
+
+import seq2seq_fast as s2s  # noqa: E402
+
+MINUTES = 6.0  # a job that has begun is finished
+TESTS, SANITIZER = 0.4, 0.1  # of the time, at most
+ROW_S = 1.0  # of timing, beside compiling
+SANITIZED = "test_rows_masked or test_strided or test_adversarial"
+COMPILED = {
+    "compile": (plain, "default"),
+    "compile, Linear": (plain_linear, "default"),
+    "compile, max-autotune": (plain, "max-autotune"),
+    "compile, Linear, max-autotune": (plain_linear, "max-autotune"),
+}
+QUICK = ("eager", "compile", "compile, Linear")
+
+
+class Deadline:
+    def __init__(self, seconds, now=time.monotonic):
+        self.seconds, self.now, self.start = seconds, now, now()
+
+    def left(self):
+        return self.seconds - (self.now() - self.start)
+
+
+@dataclass(frozen=True)
+class Job:
+    case: Case
+    mode: str
+    dtype: torch.dtype
+    others: tuple[str, ...]  # what is measured beside the library's backends
+
+    @property
+    def name(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.case.name}, {self.mode}, {dtype}, against {'; '.join(self.others)}"
+
+
+def published(case):
+    return replace(case, B=case.scale_of or case.B)
+
+
+def plan():
+    """All jobs, the most telling first: time may end anywhere."""
+    rows = [published(case) for case in WORKLOADS if case.name.startswith("R")]
+    rows.sort(key=lambda case: not case.name.startswith(("R3 ", "R5 ")))
+    steps = [case.step() for case in rows if case.recurrent]
+    every, tuned = tuple(QUICK), tuple(x for x in COMPILED if "max-autotune" in x)
+    return [
+        *(Job(case, mode, torch.float32, every) for case in rows for mode in (FORWARD, BOTH)),
+        *(Job(case, FORWARD, torch.float32, every) for case in steps),
+        *(Job(case, mode, torch.bfloat16, every) for case in rows[:2] for mode in (FORWARD, BOTH)),
+        *(Job(case, mode, torch.float32, tuned) for case in rows for mode in (FORWARD, BOTH)),
+    ]
+
+
+def calls(job, device):
+    """{name: call} on the same inputs; the key projection is hoisted out of every one of them."""
+    leaves = [x.to(device) for x in job.case.inputs(dtype=job.dtype)]
+    query, keys, values, v = leaves
+    if job.mode == BOTH:
+        for x in leaves:
+            x.requires_grad_()
+    grad = torch.randn(job.case.B, job.case.T, job.case.D, device=device, dtype=job.dtype)
+
+    def call(function, **kw):
+        if job.mode == FORWARD:
+            return lambda: function(query, keys, values, v, **kw)
+        return lambda: torch.autograd.grad(function(query, keys, values, v, **kw)[0], leaves, grad)
+
+    own = [x for x in s2s.backends()["additive_attention"][device] if x != "reference"]
+    made = {f"library, {x}": call(s2s.additive_attention, backend=x) for x in own}
+    for name in job.others:
+        if name == "eager":
+            made[name] = call(plain)
+        else:
+            function, mode = COMPILED[name]
+            mode = None if mode == "default" else mode
+            made[name] = call(torch.compile(function, dynamic=False, mode=mode))
+    return made
+
+
+def device_peak(call):
+    """Bytes that a call takes beyond what is there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(job, device="cuda", seconds=device_seconds, peak=device_peak):
+    """A row of the results. What cannot be run is left out of it, and said to be."""
+    torch._dynamo.reset()
+    made, failed, peaks = {}, {}, {}
+    for name, call in calls(job, device).items():
+        try:
+            call()
+            peaks[name] = peak(call)
+        except Exception as error:  # no memory, no compiler: the others can be measured still
+            failed[name] = type(error).__name__
+        else:
+            made[name] = call
+    samples = interleaved(made, seconds, ROW_S)
+    return {
+        "name": job.case.name,
+        "mode": job.mode,
+        "shape": {axis: getattr(job.case, axis) for axis in "BTSHD"},
+        "scale": job.case.scale,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "elements": job.case.elements,
+        "seconds": {name: statistics.median(x) for name, x in samples.items()},
+        "peak_bytes": peaks,
+        "failed": failed,
+    }
+
+
+def rows(jobs, deadline, results, run):
+    """Measures jobs in their order until time is up; the names of the others are kept."""
+    for i, job in enumerate(jobs):
+        if deadline.left() <= 0:
+            results.put("not_measured", [job.name for job in jobs[i:]])
+            return
+        results.append("rows", run(job))
+    results.put("not_measured", [])
+
+
+def machine():
+    device = torch.cuda.get_device_properties(0)
+    try:
+        import triton
+    except ImportError:
+        version = None
+    else:
+        version = triton.__version__
+    return {
+        "gpu": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory,
+        "torch": torch.__version__,
+        "triton": version,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "backends": list(s2s.backends()["additive_attention"]["cuda"]),
+    }
+
+
+def ran(command, seconds):
+    """ "passed", or the end of what a command that failed said, or that time was up."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, timeout=max(seconds, 1), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"not finished in {seconds:.0f} s"
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        print(done.stdout, flush=True)
+        return f"failed: {lines[-1] if lines else done.returncode}"
+    return f"passed: {lines[-1]}"
+
+
+def suite(backends, options=()):
+    on = [x for backend in backends for x in ("--on", f"cuda:{backend}")]
+    python = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    python += ["-W", "default"]  # what a driver or another release warns of is no failure
+    return [*python, "tests/test_additive_attention.py", "tests/test_gpu.py", *on, *options]
+
+
+def sanitizer(backends):
+    return ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1",
+            *suite([x for x in backends if x != "reference"], ["-k", SANITIZED])]  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--check", action="store_true", help="only whether there is a GPU")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.exit("gpu: no GPU here that torch can use (torch.cuda.is_available() is False)")
+    if options.check:
+        return 0
+    deadline = Deadline(60 * options.minutes)
+    results = gpu_report.Results(options.results, machine())
+    backends = results.data["machine"]["backends"]
+
+    results.put("tests", ran(suite(backends), TESTS * deadline.seconds))
+    found = "skipped: no compute-sanitizer here"
+    if shutil.which("compute-sanitizer"):
+        found = ran(sanitizer(backends), SANITIZER * deadline.seconds)
+    results.put("memcheck", found)
+    if "triton" in backends:
+        import gpu_ceilings
+
+        for name, function in gpu_ceilings.ceilings().items():
+            try:
+                results.put(name, function(results.data))
+            except Exception as error:  # the workloads can be measured still
+                results.put(name, {"skipped": f"{type(error).__name__}: {error}"})
+    rows(plan(), deadline, results, measure)
+    print(gpu_report.markdown(results.data))
+    return int(not results.data["tests"].startswith("passed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""scores[b,t,s] = sum_h v[h] tanh(query[b,t,h] + keys[b,s,h]), without tanh in the loop.
+
+With x = exp(2q) exp(2k), tanh(q + k) = (x - 1) / (x + 1), and two features share one reciprocal:
+
+    v0 tanh0 + v1 tanh1 = ((v0 + v1) (x0 x1 - 1) + (v0 - v1) (x0 - x1)) / (x0 x1 + x0 + x1 + 1)
+
+Numerator and denominator are linear in x0, x1 and x0 x1, each a product of what belongs to the
+query and what belongs to the key: three fused multiply-adds for either, one reciprocal, one more
+multiply-add, eight instructions for two elements. A launch before makes the factors.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arithmetic
+from .arithmetic import exp_2x, four, is_moderate, magnitude, reciprocal, tanh, wide
+from .launch import multiprocessors, parts
+from .one_query import one_query
+
+ROWS, COLUMNS = 8, 4  # queries and source positions of a thread
+BLOCK = 64  # rows that lie together in the factors, and share a maximum
+CHUNK = 32  # pairs of features that are summed up before they join the rest, for accuracy
+PAIRS = 16  # of one program that makes factors
+THREADS = 128  # of a program
+PROGRAMS = 3  # of forward_kernel that a multiprocessor holds at a time
+
+# Compiled for all sizes and strides at once: nothing is gained by compiling for some of them.
+PREPARE_NUMBERS = "N H blocks pairs stride_b stride_n stride_h stride_v".split()
+FORWARD_NUMBERS = (
+    "B T S H pairs splits stride_qb stride_qt stride_qh stride_kb stride_ks stride_kh stride_v"
+).split()
+
+_ROWS, _COLUMNS, _BLOCK, _CHUNK = (tl.constexpr(x) for x in (ROWS, COLUMNS, BLOCK, CHUNK))
+
+
+@triton.jit(do_not_specialize=PREPARE_NUMBERS)
+def prepare_kernel(
+    x,  # (B, N, H), query or keys
+    v,  # (H,)
+    factors,  # (B, blocks, pairs, 3 or 6, BLOCK): row n of x is n % BLOCK in block n // BLOCK
+    maxima,  # (B, blocks, chunks) max|x|, and of keys max|v| too
+    minus_sums,  # (pairs,) -(v0 + v1), from keys
+    N,
+    H,
+    blocks,
+    pairs,
+    stride_b,
+    stride_n,
+    stride_h,
+    stride_v,
+    IS_KEYS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Grid (B blocks chunks,): a program makes the factors of BLOCK rows and PAIRS pairs.
+
+    Of queries exp(2q0), exp(2q1) and their product; of keys the same, and each again with what it
+    is multiplied by in the numerator. Rows and features beyond the last count as 0, v as 0.
+    """
+    chunks = tl.cdiv(pairs, PAIRS)
+    pid = tl.program_id(0)
+    chunk, block, b = pid % chunks, pid // chunks % blocks, pid // chunks // blocks
+    row = tl.arange(0, _BLOCK)
+    n = block * _BLOCK + row[:, None]
+    pair = chunk * PAIRS + tl.arange(0, PAIRS)[None, :]
+    at = x + b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
+    even = (2 * pair).to(tl.int64)
+    x0 = tl.load(at + even * stride_h, mask=(n < N) & (even < H), other=0.0).to(tl.float32)
+    x1 = tl.load(at + (even + 1) * stride_h, mask=(n < N) & (even + 1 < H), other=0.0)
+    x1 = x1.to(tl.float32)
+    largest = tl.maximum(magnitude(x0), magnitude(x1))
+
+    streams: tl.constexpr = 6 if IS_KEYS else 3
+    first = (b.to(tl.int64) * blocks + block) * pairs
+    to = factors + (first + pair) * (streams * _BLOCK) + row[:, None]
+    kept = pair < pairs
+    e0, e1 = exp_2x(x0), exp_2x(x1)
+    product = e0 * e1
+    tl.store(to, e0, mask=kept)
+    tl.store(to + _BLOCK, e1, mask=kept)
+    tl.store(to + 2 * _BLOCK, product, mask=kept)
+    if IS_KEYS:
+        v0 = tl.load(v + even * stride_v, mask=even < H, other=0.0).to(tl.float32)
+        v1 = tl.load(v + (even + 1) * stride_v, mask=even + 1 < H, other=0.0).to(tl.float32)
+        tl.store(to + 3 * _BLOCK, (v0 - v1) * e0, mask=kept)
+        tl.store(to + 4 * _BLOCK, (v1 - v0) * e1, mask=kept)
+        tl.store(to + 5 * _BLOCK, (v0 + v1) * product, mask=kept)
+        tl.store(minus_sums + pair, -(v0 + v1), mask=kept & (b == 0) & (block == 0))
+        large_v = tl.maximum(magnitude(v0), magnitude(v1)) >= arithmetic._LARGE_V
+        largest = tl.maximum(largest, tl.where(large_v, float("inf"), 0.0))
+    tl.store(maxima + pid, tl.max(largest))
+
+
+@triton.jit
+def _pair(total, q0, q1, qq, k0, k1, kk, vk0, vk1, vkk, minus_sum):
+    numerator = tl.fma(q1, vk1, tl.fma(q0, vk0, tl.fma(qq, vkk, minus_sum)))
+    denominator = tl.fma(q1, k1, tl.fma(q0, k0, tl.fma(qq, kk, 1.0)))
+    return tl.fma(numerator, reciprocal(denominator), total)
+
+
+@triton.jit
+def _fast(q, k, minus_sums, first, last, THREADS: tl.constexpr):
+    """Sums over pairs of features [first, last), an even number; (threads, 4) for each query."""
+    a0 = tl.zeros((THREADS, _COLUMNS), tl.float32)
+    a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
+    q += first * (3 * _BLOCK)
+    k += first * (6 * _BLOCK)
+    for pair in range(first, last, 2):
+        for i in tl.static_range(2):
+            k0, k1, kk = tl.load(k), tl.load(k + _BLOCK), tl.load(k + 2 * _BLOCK)
+            vk0, vk1 = tl.load(k + 3 * _BLOCK), tl.load(k + 4 * _BLOCK)
+            vkk, minus_sum = tl.load(k + 5 * _BLOCK), tl.load(minus_sums + pair + i)
+            x0, x1, x2, x3 = four(q, THREADS)
+            y0, y1, y2, y3 = four(q + _BLOCK, THREADS)
+            z0, z1, z2, z3 = four(q + 2 * _BLOCK, THREADS)
+            a0 = _pair(a0, x0, y0, z0, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a1 = _pair(a1, x1, y1, z1, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a2 = _pair(a2, x2, y2, z2, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a3 = _pair(a3, x3, y3, z3, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            x0, x1, x2, x3 = four(q + 4, THREADS)
+            y0, y1, y2, y3 = four(q + 4 + _BLOCK, THREADS)
+            z0, z1, z2, z3 = four(q + 4 + 2 * _BLOCK, THREADS)
+            a4 = _pair(a4, x0, y0, z0, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a5 = _pair(a5, x1, y1, z1, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a6 = _pair(a6, x2, y2, z2, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            a7 = _pair(a7, x3, y3, z3, k0, k1, kk, vk0, vk1, vkk, minus_sum)
+            q += 3 * _BLOCK
+            k += 6 * _BLOCK
+    return a0, a1, a2, a3, a4, a5, a6, a7
+
+
+@triton.jit
+def _exact(
+    query,
+    keys,
+    v,
+    t,
+    s,
+    T,
+    S,
+    first,
+    last,
+    stride_qt,
+    stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_v,
+    THREADS: tl.constexpr,
+):
+    """The same of features [first, last) by tanh itself, for one query: (threads, 4)."""
+    total = tl.zeros((THREADS, _COLUMNS), tl.float32)
+    query += t * stride_qt
+    keys += s * stride_ks
+    for i in range(first, last):
+        h = wide(i)
+        q = tl.load(query + h * stride_qh, mask=t < T, other=0.0).to(tl.float32)
+        k = tl.load(keys + h * stride_kh, mask=s < S, other=0.0).to(tl.float32)
+        total += tl.load(v + h * stride_v).to(tl.float32) * tanh(q + k)
+    return total
+
+
+@triton.jit
+def _put(to, x, used, again):
+    """Stores x, or adds it to what is there."""
+    before = tl.load(to, mask=used & again, other=0.0)
+    tl.store(to, before + x, mask=used)
+
+
+@triton.jit
+def _largest_of(maxima, chunks, CHUNKS: tl.constexpr):
+    """(threads, 1) largest of the `chunks` numbers that each thread's pointer points to."""
+    i = tl.arange(0, CHUNKS)[None, :]
+    return tl.max(tl.load(maxima + i, mask=i < chunks, other=0.0), axis=1, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=FORWARD_NUMBERS)
+def forward_kernel(
+    query,  # (B, T, H)
+    keys,  # (B, S, H)
+    v,  # (H,)
+    q_factors,  # of prepare_kernel, as are the next four
+    k_factors,
+    minus_sums,
+    q_maxima,
+    k_maxima,
+    out,  # (splits, B, Tp, Sp) float32; Tp, Sp = T, S in whole ROWS, COLUMNS
+    B,
+    T,
+    S,
+    H,
+    pairs,
+    splits,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_v,
+    MAXIMA: tl.constexpr,  # power of two that holds the chunks of prepare_kernel
+    PAIRS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Grid (patches / THREADS · splits,): a thread makes a patch of ROWS x COLUMNS scores.
+
+    A program sums over one of `splits` ranges of features. Patches of all the batch stand in one
+    row, so that no thread is idle but the last: in strips of BLOCK source positions, whose last is
+    as wide as it needs to be.
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    thread = (pid // splits).to(tl.int64) * THREADS + tl.arange(0, THREADS)[:, None]
+    rows, columns = tl.cdiv(T, _ROWS), tl.cdiv(S, _COLUMNS)
+    used = thread < B * rows.to(tl.int64) * columns
+    thread = tl.where(used, thread, 0)
+    b = thread // (rows.to(tl.int64) * columns)
+    patch = (thread - b * rows * columns).to(tl.int32)
+    width: tl.constexpr = _BLOCK // _COLUMNS
+    strip = tl.minimum(patch // (rows * width), columns // width)
+    patch -= strip * rows * width
+    strip_width = tl.where(strip < columns // width, width, columns % width)
+    t = patch // strip_width * _ROWS
+    s = strip * _BLOCK + patch % strip_width * _COLUMNS
+
+    q_block = b * tl.cdiv(T, _BLOCK) + t // _BLOCK
+    k_block = b * tl.cdiv(S, _BLOCK) + s // _BLOCK
+    chunks = tl.cdiv(pairs, PAIRS)
+    m = _largest_of(q_maxima + q_block * chunks, chunks, MAXIMA)
+    m += _largest_of(k_maxima + k_block * chunks, chunks, MAXIMA)
+    exact = tl.max(tl.where(is_moderate(m), 0, 1)) > 0
+
+    column = tl.arange(0, _COLUMNS)[None, :]
+    # Remainders spelled out: of `%` the compiler does not see that these are aligned.
+    q = q_factors + q_block * pairs * (3 * _BLOCK) + (t - t // _BLOCK * _BLOCK) + column
+    k = k_factors + k_block * pairs * (6 * _BLOCK) + (s - s // _BLOCK * _BLOCK) + column
+    query += b * stride_qb
+    keys += b * stride_kb
+    Sp = columns * _COLUMNS
+    to = out + split * B.to(tl.int64) * rows * _ROWS * Sp
+    to += (b * rows * _ROWS + t) * Sp + s + column
+    per_split = tl.cdiv(tl.cdiv(pairs, _CHUNK), splits) * _CHUNK
+    start = split * per_split
+    for first in range(start, tl.minimum(start + per_split, pairs), _CHUNK):
+        last = tl.minimum(first + _CHUNK, pairs)
+        again = first > start
+        if exact:
+            for row in range(_ROWS):
+                total = _exact(
+                    query,
+                    keys,
+                    v,
+                    wide(row) + t,
+                    wide(0) + s + column,
+                    T,
+                    S,
+                    2 * first,
+                    tl.minimum(2 * last, H),
+                    stride_qt,
+                    stride_qh,
+                    stride_ks,
+                    stride_kh,
+                    stride_v,
+                    THREADS,
+                )
+                _put(to + row * Sp, total, used, again)
+        else:
+            a0, a1, a2, a3, a4, a5, a6, a7 = _fast(q, k, minus_sums, first, last, THREADS)
+            _put(to, a0, used, again)
+            _put(to + Sp, a1, used, again)
+            _put(to + 2 * Sp, a2, used, again)
+            _put(to + 3 * Sp, a3, used, again)
+            _put(to + 4 * Sp, a4, used, again)
+            _put(to + 5 * Sp, a5, used, again)
+            _put(to + 6 * Sp, a6, used, again)
+            _put(to + 7 * Sp, a7, used, again)
+
+
+def _up(n: int, to: int) -> int:
+    return triton.cdiv(n, to) * to
+
+
+def prepare(x: Tensor, v: Tensor, is_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """factors, maxima and minus_sums of prepare_kernel, of query or keys x (B, N, H)."""
+    B, N, H = x.shape
+    blocks, pairs = triton.cdiv(N, BLOCK), _up(H, 4) // 2
+    chunks = triton.cdiv(pairs, PAIRS)
+    factors = x.new_empty((B, blocks, pairs, 6 if is_keys else 3, BLOCK), dtype=torch.float32)
+    maxima = x.new_empty((B, blocks, chunks), dtype=torch.float32)
+    minus_sums = x.new_empty(pairs if is_keys else 0, dtype=torch.float32)
+    prepare_kernel[(B * blocks * chunks,)](
+        x, v, factors, maxima, minus_sums, N, H, blocks, pairs, *x.stride(), v.stride(0),
+        IS_KEYS=is_keys, PAIRS=PAIRS,
+    )  # fmt: skip
+    return factors, maxima, minus_sums
+
+
+def partial_scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
+    """(splits, B, Tp, Sp) float32, to be summed over splits and cut to (B, T, S).
+
+    Features are split over programs where the patches alone would leave multiprocessors idle.
+    """
+    (B, T, H), S = query.shape, keys.shape[1]
+    patches = triton.cdiv(B * triton.cdiv(T, ROWS) * triton.cdiv(S, COLUMNS), THREADS)
+    q_factors, q_maxima, _ = prepare(query, v, False)
+    k_factors, k_maxima, minus_sums = prepare(keys, v, True)
+    pairs, chunks = q_factors.shape[2], q_maxima.shape[2]
+    splits = parts(triton.cdiv(pairs, CHUNK), PROGRAMS * multiprocessors(query) // patches)
+    out = query.new_empty((splits, B, _up(T, ROWS), _up(S, COLUMNS)), dtype=torch.float32)
+    forward_kernel[(patches * splits,)](
+        query, keys, v, q_factors, k_factors, minus_sums, q_maxima, k_maxima, out, B, T, S, H,
+        pairs, splits, *query.stride(), *keys.stride(), v.stride(0),
+        MAXIMA=triton.next_power_of_2(chunks), PAIRS=PAIRS, THREADS=THREADS,
+        num_warps=THREADS // 32,
+    )  # fmt: skip
+    return out
+
+
+def additive_scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
+    T, S = query.shape[1], keys.shape[1]
+    if T == 1:
+        _, _, scores = one_query(query[:, 0], keys, keys[..., :0], v, None, None, 1.0)
+        return scores[:, None].to(query.dtype)
+    partial = partial_scores(query, keys, v)
+    total = partial[0] if len(partial) == 1 else partial.sum(0)
+    return total[:, :T, :S].to(query.dtype).contiguous()

@@ -1,0 +1,123 @@
+"""What only a GPU shows: CUDA graphs, streams of several GPUs, memory, sizes beyond 32 bits."""
+
+import pytest
+import torch
+
+import seq2seq_fast as s2s
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.fixture
+def gpu(on):
+    if on.device != "cuda":
+        pytest.skip("runs with --on cuda:BACKEND")
+    return on
+
+
+def inputs(B=2, T=5, S=19, H=12, D=6, device="cuda", grad=False):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(B, T, H), (B, S, H), (B, S, D), (H,)]
+    return [torch.randn(s, generator=g).to(device).requires_grad_(grad) for s in shapes]
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_captured_call_replays_on_new_numbers(T, gpu):
+    x = inputs(T=T)
+    mask = torch.rand(2, 19, device="cuda") < 0.7
+
+    def call():
+        leaves = [y.detach().requires_grad_() for y in x]
+        context, weights = s2s.additive_attention(*leaves, mask=mask, backend=gpu.backend)
+        return context, weights, *torch.autograd.grad(context, leaves, torch.ones_like(context))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for size in (0.5, 30.0):  # the modes are chosen anew
+        for y in x:
+            y.copy_(torch.randn_like(y) * size)
+        graph.replay()
+        for a, b in zip(captured, call(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode, gpu):
+    def attend(q, k, values, v):
+        context, weights = s2s.additive_attention(q.tanh(), k, values, v, backend=gpu.backend)
+        one, _ = s2s.additive_attention(q[:, 0], k, values, v, backend=gpu.backend)
+        scores = s2s.additive_scores(q, k, v, backend=gpu.backend)
+        return context.sum() + (weights * scores).sum() + one.sin().sum()
+
+    compiled = torch.compile(attend, fullgraph=True, mode=mode)
+    for _ in range(3):  # the third replays a graph
+        x, results = inputs(grad=True), []
+        for f in (attend, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = f(*x)
+            results.append([y.clone() for y in (loss.detach(), *torch.autograd.grad(loss, x))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 64])
+def test_the_same_bits_every_time(T, gpu):
+    x = inputs(B=7, T=T, S=300, H=256, D=64, grad=True)
+    first, again = (
+        torch.autograd.grad(s2s.additive_attention(*x, backend=gpu.backend)[0].sum(), x)
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_no_tensor_of_size_btsh_is_ever_made(gpu):
+    if gpu.backend == "reference":
+        pytest.skip("the plain form makes one")
+    B, T, S, H = 4, 256, 256, 256
+    x = inputs(B, T, S, H, H, grad=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = s2s.additive_attention(*x, backend=gpu.backend)
+    torch.autograd.grad(out, x, [y.detach() for y in out])
+    assert torch.cuda.max_memory_allocated() - before < 4 * B * T * S * H / 5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+def test_another_gpu_than_the_current_one(gpu):
+    x = inputs(device="cuda:1", grad=True)
+    out = s2s.additive_attention(*x, backend=gpu.backend)
+    want = s2s.additive_attention(*x, backend="reference")
+    for a, b in zip(out, want, strict=True):
+        assert a.device == torch.device("cuda:1")
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.autograd.grad(out[0].sum(), x)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_offsets_beyond_32_bits(T, gpu):
+    """Keys and values whose rows lie far apart in one large tensor."""
+    if torch.cuda.get_device_properties(0).total_memory < 30e9:
+        pytest.skip("takes 5 GB, beside all else")
+    large = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    k = large.as_strided((2, 3, 64), (2**31, 64, 1))
+    q, _, values, v = (x.bfloat16() for x in inputs(2, T, 3, 64, 5))
+    k.copy_(torch.randn(2, 3, 64))
+    got = s2s.additive_attention(q, k, values, v, backend=gpu.backend)
+    want = s2s.additive_attention(q, k.contiguous(), values, v, backend=gpu.backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_tensors_of_several_devices_are_refused(gpu):
+    q, k, values, v = inputs()
+    for i, name in enumerate(("keys", "values", "v", "mask")):
+        x = [q, k, values, v, torch.ones(2, 19, dtype=torch.bool, device="cuda")]
+        x[i + 1] = x[i + 1].cpu()
+        with pytest.raises(ValueError, match=f"{name}: is on cpu, expected cuda"):
+            s2s.additive_attention(*x[:4], mask=x[4], backend=gpu.backend)

@@ -1,0 +1,200 @@
+"""`make gpu` as far as it goes without a GPU: its plan, its rows on the CPU, its report, its
+kernels compiled."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import sass
+import torch
+from cases import BOTH, FORWARD, WORKLOADS, Case
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_report  # noqa: E402
+import timing  # noqa: E402
+
+MACHINE = {
+    "gpu": "NVIDIA H200 NVL",
+    "multiprocessors": 100,
+    "torch": "2.11",
+    "triton": "3.6",
+    "cuda": "13.0",
+    "date": "2000-01-01",
+}
+TINY = Case("R0 tiny", 2, 3, 4, 8, 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_without_a_gpu_it_says_so_in_one_line(arguments):
+    with pytest.raises(SystemExit, match=r"^gpu: no GPU here that torch can use \([^\n]*\)$"):
+        gpu.main(arguments)
+
+
+def test_the_plan_has_every_row_and_the_most_telling_first():
+    jobs = gpu.plan()
+    assert {job.case.name.split()[0] for job in jobs[:4]} == {"R3", "R5"}
+    for case in WORKLOADS:
+        of_case = [job for job in jobs if job.case.name == case.name]
+        if case.name.startswith("R"):
+            others = {(job.mode, name) for job in of_case for name in job.others}
+            assert others == {(m, x) for m in (FORWARD, BOTH) for x in ("eager", *gpu.COMPILED)}
+            assert all(job.case.B == case.scale_of for job in of_case)
+    assert any(job.case.name.startswith("R7") and job.case.T == 1 for job in jobs)
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BOTH])
+def test_a_row_measured_on_the_cpu(mode, monkeypatch):
+    def broken(*_):
+        raise MemoryError
+
+    monkeypatch.setitem(gpu.COMPILED, "compile", (broken, "default"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(gpu, "ROW_S", 0.01)
+    job = gpu.Job(TINY, mode, torch.float32, ("eager", "compile"))
+    row = gpu.measure(job, "cpu", timing.host_seconds, peak=lambda call: 7)
+    assert row["seconds"].keys() == {"library, native", "eager"} == row["peak_bytes"].keys()
+    assert all(1e-7 < x < 1 for x in row["seconds"].values())
+    assert row["failed"] == {"compile": "MemoryError"}
+    assert row["elements"] == 2 * 3 * 4 * 8 and row["dtype"] == "float32" and row["mode"] == mode
+    json.dumps(row)
+
+
+def row_of(job, own=1e-3, **others):
+    return {
+        "name": job.case.name,
+        "mode": job.mode,
+        "shape": {"B": 2},
+        "scale": "as published",
+        "dtype": "float32",
+        "elements": 3 * 10**9,
+        "seconds": {"library, triton": own, **others},
+        "peak_bytes": {"library, triton": 10**6, "eager": 2 * 10**7},
+        "failed": {},
+    }
+
+
+def test_rows_stop_when_time_is_up_and_what_is_left_is_named(tmp_path):
+    now = [0.0]
+    jobs = [gpu.Job(TINY, FORWARD, torch.float32, (x,)) for x in ("eager", "compile", "other")]
+
+    def run(job):
+        now[0] += 30
+        return row_of(job, eager=5e-3)
+
+    results = gpu_report.Results(tmp_path, MACHINE)
+    deadline = gpu.Deadline(50, lambda: now[0])
+    gpu.rows(jobs, deadline, results, run)
+    saved = json.loads((tmp_path / "nvidia-h200-nvl.json").read_text())
+    assert len(saved["rows"]) == 2 and saved["not_measured"] == [jobs[2].name]
+    assert f"Not measured: {jobs[2].name}." in (tmp_path / "nvidia-h200-nvl.md").read_text()
+
+
+def test_what_was_measured_survives_an_interruption(tmp_path):
+    done = []
+
+    def run(job):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(job)
+        return row_of(job)
+
+    results = gpu_report.Results(tmp_path, MACHINE)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.rows(gpu.plan(), gpu.Deadline(100, lambda: 0), results, run)
+    saved = json.loads((tmp_path / "nvidia-h200-nvl.json").read_text())
+    assert [row["name"] for row in saved["rows"]] == [job.case.name for job in done]
+    assert sorted(x.suffix for x in tmp_path.iterdir()) == [".json", ".md"]
+
+
+def test_report():
+    job = gpu.Job(TINY, FORWARD, torch.float32, ())
+    data = {
+        "machine": MACHINE,
+        "tests": "passed: 3 passed in 1.0 s",
+        "clock_hz": 2e9,
+        "special_functions": {"MUFU.RCP": {"0": 15.5}},
+        "barrier_seconds": {"skipped": "no nvcc here"},
+        "rows": [
+            row_of(job, eager=20e-3) | {"failed": {"compile": "OutOfMemoryError"}},
+            row_of(job, own=2e-3, **{"compile, max-autotune": 8e-3}),
+        ],
+    }
+    text = gpu_report.markdown(data)
+    (line,) = (x for x in text.splitlines() if x.startswith("| R0 tiny"))
+    cells = [x.strip() for x in line.strip("|").split("|")]
+    # 3e9 elements in 1 ms are 3e12 a second, so 15 a clock on each of 100 multiprocessors at 2 GHz.
+    assert cells[4:9] == ["triton", "1.00 ms", "3e+03", "15.00", "94%"]
+    assert cells[9:14] == ["20.00×", "–", "–", "4.00×", "–"]
+    assert cells[14:] == ["1 MB", "20 MB"]
+    assert "| special_functions, MUFU.RCP, 0 | 15.5 |" in text
+    assert "| barrier_seconds, skipped | no nvcc here |" in text
+    assert "Could not run: R0 tiny, forward, float32: compile (OutOfMemoryError)." in text
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "said"),
+    [
+        ("print('so it is')", 60, "passed: so it is"),
+        ("print('no'); raise SystemExit(3)", 60, "failed: no"),
+        ("import time; time.sleep(60)", 1, "not finished in 1 s"),
+    ],
+)
+def test_what_is_said_of_a_command(code, seconds, said, capsys):
+    assert gpu.ran([sys.executable, "-c", code], seconds) == said
+    assert ("no" in capsys.readouterr().out) == said.startswith("failed")
+
+
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("part", [gpu.suite, lambda x: gpu.sanitizer(x)[5:]])
+def test_the_device_suite_can_be_collected(part):
+    said = gpu.ran([*part(["native", "triton"]), "--collect-only"], 60)
+    assert said.startswith("passed: ") and "no tests" not in said
+
+
+@pytest.mark.unsanitized
+class TestCeilings:
+    @pytest.fixture
+    def ceilings(self):
+        pytest.importorskip("triton")
+        import gpu_ceilings
+
+        if gpu_ceilings.triton.knobs.runtime.interpret:
+            pytest.skip("nothing is compiled where TRITON_INTERPRET=1")
+        return gpu_ceilings
+
+    def cubin(self, kernel, **constants):
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+        types |= {name: "*fp32" for name in ("x", "out") if name in types}
+        if kernel.arg_names == ["out", "iterations"]:
+            types["out"] = "*i64"
+        source = ASTSource(kernel, signature=types, constexprs=constants)
+        return compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+    @pytest.mark.parametrize("name", ["MUFU.TANH", "MUFU.RCP", "MUFU.EX2"])
+    def test_special_functions_are_what_is_timed(self, name, ceilings):
+        code = ceilings.FUNCTIONS[name]
+        loops = sass.kernel(self.cubin(ceilings.functions_kernel, CODE=code, FFMA=3)).loops
+        (loop,) = (x for x in loops if x.count("MUFU"))
+        assert loop.count(name) == loop.count("MUFU") and loop.count("MUFU") % 8 == 0
+        assert loop.count("FFMA") == 3 * loop.count("MUFU")
+        assert loop.slots < 1.25 * (loop.count("FFMA") + loop.count("MUFU"))
+
+    def test_the_other_kernels_compile(self, ceilings):
+        for kernel in (ceilings.clock_kernel, ceilings.tanh_kernel, ceilings.empty_kernel):
+            assert self.cubin(kernel)[:4] == b"\x7fELF"
+
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+    def test_the_barriers_compile(self, arch, ceilings, tmp_path):
+        assert ceilings.compile_barriers(tmp_path, arch).stat().st_size > 0
