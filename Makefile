@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-CPP := $(shell find seq2seq_fast/csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
+CPP := $(shell find seq2seq_fast/csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # $(call if-there,NAME,COMMAND): runs the tool COMMAND begins with; without VENV it may be missing.
 BIN := $(if $(VENV),$(VENV)/bin/,)
 if-there = @if [ -n "$(VENV)" ] || command -v $(1) > /dev/null; \

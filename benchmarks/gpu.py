@@ -191,7 +191,8 @@ def suite(backends, options=()):
     on = [x for backend in backends for x in ("--on", f"cuda:{backend}")]
     python = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
     python += ["-W", "default"]  # what a driver or another release warns of is no failure
-    return [*python, "tests/test_additive_attention.py", "tests/test_gpu.py", *on, *options]
+    files = [f"tests/test_{x}.py" for x in ("gpu", "additive_attention", "properties")]
+    return [*python, *files, *on, *options]
 
 
 def sanitizer(backends):

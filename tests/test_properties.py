@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import seq2seq_fast as s2s
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import seq2seq_fast as s2s  # noqa: E402
 
 SIZES = st.integers(1, 40)
 MAGNITUDES = st.sampled_from([0.0, 1e-30, 1e-3, 0.5, 3.0, 12.0, 60.0, 1e4, 1e30])
@@ -60,11 +63,11 @@ def terms(q, k, v, grad):
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_scores_and_their_gradients_are_right_to_rounding(problem):
+def test_scores_and_their_gradients_are_right_to_rounding(on, problem):
     """Every element, to 3e-6 of the sum of its terms' largest sizes (tanh and 1 - tanh² <= 1)."""
     q, k, _, v, *_ = problem
-    grad = torch.randn(q.shape[0], q.shape[1], k.shape[1])
-    ours = scores_and_gradients(q, k, v, grad)
+    q, k, v, grad = on.put(q, k, v, torch.randn(q.shape[0], q.shape[1], k.shape[1]))
+    ours = scores_and_gradients(q, k, v, grad, on.backend)
     # The sum q + k of the plain form is rounded to float32: what tanh sees is that sum.
     exact = scores_and_gradients(q.double(), k.double(), v.double(), grad.double(), "reference")
     plain = scores_and_gradients(q, k, v, grad, "reference")
@@ -75,9 +78,10 @@ def test_scores_and_their_gradients_are_right_to_rounding(problem):
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
-def test_attention_is_a_distribution_and_its_context_an_average(problem):
-    q, k, values, v, mask, bias, scale = problem
-    kw = dict(mask=mask, score_bias=bias, scale=scale)
+def test_attention_is_a_distribution_and_its_context_an_average(on, problem):
+    *tensors, scale = problem
+    q, k, values, v, mask, bias = (x if x is None else x.to(on.device) for x in tensors)
+    kw = dict(mask=mask, score_bias=bias, scale=scale, backend=on.backend)
     context, weights = s2s.additive_attention(q, k, values, v, **kw)
     assert context.isfinite().all() and (weights >= 0).all()
     full = torch.ones_like(weights, dtype=torch.bool)
@@ -88,7 +92,7 @@ def test_attention_is_a_distribution_and_its_context_an_average(problem):
     torch.testing.assert_close(weights.sum(-1), want, rtol=0, atol=1e-5)
     torch.testing.assert_close(context, weights @ values, rtol=1e-5, atol=1e-5)
     # The weights are the softmax of the op's own scores.
-    scores = s2s.additive_scores(q, k, v).double() * scale
+    scores = s2s.additive_scores(q, k, v, backend=on.backend).double() * scale
     if bias is not None:
         scores = scores + bias
     expected = scores.masked_fill(~full, -torch.inf).softmax(-1).nan_to_num(0)
@@ -98,9 +102,10 @@ def test_attention_is_a_distribution_and_its_context_an_average(problem):
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_prepared_keys_and_one_query_at_a_time_change_nothing(problem):
-    q, k, values, v, mask, bias, scale = problem
-    kw = dict(score_bias=bias, scale=scale)
+def test_prepared_keys_and_one_query_at_a_time_change_nothing(on, problem):
+    *tensors, scale = problem
+    q, k, values, v, mask, bias = (x if x is None else x.to(on.device) for x in tensors)
+    kw = dict(score_bias=bias, scale=scale, backend=on.backend)
     whole = s2s.additive_attention(q, k, values, v, mask=mask, **kw)
     prepared = s2s.prepare_keys(k)
     for a, b in zip(
@@ -118,12 +123,13 @@ def test_prepared_keys_and_one_query_at_a_time_change_nothing(problem):
 @given(
     problems(), st.sampled_from(["q", "k", "v", "grad"]), st.sampled_from(["inf", "-inf", "nan"])
 )
-def test_non_finite_values_give_what_the_reference_gives(problem, where, what):
+def test_non_finite_values_give_what_the_reference_gives(on, problem, where, what):
     q, k, _, v, *_ = problem
     grad = torch.randn(q.shape[0], q.shape[1], k.shape[1])
-    q, k, v, grad = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v, grad))
+    tensors = on.put(q, k, v, grad)
+    q, k, v, grad = (x.clone(memory_format=torch.contiguous_format) for x in tensors)
     {"q": q, "k": k, "v": v, "grad": grad}[where].view(-1)[0] = float(what)
-    ours, want = (scores_and_gradients(q, k, v, grad, b) for b in (None, "reference"))
+    ours, want = (scores_and_gradients(q, k, v, grad, b) for b in (on.backend, "reference"))
     finite = [x.nan_to_num(1, 1, -1).abs() for x in (q, k, v, grad)]
     for a, b, scale in zip(ours, want, terms(*finite), strict=True):
         assert torch.equal(a.isnan(), b.isnan())
@@ -134,11 +140,11 @@ def test_non_finite_values_give_what_the_reference_gives(problem, where, what):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5, 6), (2, 0, 4, 5, 6), (2, 3, 4, 5, 0)])
-def test_empty_batches_queries_and_values(shape, dtype):
+def test_empty_batches_queries_and_values(shape, dtype, on):
     B, T, S, H, D = shape
     sizes = [(B, T, H), (B, S, H), (B, S, D), (H,)]
-    inputs = [torch.randn(s).to(dtype).requires_grad_() for s in sizes]
-    context, weights = s2s.additive_attention(*inputs)
+    inputs = [torch.randn(s).to(on.device, dtype).requires_grad_() for s in sizes]
+    context, weights = s2s.additive_attention(*inputs, backend=on.backend)
     assert context.shape == (B, T, D) and weights.shape == (B, T, S)
     (context.sum() + weights.sum()).backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs)

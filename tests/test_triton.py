@@ -126,7 +126,7 @@ def test_parts_are_none_of_them_empty(n, wanted):
     assert 1 <= count <= max(1, wanted) and each * (count - 1) < n <= each * count
 
 
-FLOAT32 = ("q_factors k_factors minus_sums q_maxima k_maxima maxima powers g dq dk dv logits tops "
+FLOAT32 = ("q_factors k_factors v_pairs q_maxima k_maxima maxima powers g dq dk dv logits tops "
            "totals contexts scores factors").split()  # fmt: skip
 INPUTS = "query keys values v x bias weights context grad grad_bias".split()
 # Kernel: what its arguments are where they are no numbers, and which numbers 16 divides.

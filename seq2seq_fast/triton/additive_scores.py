@@ -7,6 +7,10 @@ With x = exp(2q) exp(2k), tanh(q + k) = (x - 1) / (x + 1), and two features shar
 Numerator and denominator are linear in x0, x1 and x0 x1, each a product of what belongs to the
 query and what belongs to the key: three fused multiply-adds for either, one reciprocal, one more
 multiply-add, eight instructions for two elements. A launch before makes the factors.
+
+Where all of q + k is small, x - 1 is too, and is made of exp(2q) - 1 and exp(2k) - 1 instead: with
+z = (x - 1) / 2, tanh(q + k) = z / (1 + z), ten instructions for two elements. Where it is large,
+tanh itself.
 """
 
 import torch
@@ -15,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import arithmetic
-from .arithmetic import exp_2x, four, is_moderate, magnitude, reciprocal, tanh, wide
+from .arithmetic import exp_2x, expm1_2x, four, magnitude, reciprocal, tanh, wide
 from .launch import multiprocessors, parts
 from .one_query import one_query
 
 ROWS, COLUMNS = 8, 4  # queries and source positions of a thread
+Q_STREAMS, K_STREAMS = 5, 8  # numbers that prepare_kernel makes of two features
 BLOCK = 64  # rows that lie together in the factors, and share a maximum
 CHUNK = 32  # pairs of features that are summed up before they join the rest, for accuracy
 PAIRS = 16  # of one program that makes factors
@@ -32,6 +37,7 @@ FORWARD_NUMBERS = (
     "B T S H pairs splits stride_qb stride_qt stride_qh stride_kb stride_ks stride_kh stride_v"
 ).split()
 
+_Q_STREAMS, _K_STREAMS = tl.constexpr(Q_STREAMS), tl.constexpr(K_STREAMS)
 _ROWS, _COLUMNS, _BLOCK, _CHUNK = (tl.constexpr(x) for x in (ROWS, COLUMNS, BLOCK, CHUNK))
 
 
@@ -39,9 +45,9 @@ _ROWS, _COLUMNS, _BLOCK, _CHUNK = (tl.constexpr(x) for x in (ROWS, COLUMNS, BLOC
 def prepare_kernel(
     x,  # (B, N, H), query or keys
     v,  # (H,)
-    factors,  # (B, blocks, pairs, 3 or 6, BLOCK): row n of x is n % BLOCK in block n // BLOCK
+    factors,  # (B, blocks, pairs, streams, BLOCK): row n of x is n % BLOCK in block n // BLOCK
     maxima,  # (B, blocks, chunks) max|x|, and of keys max|v| too
-    minus_sums,  # (pairs,) -(v0 + v1), from keys
+    v_pairs,  # (3, pairs) -(v0 + v1), v0 and v1, from keys
     N,
     H,
     blocks,
@@ -55,8 +61,9 @@ def prepare_kernel(
 ):
     """Grid (B blocks chunks,): a program makes the factors of BLOCK rows and PAIRS pairs.
 
-    Of queries exp(2q0), exp(2q1) and their product; of keys the same, and each again with what it
-    is multiplied by in the numerator. Rows and features beyond the last count as 0, v as 0.
+    Streams of queries are exp(2q0), exp(2q1) and their product, then (exp(2q) - 1) / 2 of both; of
+    keys the same, with the first three again, times what they have in the numerator, in between.
+    Rows and features beyond the last count as 0, and so does v.
     """
     chunks = tl.cdiv(pairs, PAIRS)
     pid = tl.program_id(0)
@@ -71,11 +78,12 @@ def prepare_kernel(
     x1 = x1.to(tl.float32)
     largest = tl.maximum(magnitude(x0), magnitude(x1))
 
-    streams: tl.constexpr = 6 if IS_KEYS else 3
+    streams: tl.constexpr = _K_STREAMS if IS_KEYS else _Q_STREAMS
     first = (b.to(tl.int64) * blocks + block) * pairs
     to = factors + (first + pair) * (streams * _BLOCK) + row[:, None]
     kept = pair < pairs
-    e0, e1 = exp_2x(x0), exp_2x(x1)
+    e0, half0 = exp_2x(x0), 0.5 * expm1_2x(x0)
+    e1, half1 = exp_2x(x1), 0.5 * expm1_2x(x1)
     product = e0 * e1
     tl.store(to, e0, mask=kept)
     tl.store(to + _BLOCK, e1, mask=kept)
@@ -86,47 +94,74 @@ def prepare_kernel(
         tl.store(to + 3 * _BLOCK, (v0 - v1) * e0, mask=kept)
         tl.store(to + 4 * _BLOCK, (v1 - v0) * e1, mask=kept)
         tl.store(to + 5 * _BLOCK, (v0 + v1) * product, mask=kept)
-        tl.store(minus_sums + pair, -(v0 + v1), mask=kept & (b == 0) & (block == 0))
+        tl.store(to + 6 * _BLOCK, half0, mask=kept)
+        tl.store(to + 7 * _BLOCK, half1, mask=kept)
+        once = kept & (b == 0) & (block == 0)
+        tl.store(v_pairs + pair, -(v0 + v1), mask=once)
+        tl.store(v_pairs + pairs + pair, v0, mask=once)
+        tl.store(v_pairs + 2 * pairs + pair, v1, mask=once)
         large_v = tl.maximum(magnitude(v0), magnitude(v1)) >= arithmetic._LARGE_V
         largest = tl.maximum(largest, tl.where(large_v, float("inf"), 0.0))
+    else:
+        tl.store(to + 3 * _BLOCK, half0, mask=kept)
+        tl.store(to + 4 * _BLOCK, half1, mask=kept)
     tl.store(maxima + pid, tl.max(largest))
 
 
 @triton.jit
-def _pair(total, q0, q1, qq, k0, k1, kk, vk0, vk1, vkk, minus_sum):
-    numerator = tl.fma(q1, vk1, tl.fma(q0, vk0, tl.fma(qq, vkk, minus_sum)))
-    denominator = tl.fma(q1, k1, tl.fma(q0, k0, tl.fma(qq, kk, 1.0)))
+def _pair(total, q0, q1, q2, q3, k, v_pair, SMALL: tl.constexpr):
+    minus_sum, v0, v1 = v_pair
+    if SMALL:
+        z0, z1 = tl.fma(q0, k[0], q2), tl.fma(q1, k[1], q3)
+        numerator = tl.fma(v0, z0, tl.fma(v1, z1, (-minus_sum * z0) * z1))
+        d0 = z0 + 1.0
+        denominator = tl.fma(d0, z1, d0)
+    else:
+        numerator = tl.fma(q1, k[4], tl.fma(q0, k[3], tl.fma(q2, k[5], minus_sum)))
+        denominator = tl.fma(q1, k[1], tl.fma(q0, k[0], tl.fma(q2, k[2], 1.0)))
     return tl.fma(numerator, reciprocal(denominator), total)
 
 
 @triton.jit
-def _fast(q, k, minus_sums, first, last, THREADS: tl.constexpr):
+def _four_queries(a0, a1, a2, a3, q, k, v_pair, SMALL: tl.constexpr, THREADS: tl.constexpr):
+    w0, w1, w2, w3 = four(q, THREADS)
+    x0, x1, x2, x3 = four(q + _BLOCK, THREADS)
+    if SMALL:
+        y0, y1, y2, y3 = four(q + 3 * _BLOCK, THREADS)
+        z0, z1, z2, z3 = four(q + 4 * _BLOCK, THREADS)
+    else:
+        y0, y1, y2, y3 = four(q + 2 * _BLOCK, THREADS)
+        z0, z1, z2, z3 = y0, y1, y2, y3
+    a0 = _pair(a0, w0, x0, y0, z0, k, v_pair, SMALL)
+    a1 = _pair(a1, w1, x1, y1, z1, k, v_pair, SMALL)
+    a2 = _pair(a2, w2, x2, y2, z2, k, v_pair, SMALL)
+    a3 = _pair(a3, w3, x3, y3, z3, k, v_pair, SMALL)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _fast(q, k, v_pairs, pairs, first, last, SMALL: tl.constexpr, THREADS: tl.constexpr):
     """Sums over pairs of features [first, last), an even number; (threads, 4) for each query."""
     a0 = tl.zeros((THREADS, _COLUMNS), tl.float32)
     a1, a2, a3, a4, a5, a6, a7 = a0, a0, a0, a0, a0, a0, a0
-    q += first * (3 * _BLOCK)
-    k += first * (6 * _BLOCK)
-    for pair in range(first, last, 2):
-        for i in tl.static_range(2):
-            k0, k1, kk = tl.load(k), tl.load(k + _BLOCK), tl.load(k + 2 * _BLOCK)
-            vk0, vk1 = tl.load(k + 3 * _BLOCK), tl.load(k + 4 * _BLOCK)
-            vkk, minus_sum = tl.load(k + 5 * _BLOCK), tl.load(minus_sums + pair + i)
-            x0, x1, x2, x3 = four(q, THREADS)
-            y0, y1, y2, y3 = four(q + _BLOCK, THREADS)
-            z0, z1, z2, z3 = four(q + 2 * _BLOCK, THREADS)
-            a0 = _pair(a0, x0, y0, z0, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a1 = _pair(a1, x1, y1, z1, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a2 = _pair(a2, x2, y2, z2, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a3 = _pair(a3, x3, y3, z3, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            x0, x1, x2, x3 = four(q + 4, THREADS)
-            y0, y1, y2, y3 = four(q + 4 + _BLOCK, THREADS)
-            z0, z1, z2, z3 = four(q + 4 + 2 * _BLOCK, THREADS)
-            a4 = _pair(a4, x0, y0, z0, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a5 = _pair(a5, x1, y1, z1, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a6 = _pair(a6, x2, y2, z2, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            a7 = _pair(a7, x3, y3, z3, k0, k1, kk, vk0, vk1, vkk, minus_sum)
-            q += 3 * _BLOCK
-            k += 6 * _BLOCK
+    UNROLL: tl.constexpr = 1 if SMALL else 2
+    q += first * (_Q_STREAMS * _BLOCK)
+    k += first * (_K_STREAMS * _BLOCK)
+    for pair in range(first, last, UNROLL):
+        for i in tl.static_range(UNROLL):
+            v_pair = (tl.load(v_pairs + pair + i),) * 3
+            if SMALL:
+                v0 = tl.load(v_pairs + pairs + pair + i)
+                v_pair = v_pair[0], v0, tl.load(v_pairs + 2 * pairs + pair + i)
+                ks = tl.load(k + 6 * _BLOCK), tl.load(k + 7 * _BLOCK)
+            else:
+                k0, k1, kk = tl.load(k), tl.load(k + _BLOCK), tl.load(k + 2 * _BLOCK)
+                vk0, vk1 = tl.load(k + 3 * _BLOCK), tl.load(k + 4 * _BLOCK)
+                ks = k0, k1, kk, vk0, vk1, tl.load(k + 5 * _BLOCK)
+            a0, a1, a2, a3 = _four_queries(a0, a1, a2, a3, q, ks, v_pair, SMALL, THREADS)
+            a4, a5, a6, a7 = _four_queries(a4, a5, a6, a7, q + 4, ks, v_pair, SMALL, THREADS)
+            q += _Q_STREAMS * _BLOCK
+            k += _K_STREAMS * _BLOCK
     return a0, a1, a2, a3, a4, a5, a6, a7
 
 
@@ -181,7 +216,7 @@ def forward_kernel(
     v,  # (H,)
     q_factors,  # of prepare_kernel, as are the next four
     k_factors,
-    minus_sums,
+    v_pairs,
     q_maxima,
     k_maxima,
     out,  # (splits, B, Tp, Sp) float32; Tp, Sp = T, S in whole ROWS, COLUMNS
@@ -228,12 +263,12 @@ def forward_kernel(
     chunks = tl.cdiv(pairs, PAIRS)
     m = _largest_of(q_maxima + q_block * chunks, chunks, MAXIMA)
     m += _largest_of(k_maxima + k_block * chunks, chunks, MAXIMA)
-    exact = tl.max(tl.where(is_moderate(m), 0, 1)) > 0
+    small, exact = tl.max(m) < arithmetic._SMALL, tl.max(tl.where(m < arithmetic._LARGE, 0, 1)) > 0
 
     column = tl.arange(0, _COLUMNS)[None, :]
     # Remainders spelled out: of `%` the compiler does not see that these are aligned.
-    q = q_factors + q_block * pairs * (3 * _BLOCK) + (t - t // _BLOCK * _BLOCK) + column
-    k = k_factors + k_block * pairs * (6 * _BLOCK) + (s - s // _BLOCK * _BLOCK) + column
+    q = q_factors + q_block * pairs * (_Q_STREAMS * _BLOCK) + (t - t // _BLOCK * _BLOCK) + column
+    k = k_factors + k_block * pairs * (_K_STREAMS * _BLOCK) + (s - s // _BLOCK * _BLOCK) + column
     query += b * stride_qb
     keys += b * stride_kb
     Sp = columns * _COLUMNS
@@ -265,7 +300,14 @@ def forward_kernel(
                 )
                 _put(to + row * Sp, total, used, again)
         else:
-            a0, a1, a2, a3, a4, a5, a6, a7 = _fast(q, k, minus_sums, first, last, THREADS)
+            if small:
+                a0, a1, a2, a3, a4, a5, a6, a7 = _fast(
+                    q, k, v_pairs, pairs, first, last, True, THREADS
+                )
+            else:
+                a0, a1, a2, a3, a4, a5, a6, a7 = _fast(
+                    q, k, v_pairs, pairs, first, last, False, THREADS
+                )
             _put(to, a0, used, again)
             _put(to + Sp, a1, used, again)
             _put(to + 2 * Sp, a2, used, again)
@@ -281,18 +323,20 @@ def _up(n: int, to: int) -> int:
 
 
 def prepare(x: Tensor, v: Tensor, is_keys: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """factors, maxima and minus_sums of prepare_kernel, of query or keys x (B, N, H)."""
+    """factors, maxima and v_pairs of prepare_kernel, of query or keys x (B, N, H)."""
     B, N, H = x.shape
     blocks, pairs = triton.cdiv(N, BLOCK), _up(H, 4) // 2
     chunks = triton.cdiv(pairs, PAIRS)
-    factors = x.new_empty((B, blocks, pairs, 6 if is_keys else 3, BLOCK), dtype=torch.float32)
+    factors = x.new_empty(
+        (B, blocks, pairs, K_STREAMS if is_keys else Q_STREAMS, BLOCK), dtype=torch.float32
+    )
     maxima = x.new_empty((B, blocks, chunks), dtype=torch.float32)
-    minus_sums = x.new_empty(pairs if is_keys else 0, dtype=torch.float32)
+    v_pairs = x.new_empty((3, pairs if is_keys else 0), dtype=torch.float32)
     prepare_kernel[(B * blocks * chunks,)](
-        x, v, factors, maxima, minus_sums, N, H, blocks, pairs, *x.stride(), v.stride(0),
+        x, v, factors, maxima, v_pairs, N, H, blocks, pairs, *x.stride(), v.stride(0),
         IS_KEYS=is_keys, PAIRS=PAIRS,
     )  # fmt: skip
-    return factors, maxima, minus_sums
+    return factors, maxima, v_pairs
 
 
 def partial_scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
@@ -303,12 +347,12 @@ def partial_scores(query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
     (B, T, H), S = query.shape, keys.shape[1]
     patches = triton.cdiv(B * triton.cdiv(T, ROWS) * triton.cdiv(S, COLUMNS), THREADS)
     q_factors, q_maxima, _ = prepare(query, v, False)
-    k_factors, k_maxima, minus_sums = prepare(keys, v, True)
+    k_factors, k_maxima, v_pairs = prepare(keys, v, True)
     pairs, chunks = q_factors.shape[2], q_maxima.shape[2]
     splits = parts(triton.cdiv(pairs, CHUNK), PROGRAMS * multiprocessors(query) // patches)
     out = query.new_empty((splits, B, _up(T, ROWS), _up(S, COLUMNS)), dtype=torch.float32)
     forward_kernel[(patches * splits,)](
-        query, keys, v, q_factors, k_factors, minus_sums, q_maxima, k_maxima, out, B, T, S, H,
+        query, keys, v, q_factors, k_factors, v_pairs, q_maxima, k_maxima, out, B, T, S, H,
         pairs, splits, *query.stride(), *keys.stride(), v.stride(0),
         MAXIMA=triton.next_power_of_2(chunks), PAIRS=PAIRS, THREADS=THREADS,
         num_warps=THREADS // 32,

@@ -51,11 +51,15 @@ def exp_2x(x):
 
 
 @triton.jit
+def expm1_2x(x):
+    power, p = _split_exponential(x)
+    return power * p + (power - 1.0)
+
+
+@triton.jit
 def tanh(x):
     """To two units in the last place for every x; infinities and NaN as in torch.tanh."""
-    magnitude = tl.minimum(tl.abs(x), 12.0)  # from 9.02 on tanh rounds to 1
-    power, p = _split_exponential(magnitude)
-    y = power * p + (power - 1.0)  # exp(2x) - 1
+    y = expm1_2x(tl.minimum(tl.abs(x), 12.0))  # from 9.02 on tanh rounds to 1
     t = y / (y + 2.0)
     t = tl.where(x < 0, -t, t)
     return tl.where(x == x, t, x)

@@ -20,34 +20,35 @@ S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
 }
 
 template <Cell kCell>
-S2S_INLINE void advance_row(float* gates, const float* hidden_before, const float* cell_before,
-                            int64_t H, float* hidden, float* cell) {
-  for (int64_t h = 0; h < H; h += kVec) {
-    const int64_t n = H - h < kVec ? H - h : kVec;
+S2S_INLINE void advance_units(float* gates, int64_t H, const float* hidden_before,
+                              const float* cell_before, int64_t units, float* hidden,
+                              float* memory) {
+  for (int64_t h = 0; h < units; h += kVec) {
+    const int64_t n = units - h < kVec ? units - h : kVec;
     Unit<Vec> u;
     for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(gates + i * H + h, n);
     if constexpr (kCell == Cell::kLstm) u.cell_before = load_some(cell_before + h, n);
     if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
     advance<kCell>(u);
     for (int i = 0; i < blocks_of(kCell); ++i) store_some(gates + i * H + h, u.gates[i], n);
-    if constexpr (kCell == Cell::kLstm) store_some(cell + h, u.cell, n);
+    if constexpr (kCell == Cell::kLstm) store_some(memory + h, u.cell, n);
     store_some(hidden + h, u.hidden, n);
   }
 }
 
 template <Cell kCell>
-S2S_INLINE void retreat_row(const float* gates, const float* hidden_before,
-                            const float* cell_before, const float* cell, int64_t H, float* dh,
-                            float* dc, float* dgates) {
-  for (int64_t h = 0; h < H; h += kVec) {
-    const int64_t n = H - h < kVec ? H - h : kVec;
+S2S_INLINE void retreat_units(const float* gates, int64_t H, const float* hidden_before,
+                              const float* cell_before, const float* memory, int64_t units,
+                              float* dh, float* dc, float* dgates) {
+  for (int64_t h = 0; h < units; h += kVec) {
+    const int64_t n = units - h < kVec ? units - h : kVec;
     Unit<Vec> u;
     Vec out[4], gh = load_some(dh + h, n), gc = {};
     for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(gates + i * H + h, n);
     if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
     if constexpr (kCell == Cell::kLstm) {
       u.cell_before = load_some(cell_before + h, n);
-      u.cell = load_some(cell + h, n);
+      u.cell = load_some(memory + h, n);
       gc = load_some(dc + h, n);
     }
     retreat<kCell>(u, gh, gc, out);
@@ -57,25 +58,19 @@ S2S_INLINE void retreat_row(const float* gates, const float* hidden_before,
   }
 }
 
-void advance_cell(Cell cell, float* gates, const float* hidden_before, const float* cell_before,
-                  int64_t H, float* hidden, float* memory) {
-  if (cell == Cell::kLstm)
-    advance_row<Cell::kLstm>(gates, hidden_before, cell_before, H, hidden, memory);
-  else if (cell == Cell::kGru)
-    advance_row<Cell::kGru>(gates, hidden_before, cell_before, H, hidden, memory);
-  else
-    advance_row<Cell::kRnn>(gates, hidden_before, cell_before, H, hidden, memory);
+void advance_cell(Cell cell, float* gates, int64_t H, const float* hidden_before,
+                  const float* cell_before, int64_t n, float* hidden, float* memory) {
+  with_cell(cell, [&]<Cell kCell>() S2S_LAMBDA {
+    advance_units<kCell>(gates, H, hidden_before, cell_before, n, hidden, memory);
+  });
 }
 
-void retreat_cell(Cell cell, const float* gates, const float* hidden_before,
-                  const float* cell_before, const float* memory, int64_t H, float* dh, float* dc,
+void retreat_cell(Cell cell, const float* gates, int64_t H, const float* hidden_before,
+                  const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates) {
-  if (cell == Cell::kLstm)
-    retreat_row<Cell::kLstm>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
-  else if (cell == Cell::kGru)
-    retreat_row<Cell::kGru>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
-  else
-    retreat_row<Cell::kRnn>(gates, hidden_before, cell_before, memory, H, dh, dc, dgates);
+  with_cell(cell, [&]<Cell kCell>() S2S_LAMBDA {
+    retreat_units<kCell>(gates, H, hidden_before, cell_before, memory, n, dh, dc, dgates);
+  });
 }
 
 }  // namespace

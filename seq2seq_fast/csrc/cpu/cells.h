@@ -69,5 +69,13 @@ inline __attribute__((always_inline)) void retreat(const Unit<V>& u, V& dh, V& d
   }
 }
 
+// Calls f<cell>.
+template <typename F>
+inline __attribute__((always_inline)) void with_cell(Cell cell, F f) {
+  if (cell == Cell::kLstm) return f.template operator()<Cell::kLstm>();
+  if (cell == Cell::kGru) return f.template operator()<Cell::kGru>();
+  f.template operator()<Cell::kRnn>();
+}
+
 }  // namespace
 }  // namespace seq2seq_fast

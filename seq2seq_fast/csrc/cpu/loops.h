@@ -35,6 +35,10 @@ enum class Mode : uint8_t { kSmall, kFast, kLarge, kExact };
 // Blocks with max|k| below this hold exp(2k) - 1 in place of exp(2k).
 constexpr float kSmallKeys = 1.f;
 
+// Weights are packed into panels of kBlocks blocks of kBlock outputs, (K, kBlocks, kBlock): what a
+// step of the product reads lies together.
+constexpr int64_t kBlock = 16, kBlocks = 4, kPanel = kBlocks * kBlock;
+
 enum class Cell : uint8_t { kLstm, kGru, kRnn };
 constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of gates
 
@@ -81,13 +85,22 @@ struct Loops {
   void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
                    int64_t D, float* out, int64_t ldo);
 
-  // One row of H units of a cell, see cells.h: gates (blocks, H) in place, and the states after it.
-  // What a cell does not have is not read.
-  void (*advance)(Cell cell, float* gates, const float* hidden_before, const float* cell_before,
-                  int64_t H, float* hidden, float* memory);
+  // One panel's outputs of m rows: out = init + a (m, K) panel. In `out` and `init` the blocks lie
+  // ld_block apart; used[j] <= kBlock outputs of block j are there. init may be null.
+  void (*panel)(const float* a, int64_t lda, int64_t m, int64_t K, const float* panel,
+                const float* init, int64_t ld_init, float* out, int64_t ldo, int64_t ld_block,
+                const int64_t* used);
+  void (*panel_double)(const double* a, int64_t lda, int64_t m, int64_t K, const double* panel,
+                       const double* init, int64_t ld_init, double* out, int64_t ldo,
+                       int64_t ld_block, const int64_t* used);
+
+  // n units of a cell in one row, see cells.h: gates, whose blocks lie H apart, in place, and the
+  // states after the step. What a cell does not have is not read.
+  void (*advance)(Cell cell, float* gates, int64_t H, const float* hidden_before,
+                  const float* cell_before, int64_t n, float* hidden, float* memory);
   // Backward, given what `advance` left; dh and dc in place.
-  void (*retreat)(Cell cell, const float* gates, const float* hidden_before,
-                  const float* cell_before, const float* memory, int64_t H, float* dh, float* dc,
+  void (*retreat)(Cell cell, const float* gates, int64_t H, const float* hidden_before,
+                  const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates);
 };
 

@@ -1,0 +1,219 @@
+// The recurrence of the attention decoder backward: gradients of gates, queries, scores and
+// contexts at each step. Those of weights, keys and values are products over all steps, which are
+// left to the caller.
+#include <torch/csrc/stable/library.h>
+
+#include <deque>
+#include <tuple>
+
+#include "cells.h"
+#include "decoder.h"
+
+namespace seq2seq_fast::decoder {
+namespace {
+
+void retreat_units(Cell cell, const double* gates, int64_t H, const double* hidden_before,
+                   const double* cell_before, const double* memory, int64_t n, double* dh,
+                   double* dc, double* dgates) {
+  with_cell(cell, [&]<Cell kCell>() {
+    for (int64_t h = 0; h < n; ++h) {
+      Unit<double> u;
+      double out[4], none = 0;
+      for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = gates[i * H + h];
+      if constexpr (kCell == Cell::kGru) u.hidden_before = hidden_before[h];
+      if constexpr (kCell == Cell::kLstm) u.cell_before = cell_before[h], u.cell = memory[h];
+      retreat<kCell>(u, dh[h], kCell == Cell::kLstm ? dc[h] : none, out);
+      for (int i = 0; i < blocks_of(kCell); ++i) dgates[i * H + h] = out[i];
+    }
+  });
+}
+void retreat_units(Cell cell, const float* gates, int64_t H, const float* hidden_before,
+                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
+                   float* dgates) {
+  loops.retreat(cell, gates, H, hidden_before, cell_before, memory, n, dh, dc, dgates);
+}
+
+// Of the outputs, given; and what the loop leaves. See reference_decoder.py.
+struct Given {
+  Tensor outputs, contexts, weights;
+};
+struct Gradients {
+  Tensor gates, queries, scores, contexts, hidden, cell, context;
+};
+
+template <typename A>
+class Backward {
+ public:
+  Backward(const Given& given, const Run& run, const std::vector<Layer>& layers,
+           const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
+           bool query_after, const Gradients& d)
+      : given_(given),
+        run_(run),
+        source_(source),
+        dropout_(dropout),
+        cell_(cell),
+        query_after_(query_after),
+        d_(d),
+        L_(run.gates.size(0)),
+        T_(run.gates.size(1)),
+        B_(run.gates.size(2)),
+        G_(run.gates.size(3)),
+        H_(run.hiddens.size(3)),
+        first_hidden_(G_ - layers[0].w_hidden.size(0)),
+        dropped_(dropout ? B_ * H_ : 0) {
+    const auto add = [](std::deque<Packed<A>>& to, const Tensor& w) {
+      to.emplace_back(transposed(w), Layout::plain(w.size(1)));
+    };
+    for (const Layer& layer : layers) add(w_hidden_, layer.w_hidden);
+    for (int64_t l = 1; l < L_; ++l) add(w_input_, layers[l].w_input);
+    if (!source) return;
+    w_context_.emplace(transposed(source->w_context), Layout::plain(source->w_context.size(1)));
+    w_query_.emplace(transposed(source->w_query), Layout::plain(H_));
+  }
+
+  void run() {
+    if (source_ && T_ > 0) copy(at(d_.contexts, T_ - 1), at(given_.contexts, T_ - 1));
+    for (int64_t t = T_ - 1; t >= 0; --t) {
+      if (source_ && query_after_) attend(t);
+      for (int64_t l = L_ - 1; l >= 0; --l) {
+        retreat_layer(l, t);
+        pass_on(l, t);
+      }
+      if (source_ && !query_after_) attend(t);
+    }
+  }
+
+ private:
+  A* hidden(int64_t l) const { return data<A>(d_.hidden) + l * B_ * H_; }
+  A* gates(int64_t l, int64_t t) const { return data<A>(d_.gates) + (l * T_ + t) * B_ * G_; }
+
+  // From the context's gradient to the query's, and on to the top layer's hidden state.
+  void attend(int64_t t) {
+    source_->attend_backward(at(d_.contexts, t), at(given_.weights, t), at(run_.queries, t),
+                             at(run_.weights, t), at(d_.scores, t), at(d_.queries, t));
+    const int64_t width = source_->v.size(0);
+    const A* queries = data<A>(d_.queries) + t * B_ * width;
+    A* top = hidden(L_ - 1);
+    // Before the step the top layer's gradient is the one of step t - 1.
+    over_panels(w_query_->layout.panels(), B_, w_query_->operations(),
+                [&](int64_t p, int64_t b, int64_t n) {
+                  w_query_->product(p, queries + b * width, width, n, top + b * H_, H_,
+                                    top + b * H_, H_);
+                });
+  }
+
+  void retreat_layer(int64_t l, int64_t t) {
+    const int64_t slab = B_ * H_, before = (l * (T_ + 1) + t) * slab;
+    const A* from = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
+    const A* h = data<A>(run_.hiddens) + before;
+    const A* c = cell_ == Cell::kLstm ? data<A>(run_.cells) + before : nullptr;
+    const A* output = l == L_ - 1 ? data<A>(given_.outputs) + t * slab : nullptr;
+    A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
+    parallel(B_, 20 * G_, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t row = b * H_;
+        for (int64_t i = row; output && i < row + H_; ++i) dh[i] += output[i];
+        retreat_units(cell_, from + b * G_, H_, h + row, c ? c + row : nullptr,
+                      c ? c + slab + row : nullptr, H_, dh + row, c ? dc + row : nullptr,
+                      dg + b * G_);
+      }
+    });
+  }
+
+  // From gates to the hidden state before the step, and to what the layer read beside it.
+  void pass_on(int64_t l, int64_t t) {
+    const A* dg = gates(l, t);
+    A* dh = hidden(l);
+    const Packed<A>& w_hidden = w_hidden_[l];
+    const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
+    A* dx = nullptr;
+    const A *init = nullptr, *factors = nullptr;  // dx = init + factors * product
+    int64_t width = H_;
+    if (l > 0) {
+      dx = hidden(l - 1);
+      init = dx;
+      if (dropout_) factors = data<A>(*dropout_) + ((l - 1) * T_ + t) * B_ * H_;
+    } else if (source_) {
+      const int64_t of = query_after_ ? t - 1 : t;  // whose context the step read
+      width = given_.contexts.size(2);
+      dx = of < 0 ? data<A>(d_.context) : data<A>(d_.contexts) + of * B_ * width;
+      init = of < 0 ? nullptr : data<A>(given_.contexts) + of * B_ * width;
+    }
+    const int64_t hidden_panels = w_hidden.layout.panels();
+    const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
+    over_panels(panels, B_, w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
+      if (p < hidden_panels) {
+        // Of a GRU a part has passed the gates by.
+        w_hidden.product(p, dg + b * G_ + first_hidden_, G_, n,
+                         cell_ == Cell::kGru ? dh + b * H_ : nullptr, H_, dh + b * H_, H_);
+        return;
+      }
+      p -= hidden_panels;
+      const A* from = dg + b * G_;
+      if (!factors) {
+        w_x->product(p, from, G_, n, init ? init + b * width : nullptr, width, dx + b * width,
+                     width);
+        return;
+      }
+      w_x->product(p, from, G_, n, nullptr, 0, dropped_ + b * width, width);
+      const int64_t column = p * w_x->layout.step, units = w_x->layout.units(p);
+      for (int64_t i = b; i < b + n; ++i)
+        for (int64_t j = i * width + column; j < i * width + column + units; ++j)
+          dx[j] += dropped_[j] * factors[j];
+    });
+  }
+
+  const Given& given_;
+  const Run& run_;
+  const std::optional<Source>& source_;
+  const std::optional<Tensor>& dropout_;
+  const Cell cell_;
+  const bool query_after_;
+  const Gradients& d_;
+  const int64_t L_, T_, B_, G_, H_, first_hidden_;
+  Buffer<A> dropped_;
+  std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
+  std::optional<Packed<A>> w_context_, w_query_;
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                                   Tensor grad_hidden, Tensor grad_cell, Tensor hiddens,
+                                   Tensor cells, Tensor gates, Tensor queries, Tensor weights,
+                                   std::vector<Tensor> layers, std::vector<Tensor> attention,
+                                   std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                                   std::string cell_type, bool query_after) {
+  const auto like = [](const Tensor& x) { return empty(x, x.sizes()); };
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
+  Gradients d = {like(gates),
+                 like(queries),
+                 like(weights),
+                 like(grad_contexts),
+                 like(grad_hidden),
+                 like(grad_cell),
+                 source ? empty(gates, {gates.size(2), grad_contexts.size(2)}) : empty(gates, {0})};
+  copy(d.hidden, grad_hidden);
+  copy(d.cell, grad_cell);
+  if (!query_after || gates.size(1) == 0) torch::stable::zero_(d.context);
+  const Given given = {grad_outputs, grad_contexts, grad_weights};
+  const Run run = {hiddens, cells, gates, queries, grad_contexts, weights};
+  const std::vector<Layer> all = layers_of(layers);
+  const auto go = [&]<typename A>() {
+    Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, d).run();
+  };
+  if (gates.scalar_type() == ScalarType::Double)
+    go.template operator()<double>();
+  else
+    go.template operator()<float>();
+  return {d.gates, d.queries, d.scores, d.contexts, d.hidden, d.cell, d.context};
+}
+
+}  // namespace
+}  // namespace seq2seq_fast::decoder
+
+STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
+  m.impl("attention_decoder_backward",
+         TORCH_BOX(&seq2seq_fast::decoder::attention_decoder_backward));
+}

@@ -1,0 +1,129 @@
+// Rows of steps and the source, for the attention decoder.
+#include "decoder.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <cmath>
+
+namespace seq2seq_fast::decoder {
+namespace {
+
+// (B, W) as (B, 1, W)
+Tensor one_step(const Tensor& x) {
+  return view(x, {x.size(0), 1, x.size(1)}, {x.stride(0), 0, x.stride(1)});
+}
+
+}  // namespace
+
+Cell cell_of(const std::string& name) {
+  if (name == "lstm") return Cell::kLstm;
+  if (name == "gru") return Cell::kGru;
+  STD_TORCH_CHECK(name == "rnn", "expected cell_type lstm, gru or rnn");
+  return Cell::kRnn;
+}
+
+Tensor at(const Tensor& x, int64_t t) {
+  return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
+}
+Tensor at(const Tensor& x, int64_t l, int64_t t) {
+  return view(x, {x.size(2), x.size(3)}, {x.stride(2), x.stride(3)},
+              l * x.stride(0) + t * x.stride(1));
+}
+Tensor columns(const Tensor& x, int64_t first, int64_t count) {
+  return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
+}
+Tensor transposed(const Tensor& x) {
+  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
+}
+
+void copy(const Tensor& to, const Tensor& from) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+}
+void fill(const Tensor& out, const Tensor& bias) {
+  const int64_t W = bias.size(bias.dim() - 1), stride = bias.stride(bias.dim() - 1);
+  copy(out, view(bias, {out.size(0), W}, {bias.dim() == 1 ? 0 : bias.stride(0), stride}));
+}
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+std::vector<Layer> layers_of(const std::vector<Tensor>& x) {
+  std::vector<Layer> layers;
+  for (size_t i = 0; i + 2 < x.size(); i += 3)
+    layers.push_back({x[i], x[i + 1], torch::stable::contiguous(x[i + 2])});
+  return layers;
+}
+
+Source::Source(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
+               const std::optional<Tensor>& powers)
+    : w_context(x[0]),
+      w_query(x[1]),
+      b_query(torch::stable::contiguous(x[2])),
+      keys(x[3]),
+      values(x[4]),
+      v(x[5]) {
+  if (keys.scalar_type() == ScalarType::Float) prepared.emplace(keys, powers);
+  if (mask_)
+    mask =
+        view(*mask_, {mask_->size(0), 1, mask_->size(1)}, {mask_->stride(0), 0, mask_->stride(1)});
+}
+
+void Source::attend(const Tensor& query, const Tensor& context, const Tensor& weights) const {
+  if (prepared)
+    return seq2seq_fast::attend(one_step(query), *prepared, values, v, mask, std::nullopt, 1.0,
+                                one_step(context), one_step(weights));
+  auto [c, w] = attention_double(one_step(query), keys, values, v, mask, std::nullopt, 1.0);
+  copy(one_step(context), c);
+  copy(one_step(weights), w);
+}
+
+static void backward_in_float(const Source& source, const Tensor& dcontext, const Tensor& dweights,
+                              const Tensor& query, const Tensor& weights, const Tensor& dscores,
+                              const Tensor& dquery) {
+  const Keys& k = *source.prepared;
+  const Queries q(one_step(query), source.v);
+  const Rows<float> rows(source.values);
+  const int64_t S = k.S, D = source.values.size(2), Hp = k.Hp;
+  const bool v_last = q.max_v < INFINITY;  // as in scores_backward
+  parallel(k.B, S * (D / 4 + 4 * k.H), [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(rows.scratch(S)), g(S), sum(Hp), ones(Hp), raw(k.gather_floats());
+    std::fill_n(+ones, Hp, 1.f);
+    for (int64_t b = begin; b < end; ++b) {
+      const auto r = rows.block(b, 0, S, scratch);
+      const float *dw = data<float>(dweights) + b * S, *w = data<float>(weights) + b * S;
+      loops.products(data<float>(dcontext) + b * D, D, r.data, r.ld, 1, S, D, g, S);
+      for (int64_t s = 0; s < S; ++s) g[s] += dw[s];
+      loops.softmax_backward(g, w, S);
+      std::copy_n(+g, S, data<float>(dscores) + b * S);
+      loops.scale_and_flush(g, S, 1.f);
+      const bool finite = loops.largest(g, S) < INFINITY;
+      std::fill_n(+sum, Hp, 0.f);
+      for (int64_t i = 0; i < k.blocks; ++i) {
+        const Mode mode = finite ? choose(q.max[b], k.max(b, i), q.max_v) : Mode::kExact;
+        const bool exact = mode == Mode::kExact;
+        if (exact) k.gather(b, i, raw);
+        for (int64_t h = 0; h < Hp; h += kGroup)
+          loops.gradients(mode, k.minus_one(b, i), q.at(b, 0, h), 1,
+                          (exact ? raw : k.block(b, i)) + k.count(i) * h, k.count(i), g + i * kRows,
+                          S, (v_last ? +ones : +q.v) + h, q.width(h), sum + h, nullptr, nullptr);
+      }
+      float* to = data<float>(dquery) + b * k.H;
+      for (int64_t h = 0; h < k.H; ++h) to[h] = v_last ? sum[h] * q.v[h] : sum[h];
+    }
+  });
+}
+
+void Source::attend_backward(const Tensor& dcontext, const Tensor& dweights, const Tensor& query,
+                             const Tensor& weights, const Tensor& dscores,
+                             const Tensor& dquery) const {
+  if (prepared)
+    return backward_in_float(*this, dcontext, dweights, query, weights, dscores, dquery);
+  auto [dq, dk, dvalues, dv, ds] = attention_backward_double(
+      one_step(dcontext), one_step(dweights), one_step(query), keys, values, v, one_step(weights),
+      1.0, {true, false, false}, false, true);
+  copy(one_step(dquery), dq);
+  copy(one_step(dscores), ds);
+}
+
+}  // namespace seq2seq_fast::decoder

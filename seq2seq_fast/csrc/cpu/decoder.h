@@ -1,0 +1,142 @@
+// What the attention decoder's forward and backward share: rows of steps, packed weights, the
+// source. Time comes first: a step works on (B, width) rows that lie together.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "additive_scores.h"
+
+namespace seq2seq_fast::decoder {
+
+Cell cell_of(const std::string& name);
+
+template <typename A>
+A* data(const Tensor& x) {
+  return static_cast<A*>(x.data_ptr());
+}
+
+// (B, width) of x (T, B, width) at t, or of x (L, T, B, width) at l, t
+Tensor at(const Tensor& x, int64_t t);
+Tensor at(const Tensor& x, int64_t l, int64_t t);
+Tensor columns(const Tensor& x, int64_t first, int64_t count);
+Tensor transposed(const Tensor& x);
+
+void copy(const Tensor& to, const Tensor& from);
+// Each row becomes the bias, (W,) or (B, W).
+void fill(const Tensor& out, const Tensor& bias);
+// out += a b, by the BLAS behind torch
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b);
+
+struct Layer {
+  Tensor w_input, w_hidden, bias;
+};
+std::vector<Layer> layers_of(const std::vector<Tensor>& x);
+
+// Which outputs a panel holds: blocks ld_block apart, of `width` units each; the next panel begins
+// `step` further on.
+struct Layout {
+  int64_t width, step, ld_block;
+  static Layout plain(int64_t N) { return {N, kPanel, kBlock}; }
+  // The gates of kBlock units, so that a panel makes all that they need.
+  static Layout of(Cell cell, int64_t H) {
+    return cell == Cell::kRnn ? plain(H) : Layout{H, kBlock, H};
+  }
+  int64_t panels() const { return (width + step - 1) / step; }
+  int64_t units(int64_t p) const { return std::min(step, width - p * step); }
+  int64_t used(int64_t p, int64_t j) const {
+    const int64_t first = p * step + (step == kPanel ? j * kBlock : 0);
+    return std::clamp<int64_t>(width - first, 0, kBlock);
+  }
+};
+
+// The blocks of a layout that a weight has; of a cell, those of its gates: see cells.h.
+struct Blocks {
+  int64_t first = 0, count = kBlocks;
+  static Blocks of_input(Cell cell) { return {0, cell == Cell::kGru ? 3 : kBlocks}; }
+  static Blocks of_hidden(Cell cell) { return {cell == Cell::kGru ? 1 : 0, kBlocks}; }
+};
+
+// Weights w (N, K) in panels: product(p) makes a panel's outputs of a (m, K) w^T. Blocks
+// that w does not have are zero.
+template <typename A>
+class Packed {
+ public:
+  Packed(const Tensor& w, Layout layout, Blocks blocks = {})
+      : layout(layout), K_(w.size(1)), panels_(layout.panels() * K_ * kPanel) {
+    const A* from = data<A>(w);
+    const int64_t sn = w.stride(0), sk = w.stride(1);
+    parallel(layout.panels(), 2 * K_ * kPanel, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t j = 0; j < kBlocks; ++j) {
+          A* to = panels_ + p * K_ * kPanel + j * kBlock;
+          const bool there = j >= blocks.first && j < blocks.first + blocks.count;
+          const int64_t n = there ? layout.used(p, j) : 0;
+          const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
+          const A* rows = n > 0 ? from + row * sn : from;
+          for (int64_t k = 0; k < K_; ++k, to += kPanel) {
+            for (int64_t i = 0; i < n; ++i) to[i] = rows[i * sn + k * sk];
+            std::fill(to + n, to + kBlock, A(0));
+          }
+        }
+    });
+  }
+
+  // out and init begin at column 0 of the whole product
+  void product(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
+               A* out, int64_t ldo) const {
+    int64_t used[kBlocks];
+    for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
+    const int64_t column = p * layout.step;
+    const auto go = [&](auto* loop) {
+      loop(a, lda, m, K_, panels_ + p * K_ * kPanel, init ? init + column : nullptr, ld_init,
+           out + column, ldo, layout.ld_block, used);
+    };
+    if constexpr (sizeof(A) == 4)
+      go(loops.panel);
+    else
+      go(loops.panel_double);
+  }
+  int64_t operations() const { return 2 * K_ * kPanel; }
+
+  const Layout layout;
+
+ private:
+  int64_t K_;
+  Buffer<A> panels_;
+};
+
+// Calls f(panel, first row, rows) for all panels and rows, in parallel.
+template <typename F>
+void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f) {
+  const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t chunks = std::clamp<int64_t>(wanted / panels, 1, (rows + kBlock - 1) / kBlock);
+  const int64_t each = (rows + chunks - 1) / chunks;
+  parallel(panels * chunks, each * operations_of_a_row, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % chunks * each, n = std::min(each, rows - first);
+      if (n > 0) f(i / chunks, first, n);
+    }
+  });
+}
+
+// What is attended to.
+struct Source {
+  Tensor w_context, w_query, b_query, keys, values, v;
+  std::optional<Keys> prepared;  // in float32
+  std::optional<Tensor> mask;
+
+  Source(const std::vector<Tensor>& attention, const std::optional<Tensor>& mask,
+         const std::optional<Tensor>& powers);
+  // query (B, A) to context (B, D) and weights (B, S)
+  void attend(const Tensor& query, const Tensor& context, const Tensor& weights) const;
+  // Gradients of the scores (B, S) and the query, from those of context and weights.
+  void attend_backward(const Tensor& dcontext, const Tensor& dweights, const Tensor& query,
+                       const Tensor& weights, const Tensor& dscores, const Tensor& dquery) const;
+};
+
+// What a run over T steps leaves; see reference_decoder.py.
+struct Run {
+  Tensor hiddens, cells, gates, queries, contexts, weights;
+};
+
+}  // namespace seq2seq_fast::decoder
