@@ -97,13 +97,16 @@ def compare(benchmark, rows):
         others = taken_by_others(before, cpu_seconds(), time.perf_counter() - start)
         medians = {name: statistics.median(x) for name, x in samples.items()}
         quartiles = {name: statistics.quantiles(x, n=4)[::2] for name, x in samples.items()}
-        row = what | {
-            "dtype": "float32",
-            "rounds": len(samples["library"]),
-            "seconds": medians,
-            "quartiles": quartiles,
-            "taken_by_others": others,
-        }
+        row = (
+            {"dtype": "float32"}
+            | what
+            | {
+                "rounds": len(samples["library"]),
+                "seconds": medians,
+                "quartiles": quartiles,
+                "taken_by_others": others,
+            }
+        )
         rows.append(row)
         benchmark.extra_info["ratios"] = report.ratios(row)
         loops = max(1, round(SAMPLE_S / medians["library"]))

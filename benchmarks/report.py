@@ -121,6 +121,19 @@ def _models(rows: list[dict]) -> str:
     return _table(head, lines)
 
 
+def _decoding(rows: list[dict]) -> str:
+    others = ["tutorial code", "ONNX Runtime", "reading the weights"]
+    head = ["model", "shape", "what", "weights", "library, a step"]
+    head += [f"against {other}" for other in others]
+    lines = [
+        [row["name"], _shape(row), row["mode"], row["dtype"]]
+        + [_time(row["seconds"]["library"] / row["steps"]) + _disturbed(row)]
+        + [_ratio(ratios(row).get(other)) for other in others]
+        for row in rows
+    ]
+    return _table(head, lines)
+
+
 def _memory(rows: list[dict]) -> str:
     head = ["case", "scale", "library", "eager"]
     lines = [
@@ -180,6 +193,11 @@ def markdown(results: dict) -> str:
     sections = (
         ("", _attention, [r for r in rows if r["kind"] == "attention"]),
         ("", _models, [r for r in rows if r["kind"] == "model"]),
+        (
+            "Decoding, the encoder left out:",
+            _decoding,
+            [r for r in rows if r["kind"] == "decoding"],
+        ),
         (
             "Peak memory that one forward and backward add:",
             _memory,

@@ -1,6 +1,7 @@
 """Fast additive (Bahdanau) attention for recurrent encoder-decoder models."""
 
 from . import training
+from .decoding import DecodingOptions, Generated, Scored, generate, score
 from .library import backends, use_backend
 from .nn import Attention, Decoder, DecoderState, Encoder, PreparedSource, Seq2Seq
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
@@ -11,16 +12,21 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "DecoderState",
+    "DecodingOptions",
     "Encoder",
     "Feedback",
+    "Generated",
     "PreparedKeys",
     "PreparedSource",
+    "Scored",
     "Seq2Seq",
     "additive_attention",
     "additive_scores",
     "attention_decoder",
     "backends",
+    "generate",
     "prepare_keys",
+    "score",
     "training",
     "use_backend",
 ]

@@ -30,6 +30,10 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "decode": "(Tensor[] weights, str cell_type, bool query_after, Tensor hidden, Tensor cell,"
+    " Tensor? context, Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, int[] whole,"
+    " float length_penalty, float coverage_penalty, bool return_weights)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -78,7 +82,8 @@ _FALLBACKS = {
 _lib = torch.library.Library("seq2seq_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
-    _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
+    if _name in _FALLBACKS:  # decoding's is decoding/stepwise.py, which is no function of tensors
+        _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
 # The oldest GPU that the compiled CUDA kernels run on, where there are any.
 CUDA_SINCE = (0, 0)

@@ -63,7 +63,8 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability):
     if ran.stdout.strip() != capability:
         assert capability != "default"
         pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
-    tests = str(Path(__file__).with_name("test_additive_attention.py"))
+    names = ("test_additive_attention.py", "test_decoding.py")
+    tests = [str(Path(__file__).with_name(name)) for name in names]
     command = [
         sys.executable,
         "-m",
@@ -72,8 +73,8 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability):
         "-p",
         "no:cacheprovider",
         "-k",
-        "not opcheck",
-        tests,
+        "test_additive_attention and not opcheck or plain_pytorch or reduced or alike",
+        *tests,
     ]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout

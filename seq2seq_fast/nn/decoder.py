@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..decoding.packing import PackedDecoder
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from . import checks
 from .attention import Attention, PreparedSource
@@ -37,6 +38,8 @@ class Decoder(nn.Module):
         attention_dim: width that the scores are summed over; None for H.
         recompute: keep no gates for backward over a sequence, but make them anew there.
     """
+
+    packed: PackedDecoder | None = None  # what prepare_inference left
 
     def __init__(
         self,
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
         B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
         if input.shape[0] != B:
             raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")
-        self._check_state(DecoderState(hidden, cell, context), B)
+        self.check_state(DecoderState(hidden, cell, context), B)
         logits, state, _ = self.step(input, DecoderState(hidden, cell, context), source)
         return (logits, *(state if self.query_after else state[:2]))
 
@@ -197,7 +200,7 @@ class Decoder(nn.Module):
             return factors, None
         return factors, torch.stack([torch.stack(x) for _, x in draws], 1).transpose(1, 2)
 
-    def _check_state(self, state: DecoderState, B: int) -> None:
+    def check_state(self, state: DecoderState, B: int) -> None:
         shape, weight = (self.layers.num_layers, B, self.layers.hidden_size), self.fc_out.weight
         checks.state("hidden", state.hidden, shape, weight)
         if self.cell_type == "lstm":

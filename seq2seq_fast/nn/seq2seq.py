@@ -1,11 +1,16 @@
 """Encoder and decoder over whole sequences; B batch, S source, T target length, batch first."""
 
 import random
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .. import decoding
+from ..decoding import Generated, Scored
 from ..ops.readout import readout
 from . import checks
+from .attention import PreparedSource
 from .decoder import Decoder, DecoderState
 from .encoder import Encoder
 
@@ -50,20 +55,16 @@ class Seq2Seq(nn.Module):
         checks.probability("teacher_forcing_ratio", teacher_forcing_ratio)
         decoder = self.decoder
         checks.tokens("trg", trg, "(B, T)", 2, decoder.output_dim)
-        values, hidden, cell = self.encoder(src)
+        source, state = self.encode(src)
         if trg.shape[0] != src.shape[0] or trg.shape[1] == 0:
             raise ValueError(
                 f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {src.shape[0]} as"
                 " src has and T above 0"
             )
-        if decoder.attention is None:
-            source = decoder.source(hidden[-1])
-        else:
-            source = decoder.source(values, None if self.pad_idx is None else src != self.pad_idx)
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
         forced = [random.random() < teacher_forcing_ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
-        out = decoder.run(trg[:, :-1], DecoderState(hidden, cell), source, feedback)
+        out = decoder.run(trg[:, :-1], state, source, feedback)
         return readout(
             out.outputs,
             out.contexts,
@@ -72,3 +73,68 @@ class Seq2Seq(nn.Module):
             out.logits,
             feedback,
         )
+
+    def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:
+        """src (B, S) ids -> what every step of the decoder reads, and the state before the first.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        values, hidden, cell = self.encoder(src)
+        if self.decoder.attention is None:
+            source = self.decoder.source(hidden[-1])
+        else:
+            mask = None if self.pad_idx is None else src != self.pad_idx
+            source = self.decoder.source(values, mask)
+        return source, DecoderState(hidden, cell)
+
+    @torch.no_grad()
+    def generate(self, src: Tensor, *, backend: str | None = None, **options: Any) -> Generated:
+        """Decodes src (B, S): greedily, by beam search, or by sampling.
+
+        Args:
+            backend: None for the best there is, "native" for the compiled engine or an error,
+                "reference" for plain PyTorch.
+            options: of `DecodingOptions`; bos, eos and max_length must be given.
+
+        Returns:
+            `Generated`. Rows of src that are padding all over are decoded without attention to
+            anything; an empty batch gives empty tensors.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        with decoding.evaluating(self):
+            source, state = self.encode(src)
+            return decoding.generate(self.decoder, source, state, backend=backend, **options)
+
+    def score(self, src: Tensor, trg: Tensor, *, eos: int | None = None) -> Scored:
+        """log P(trg | src) of trg (B, T), which is fed from its first token on, with gradients.
+
+        What follows the first eos after trg[:, 0] counts nothing; eos=None counts all of trg.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        source, state = self.encode(src)
+        return decoding.score(self.decoder, source, state, trg, eos=eos)
+
+    def prepare_inference(self, dtype: str = "float32") -> "Seq2Seq":
+        """Keeps the decoder's weights packed for `generate`, which else packs them at every call.
+
+        Any number of threads may generate at once. The packed copy follows the parameters: it is
+        made anew at the next call after they were changed in place or exchanged. (Changes through
+        `.data` are not seen.)
+
+        Args:
+            dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
+                weights are kept, while sums stay float32: less to read, and less exact.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: another dtype, or a decoder that is not float32 on the CPU.
+        """
+        decoding.prepare_inference(self.decoder, dtype)
+        return self

@@ -36,6 +36,14 @@ void scale_columns(float* x, int64_t rows, int64_t width, const float* scale) {
 
 }  // namespace
 
+void make_streams(const float* q, int64_t width, float max_q, float* to) {
+  if (max_q < 43.f) {
+    loops.exp2x(q, width, to + kPower * width);
+    loops.expm1_2x(q, width, to + kPowerMinusOne * width);
+  }
+  std::copy_n(q, width, to + kRaw * width);
+}
+
 Queries::Queries(const Tensor& query, const Tensor& v_)
     : B(query.size(0)),
       T(query.size(1)),
@@ -53,15 +61,8 @@ Queries::Queries(const Tensor& query, const Tensor& v_)
     for (int64_t i = begin; i < end; ++i) {
       std::fill(std::copy_n(qs.block(i / T, i % T, 1, scratch).data, H, +row), row + Hp, 0.f);
       max[i] = loops.largest(row, H);
-      for (int64_t h = 0; h < Hp; h += kGroup) {
-        const int64_t n = width(h);
-        float* to = streams + (at(i / T, i % T, h) - streams);
-        if (max[i] < 43.f) {
-          loops.exp2x(row + h, n, to + kPower * n);
-          loops.expm1_2x(row + h, n, to + kPowerMinusOne * n);
-        }
-        std::copy_n(row + h, n, to + kRaw * n);
-      }
+      for (int64_t h = 0; h < Hp; h += kGroup)
+        make_streams(row + h, width(h), max[i], streams + (at(i / T, i % T, h) - streams));
     }
   });
 }

@@ -25,6 +25,10 @@ struct Queries {
   }
 };
 
+// A group of features of a query, of whom all have magnitudes up to max_q, into `to` (kStreams,
+// width)
+void make_streams(const float* q, int64_t width, float max_q, float* to);
+
 // Keys as exponentials, as loops.h wants them.
 struct Keys {
   int64_t B, S, H, Hp, blocks;

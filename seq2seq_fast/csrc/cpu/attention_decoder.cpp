@@ -14,12 +14,13 @@
 namespace seq2seq_fast::decoder {
 namespace {
 
-void advance_units(Cell cell, double* gates, int64_t H, const double* hidden_before,
-                   const double* cell_before, int64_t n, double* hidden, double* memory) {
+void advance_units(Cell cell, const double* raw, const double* hidden_before,
+                   const double* cell_before, int64_t n, double* gates, int64_t H, double* hidden,
+                   double* memory) {
   with_cell(cell, [&]<Cell kCell>() {
     for (int64_t h = 0; h < n; ++h) {
       Unit<double> u;
-      for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = gates[i * H + h];
+      for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = raw[i * kBlock + h];
       if constexpr (kCell == Cell::kLstm) u.cell_before = cell_before[h];
       if constexpr (kCell == Cell::kGru) u.hidden_before = hidden_before[h];
       advance<kCell>(u);
@@ -29,9 +30,10 @@ void advance_units(Cell cell, double* gates, int64_t H, const double* hidden_bef
     }
   });
 }
-void advance_units(Cell cell, float* gates, int64_t H, const float* hidden_before,
-                   const float* cell_before, int64_t n, float* hidden, float* memory) {
-  loops.advance(cell, gates, H, hidden_before, cell_before, n, hidden, memory);
+void advance_units(Cell cell, const float* raw, const float* hidden_before,
+                   const float* cell_before, int64_t n, float* gates, int64_t H, float* hidden,
+                   float* memory) {
+  loops.advance(cell, raw, hidden_before, cell_before, n, gates, H, hidden, memory);
 }
 
 // Steps that are fed the argmax of the one before.
@@ -174,22 +176,24 @@ class Forward {
     }
     const Packed<A>& w_hidden = w_hidden_[l];
     const Layout& layout = w_hidden.layout;
-    over_panels(layout.panels(), B_, 2 * w_hidden.operations(),
-                [&](int64_t p, int64_t b, int64_t n) {
-                  A* g = gates + b * G_;
-                  if (w_x)
-                    w_x->product(p, x + b * width, width, n, bias ? bias : g, bias ? 0 : G_, g, G_);
-                  w_hidden.product(p, before + b * H_, H_, n, g, G_, g, G_);
-                  const int64_t h = p * layout.step, units = layout.units(p);
-                  for (int64_t i = b; i < b + n; ++i) {
-                    const int64_t to = i * H_ + h;
-                    advance_units(cell_, gates + i * G_ + h, H_, before + to,
-                                  memory ? memory + to : nullptr, units, after + to,
-                                  memory ? memory + slab + to : nullptr);
-                    if (!factors) continue;
-                    for (int64_t j = to; j < to + units; ++j) dropped[j] = after[j] * factors[j];
-                  }
-                });
+    over_panels(
+        layout.panels(), B_, 2 * w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
+          Buffer<A> tile(n *
+                         kPanel);  // rows of gates lie where one drives the other out of the cache
+          const A *init = bias ? bias : gates + b * G_, *raw = tile;
+          const int64_t ld_init = bias ? 0 : G_;
+          if (w_x) w_x->to_tile(p, x + b * width, width, n, init, ld_init, tile);
+          w_hidden.to_tile(p, before + b * H_, H_, n, w_x ? nullptr : init, ld_init, tile);
+          const int64_t h = p * layout.step, units = layout.units(p);
+          for (int64_t i = b; i < b + n; ++i, raw += kPanel) {
+            const int64_t to = i * H_ + h;
+            advance_units(cell_, raw, before + to, memory ? memory + to : nullptr, units,
+                          gates + i * G_ + h, H_, after + to,
+                          memory ? memory + slab + to : nullptr);
+            if (!factors) continue;
+            for (int64_t j = to; j < to + units; ++j) dropped[j] = after[j] * factors[j];
+          }
+        });
   }
 
   const Tensor& inputs_;

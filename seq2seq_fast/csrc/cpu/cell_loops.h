@@ -20,13 +20,13 @@ S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
 }
 
 template <Cell kCell>
-S2S_INLINE void advance_units(float* gates, int64_t H, const float* hidden_before,
-                              const float* cell_before, int64_t units, float* hidden,
-                              float* memory) {
+S2S_INLINE void advance_units(const float* raw, const float* hidden_before,
+                              const float* cell_before, int64_t units, float* gates, int64_t H,
+                              float* hidden, float* memory) {
   for (int64_t h = 0; h < units; h += kVec) {
     const int64_t n = units - h < kVec ? units - h : kVec;
     Unit<Vec> u;
-    for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(gates + i * H + h, n);
+    for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(raw + i * kBlock + h, n);
     if constexpr (kCell == Cell::kLstm) u.cell_before = load_some(cell_before + h, n);
     if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
     advance<kCell>(u);
@@ -58,10 +58,10 @@ S2S_INLINE void retreat_units(const float* gates, int64_t H, const float* hidden
   }
 }
 
-void advance_cell(Cell cell, float* gates, int64_t H, const float* hidden_before,
-                  const float* cell_before, int64_t n, float* hidden, float* memory) {
+void advance_cell(Cell cell, const float* raw, const float* hidden_before, const float* cell_before,
+                  int64_t n, float* gates, int64_t H, float* hidden, float* memory) {
   with_cell(cell, [&]<Cell kCell>() S2S_LAMBDA {
-    advance_units<kCell>(gates, H, hidden_before, cell_before, n, hidden, memory);
+    advance_units<kCell>(raw, hidden_before, cell_before, n, gates, H, hidden, memory);
   });
 }
 

@@ -81,26 +81,40 @@ class Packed {
     });
   }
 
-  // out and init begin at column 0 of the whole product
+  // To columns of the whole product, from column 0 on; init likewise.
   void product(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
                A* out, int64_t ldo) const {
-    int64_t used[kBlocks];
-    for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
     const int64_t column = p * layout.step;
-    const auto go = [&](auto* loop) {
-      loop(a, lda, m, K_, panels_ + p * K_ * kPanel, init ? init + column : nullptr, ld_init,
-           out + column, ldo, layout.ld_block, used);
-    };
-    if constexpr (sizeof(A) == 4)
-      go(loops.panel);
+    run(p, a, lda, m, init ? init + column : nullptr, ld_init, layout.ld_block, out + column, ldo,
+        layout.ld_block);
+  }
+  // To a tile (m, kPanel). init: columns of the whole product, or null for what the tile holds.
+  void to_tile(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
+               A* tile) const {
+    if (init)
+      run(p, a, lda, m, init + p * layout.step, ld_init, layout.ld_block, tile, kPanel, kBlock);
     else
-      go(loops.panel_double);
+      run(p, a, lda, m, tile, kPanel, kBlock, tile, kPanel, kBlock);
   }
   int64_t operations() const { return 2 * K_ * kPanel; }
 
   const Layout layout;
 
  private:
+  void run(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
+           int64_t block_init, A* out, int64_t ldo, int64_t block_out) const {
+    int64_t used[kBlocks];
+    for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
+    const auto go = [&](auto* loop) {
+      loop(a, lda, m, K_, panels_ + p * K_ * kPanel, init, ld_init, block_init, out, ldo, block_out,
+           used);
+    };
+    if constexpr (sizeof(A) == 4)
+      go(loops.panel);
+    else
+      go(loops.panel_double);
+  }
+
   int64_t K_;
   Buffer<A> panels_;
 };

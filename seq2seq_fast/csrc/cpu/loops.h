@@ -45,6 +45,21 @@ constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
+// What a decoding engine reads: panels of kPanel outputs, or fewer whole blocks, in these types.
+enum class Weights : uint8_t { kFloat, kBFloat16, kInt8 };
+
+// Columns of the left operand of a product: rows x, ld apart, of K numbers.
+struct Operand {
+  const float* x;
+  int64_t ld, K;
+};
+
+// What is known of a stretch of logits: the largest, sum exp(x - largest), and where it is.
+struct Peak {
+  float top, sum;
+  int32_t index;
+};
+
 struct Loops {
   const char* name;
 
@@ -85,23 +100,35 @@ struct Loops {
   void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
                    int64_t D, float* out, int64_t ldo);
 
-  // One panel's outputs of m rows: out = init + a (m, K) panel. In `out` and `init` the blocks lie
-  // ld_block apart; used[j] <= kBlock outputs of block j are there. init may be null.
+  // One panel's outputs of m rows: out = init + a (m, K) panel. Of block j, used[j] <= kBlock
+  // outputs are there; blocks lie block_init and block_out apart. init may be null.
   void (*panel)(const float* a, int64_t lda, int64_t m, int64_t K, const float* panel,
-                const float* init, int64_t ld_init, float* out, int64_t ldo, int64_t ld_block,
-                const int64_t* used);
+                const float* init, int64_t ld_init, int64_t block_init, float* out, int64_t ldo,
+                int64_t block_out, const int64_t* used);
   void (*panel_double)(const double* a, int64_t lda, int64_t m, int64_t K, const double* panel,
-                       const double* init, int64_t ld_init, double* out, int64_t ldo,
-                       int64_t ld_block, const int64_t* used);
+                       const double* init, int64_t ld_init, int64_t block_init, double* out,
+                       int64_t ldo, int64_t block_out, const int64_t* used);
 
-  // n units of a cell in one row, see cells.h: gates, whose blocks lie H apart, in place, and the
-  // states after the step. What a cell does not have is not read.
-  void (*advance)(Cell cell, float* gates, int64_t H, const float* hidden_before,
-                  const float* cell_before, int64_t n, float* hidden, float* memory);
+  // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
+  // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not
+  // have is not read.
+  void (*advance)(Cell cell, const float* raw, const float* hidden_before, const float* cell_before,
+                  int64_t n, float* gates, int64_t H, float* hidden, float* memory);
   // Backward, given what `advance` left; dh and dc in place.
   void (*retreat)(Cell cell, const float* gates, int64_t H, const float* hidden_before,
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates);
+
+  // out (rows, width), ldo apart, += scale (width,) * [operands side by side] w; w is a panel,
+  // scale may be null.
+  void (*packed_panel)(Weights type, const Operand* operands, int count, int64_t rows,
+                       const void* w, int64_t width, const float* scale, float* out, int64_t ldo);
+  // n weights that are not floats, a multiple of kBlock, as floats
+  void (*unpack)(Weights type, const void* w, int64_t n, float* out);
+  // A NaN, if there is one, is the largest.
+  Peak (*peak)(const float* x, int64_t n);
+  // The places of what is above the threshold, ascending; `out` holds n.
+  int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };
 
 // The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does

@@ -1,6 +1,7 @@
 #include "loops.h"
 #ifdef __x86_64__
 #define S2S_LANES 8
+#define S2S_INTRINSICS
 #define S2S_LOOPS kLoopsAvx2
 #define S2S_NAME "avx2"
 #ifdef __clang__

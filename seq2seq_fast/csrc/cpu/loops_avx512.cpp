@@ -1,6 +1,7 @@
 #include "loops.h"
 #ifdef __x86_64__
 #define S2S_LANES 16
+#define S2S_INTRINSICS
 #define S2S_LOOPS kLoopsAvx512
 #define S2S_NAME "avx512"
 #ifdef __clang__

@@ -5,25 +5,34 @@
 namespace seq2seq_fast {
 namespace {
 
-// Four blocks of a panel by M rows, one vector of each block at a time in registers.
-template <typename A, int M>
+// Steps of k that weights are asked for ahead of their use, from the second level of the cache. The
+// next panel comes from further away, and is asked for a whole panel ahead.
+constexpr int64_t kAhead = 12;
+template <typename A>
+constexpr int64_t kLine = 64 / sizeof(A);
+
+// Four blocks of a panel by M rows, one vector of each block at a time in registers. Meanwhile a
+// line for each k is asked for from `ahead` on.
+template <typename A, int M, bool kFull>
 S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, const A* init,
-                           int64_t ld_init, A* out, int64_t ldo, int64_t ld_block,
-                           const int64_t* used) {
+                           int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
+                           int64_t block_out, const int64_t* used, const A* ahead) {
   typedef A V __attribute__((vector_size(4 * S2S_LANES), aligned(sizeof(A)), may_alias));
   constexpr int64_t kLanes = 4 * S2S_LANES / sizeof(A);
   for (int64_t part = 0; part < kBlock; part += kLanes) {
-    const auto count = [&](int j) { return used[j] - part < kLanes ? used[j] - part : kLanes; };
-    const auto bytes = [&](int j) { return sizeof(A) * (count(j) < 0 ? 0 : count(j)); };
+    const auto bytes = [&](int j) -> size_t {
+      if (kFull || used[j] >= part + kLanes) return sizeof(V);
+      return used[j] > part ? sizeof(A) * (used[j] - part) : 0;
+    };
     V acc[M][kBlocks] = {};
     if (init != nullptr)
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < kBlocks; ++j)
-          std::memcpy(&acc[i][j], init + i * ld_init + j * ld_block + part, bytes(j));
+          std::memcpy(&acc[i][j], init + i * ld_init + j * block_init + part, bytes(j));
     const A* w = panel + part;
     for (int64_t k = 0; k < K; ++k, w += kPanel) {
-      for (int j = 0; j < kBlocks; ++j)  // no processor has the second level at hand unasked
-        __builtin_prefetch(w + 12 * kPanel + j * kBlock);
+      for (int j = 0; j < kBlocks; ++j) __builtin_prefetch(w + kAhead * kPanel + j * kBlock);
+      __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
       V row[kBlocks];
       for (int j = 0; j < kBlocks; ++j) row[j] = *reinterpret_cast<const V*>(w + j * kBlock);
       for (int i = 0; i < M; ++i)
@@ -31,19 +40,22 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
     }
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < kBlocks; ++j)
-        std::memcpy(out + i * ldo + j * ld_block + part, &acc[i][j], bytes(j));
+        std::memcpy(out + i * ldo + j * block_out + part, &acc[i][j], bytes(j));
   }
 }
 
-template <typename A>
+template <typename A, bool kFull>
 S2S_INLINE void panel_rows(const A* a, int64_t lda, int64_t m, int64_t K, const A* panel,
-                           const A* init, int64_t ld_init, A* out, int64_t ldo, int64_t ld_block,
-                           const int64_t* used) {
+                           const A* init, int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
+                           int64_t block_out, const int64_t* used) {
   constexpr int kMost = S2S_LANES == 16 ? 6 : 2;  // what fits into the registers
+  const A *ahead = panel + K * kPanel, *end = ahead + K * kPanel;
   const auto rows = [&]<int M>() S2S_LAMBDA {
-    panel_tile<A, M>(a, lda, K, panel, init, ld_init, out, ldo, ld_block, used);
+    panel_tile<A, M, kFull>(a, lda, K, panel, init, ld_init, block_init, out, ldo, block_out, used,
+                            ahead);
     a += M * lda, out += M * ldo, m -= M;
     if (init != nullptr) init += M * ld_init;
+    if (ahead < end) ahead += K * kLine<A>;
   };
   if constexpr (kMost == 6) {
     while (m >= 6 && m != 8) rows.template operator()<6>();
@@ -53,15 +65,27 @@ S2S_INLINE void panel_rows(const A* a, int64_t lda, int64_t m, int64_t K, const 
   if (m > 0) rows.template operator()<1>();
 }
 
+template <typename A>
+S2S_INLINE void panel_any(const A* a, int64_t lda, int64_t m, int64_t K, const A* panel,
+                          const A* init, int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
+                          int64_t block_out, const int64_t* used) {
+  bool full = true;
+  for (int j = 0; j < kBlocks; ++j) full &= used[j] == kBlock;
+  if (full)
+    panel_rows<A, true>(a, lda, m, K, panel, init, ld_init, block_init, out, ldo, block_out, used);
+  else
+    panel_rows<A, false>(a, lda, m, K, panel, init, ld_init, block_init, out, ldo, block_out, used);
+}
+
 void panel(const float* a, int64_t lda, int64_t m, int64_t K, const float* weights,
-           const float* init, int64_t ld_init, float* out, int64_t ldo, int64_t ld_block,
-           const int64_t* used) {
-  panel_rows<float>(a, lda, m, K, weights, init, ld_init, out, ldo, ld_block, used);
+           const float* init, int64_t ld_init, int64_t block_init, float* out, int64_t ldo,
+           int64_t block_out, const int64_t* used) {
+  panel_any<float>(a, lda, m, K, weights, init, ld_init, block_init, out, ldo, block_out, used);
 }
 void panel_double(const double* a, int64_t lda, int64_t m, int64_t K, const double* weights,
-                  const double* init, int64_t ld_init, double* out, int64_t ldo, int64_t ld_block,
-                  const int64_t* used) {
-  panel_rows<double>(a, lda, m, K, weights, init, ld_init, out, ldo, ld_block, used);
+                  const double* init, int64_t ld_init, int64_t block_init, double* out, int64_t ldo,
+                  int64_t block_out, const int64_t* used) {
+  panel_any<double>(a, lda, m, K, weights, init, ld_init, block_init, out, ldo, block_out, used);
 }
 
 }  // namespace

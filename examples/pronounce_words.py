@@ -1,0 +1,116 @@
+"""Pronounces words with a model that examples/pronounce.py saved.
+
+    python examples/pronounce_words.py MODEL WORD ... [--beam K] [--attention FOLDER]
+    python examples/pronounce_words.py MODEL < words.txt > pronounced.txt
+
+Prints a line as soon as its word is done: the word, a tab, its phonemes; with --n-best more lines,
+the likeliest first, and --scores adds a column of log-probabilities. While it reads standard input
+it says on standard error how far it is. What is not a word of letters is left out, with a warning.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pronounce import EOS, LONGEST, PAD, PHONEMES, SOS, build, draw_attention, groups, spelled
+
+import seq2seq_fast as s2s
+
+
+def load(path: Path, dtype: str) -> s2s.Seq2Seq:
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    model = build(checkpoint["hidden"]).eval()
+    model.load_state_dict(checkpoint["model"])
+    return model.prepare_inference(dtype)
+
+
+Lines = list[tuple[str, float]]  # phonemes and their log-probability, the likeliest first
+
+
+def pronounced(
+    model: s2s.Seq2Seq, words: Iterable[str], batch_size: int, beam: int, n_best: int
+) -> Iterator[tuple[str, Lines]]:
+    """Each word with its pronunciations, in the order they came in, a batch at a time."""
+    words = iter(words)
+    while batch := list(islice(words, batch_size)):
+        found: dict[str, Lines] = {}
+        for group in groups(dict.fromkeys(word.lower() for word in batch), batch_size):
+            out = model.generate(
+                spelled(group, "cpu"), bos=SOS, eos=EOS, pad_idx=PAD, max_length=LONGEST,
+                beam_size=beam, n_best=n_best,
+            )  # fmt: skip
+            shape = (len(group), n_best, -1)
+            tokens, log_probs = out.tokens.view(shape).tolist(), out.log_probs.view(shape[:2])
+            for word, rows, row_log_probs in zip(group, tokens, log_probs.tolist(), strict=True):
+                said = [
+                    " ".join(PHONEMES[i] for i in row if i not in (PAD, SOS, EOS)) for row in rows
+                ]
+                found[word] = list(zip(said, row_log_probs, strict=True))
+        for word in batch:
+            yield word, found[word.lower()]
+
+
+def letters_only(words: Iterable[str]) -> Iterator[str]:
+    for word in words:
+        if word.isascii() and word.isalpha():
+            yield word
+        elif word:
+            print(f"left out, not a word of letters: {word!r}", file=sys.stderr)
+
+
+def told(done: Iterable[tuple[str, Lines]]) -> Iterator[tuple[str, Lines]]:
+    """Passes `done` on and says twice a second how many there were."""
+    start = last = time.perf_counter()
+    n = 0
+    for n, item in enumerate(done, 1):
+        yield item
+        now = time.perf_counter()
+        if now - last > 0.5:
+            last = now
+            print(f"\r{n} words, {n / (now - start):.0f} words/s", end="", file=sys.stderr)
+    rate = n / max(time.perf_counter() - start, 1e-9)
+    print(f"\r{n} words, {rate:.0f} words/s", file=sys.stderr)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Pronounces words, of the arguments or of standard input.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="a checkpoint of examples/pronounce.py --save")
+    add("words", nargs="*", help="without any, standard input is read, a word a line")
+    add("--beam", type=int, default=1, help="beam size; 1 is greedy")
+    add("--n-best", type=int, default=1, help="pronunciations of each word, at most --beam")
+    add("--scores", action="store_true", help="a third column: log-probability")
+    add("--batch-size", type=int, default=256, help="words decoded together")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "int8"], help="of weights")
+    add("--attention", type=Path, help="draw each argument's attention into this folder")
+    args = parser.parse_args(argv)
+    if not 1 <= args.n_best <= args.beam:
+        parser.error(f"--n-best: got {args.n_best}, expected 1 to {args.beam}, the beam size")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    model = load(args.model, args.dtype)
+    words = letters_only(args.words or (line.strip() for line in sys.stdin))
+    found = pronounced(model, words, args.batch_size, args.beam, args.n_best)
+    for word, lines in found if args.words else told(found):
+        for said, log_prob in lines:
+            print(word, said, *[f"{log_prob:.3f}"] * args.scores, sep="\t", flush=True)
+    if args.attention:
+        args.attention.mkdir(parents=True, exist_ok=True)
+        for word in letters_only(args.words):
+            path = args.attention / f"{word.lower()}.png"
+            draw_attention(model, word.lower(), "cpu", path)
+            print(f"Attention plot: {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

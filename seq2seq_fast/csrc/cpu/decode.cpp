@@ -1,0 +1,371 @@
+// Greedy decoding and beam search over DecoderStep, as seq2seq_fast/decoding/stepwise.py has them.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "decode_step.h"
+
+namespace seq2seq_fast {
+namespace {
+
+struct Options {
+  int64_t bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram;
+  double length_penalty, coverage_penalty;
+  bool keep_weights;
+};
+
+// A live hypothesis after a step: its last token and the row of the step that it went on from.
+struct Node {
+  int32_t token, parent;
+};
+
+// A hypothesis that has ended: the step, row and token of its last node.
+struct Ended {
+  int64_t length;
+  int32_t parent, token;
+  double log_prob, score;
+  bool finished;
+};
+
+// What a row of logits is to become a continuation: -inf where it is barred, and how it is
+// normalised, in the two roundings of torch's log_softmax.
+struct Row {
+  float* logits;
+  float top, log_sum;
+  double log_prob;  // of the hypothesis so far
+  double of(int64_t token) const { return log_prob + ((logits[token] - top) - log_sum); }
+};
+
+struct Candidate {
+  double log_prob;
+  int32_t row, token;
+};
+
+// The hypotheses of one source.
+struct Search {
+  int64_t limit;
+  int32_t first = 0, count = 1;  // its rows of the step
+  std::vector<double> log_probs = {0};
+  std::vector<Ended> ended;
+  std::vector<Candidate> next;  // what lives on; rows as those of the step
+};
+
+class Engine {
+ public:
+  Engine(const Options& options, const PackedDecoder& model, const DecoderSource& source,
+         DecoderStep& step, const Tensor& limits, const Tensor& prefix)
+      : o_(options),
+        model_(model),
+        source_(source),
+        step_(step),
+        B_(limits.size(0)),
+        P_(prefix.size(1)),
+        prefix_(static_cast<const int64_t*>(prefix.data_ptr())),
+        searches_(B_) {
+    for (int64_t b = 0; b < B_; ++b) {
+      searches_[b].limit = static_cast<const int64_t*>(limits.data_ptr())[b];
+      searches_[b].first = static_cast<int32_t>(b);
+      live_.push_back(
+          {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(o_.bos)});
+    }
+  }
+
+  void run() {
+    std::vector<int32_t> going(B_);
+    for (int64_t b = 0; b < B_; ++b) going[b] = static_cast<int32_t>(b);
+    while (!live_.empty()) {
+      step_.run(live_);
+      keep_weights();
+      parallel(static_cast<int64_t>(going.size()), o_.beam_size * (model_.V / 4 + 1000),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) go_on(going[i]);
+               });
+      ++t_;
+      next_step(going);
+    }
+  }
+
+  std::vector<Tensor> results(const Tensor& like) const;
+
+ private:
+  void go_on(int32_t b);
+  Row row(int32_t m, double log_prob) const;
+  bool bar(int32_t m, float* logits) const;
+  Peak peak(const Row& row, int32_t m, bool barred) const;
+  void greedy(Search& search);
+  void beam(Search& search);
+  std::vector<Candidate> best(const Search& search) const;
+  void end(int32_t b, const Candidate& last, bool finished);
+  bool complete(const Search& search) const;
+  void keep_weights();
+  void next_step(std::vector<int32_t>& going);
+  double coverage(int32_t b, int32_t m) const;
+
+  const Options& o_;
+  const PackedDecoder& model_;
+  const DecoderSource& source_;
+  DecoderStep& step_;
+  const int64_t B_, P_;
+  const int64_t* prefix_;  // (B, P)
+  int64_t t_ = 0;          // steps that are behind
+  std::vector<Search> searches_;
+  std::vector<Live> live_;
+  std::vector<std::vector<Node>> nodes_;     // of each step
+  std::vector<std::vector<float>> weights_;  // of each step, (rows, S)
+};
+
+// A source's continuations by one token, and whether it goes on: `next` is empty if not.
+void Engine::go_on(int32_t b) {
+  Search& search = searches_[b];
+  search.next.clear();
+  if (t_ < P_) {
+    const auto token = static_cast<int32_t>(prefix_[b * P_ + t_]);
+    search.next.push_back({row(search.first, search.log_probs[0]).of(token), search.first, token});
+  } else if (o_.beam_size == 1) {
+    greedy(search);
+  } else {
+    beam(search);
+  }
+  if (t_ + 1 == search.limit) {
+    for (const Candidate& last : search.next) end(b, last, false);
+    search.next.clear();
+  }
+  if (complete(search)) search.next.clear();
+}
+
+Row Engine::row(int32_t m, double log_prob) const {
+  const Peak* peaks = step_.peaks(m);
+  float top = -INFINITY, sum = 0;
+  for (int64_t i = 0; i < step_.chunks(); ++i) {
+    if (peaks[i].top != peaks[i].top) return {step_.logits(m), NAN, NAN, log_prob};
+    top = std::max(top, peaks[i].top);
+  }
+  for (int64_t i = 0; i < step_.chunks(); ++i)
+    if (peaks[i].top > -INFINITY) sum += peaks[i].sum * std::exp(peaks[i].top - top);
+  return {step_.logits(m), top, std::log(sum), log_prob};
+}
+
+// Sets the logits of what must not follow to -inf. Whether there was anything.
+bool Engine::bar(int32_t m, float* logits) const {
+  const float eos = logits[o_.eos];
+  bool any = false;
+  if (t_ + 1 < o_.min_length) {
+    logits[o_.eos] = -INFINITY;
+    any = true;
+  }
+  const int64_t n = o_.no_repeat_ngram;
+  if (n > 0 && t_ >= n) {
+    std::vector<int32_t> history(t_);
+    for (int64_t t = t_ - 1, at = m; t >= 0; at = nodes_[t--][at].parent)
+      history[t] = nodes_[t][at].token;
+    const auto last = history.end() - (n - 1);
+    for (auto gram = history.begin(); gram + n <= history.end(); ++gram)
+      if (std::equal(last, history.end(), gram)) {
+        logits[gram[n - 1]] = -INFINITY;
+        any = true;
+      }
+  }
+  if (any && loops.peak(logits, model_.V).top == -INFINITY) logits[o_.eos] = eos;
+  return any;
+}
+
+// The most probable token of a row.
+Peak Engine::peak(const Row& row, int32_t m, bool barred) const {
+  if (barred) return loops.peak(row.logits, model_.V);
+  Peak best = step_.peaks(m)[0];
+  for (int64_t i = 1; i < step_.chunks(); ++i) {
+    Peak p = step_.peaks(m)[i];
+    p.index += static_cast<int32_t>(i * step_.chunk_width());
+    if (best.top == best.top && !(p.top <= best.top)) best = p;
+  }
+  return best;
+}
+
+void Engine::greedy(Search& search) {
+  const int32_t m = search.first;
+  const Row r = row(m, search.log_probs[0]);
+  const int32_t token = peak(r, m, bar(m, r.logits)).index;
+  const Candidate next = {r.of(token), m, token};
+  if (token == o_.eos)
+    end(live_[m].source, next, true);
+  else
+    search.next.push_back(next);
+}
+
+// The 2 K best continuations, of K hypotheses: at most K of them end, so that K go on. Among equals
+// the first row and the first token come first.
+std::vector<Candidate> Engine::best(const Search& search) const {
+  const size_t most = 2 * o_.beam_size;
+  std::vector<Candidate> best;
+  best.reserve(most + 1);
+  std::vector<int32_t> places(step_.chunk_width());
+  for (int32_t k = 0; k < search.count; ++k) {
+    const int32_t m = search.first + k;
+    const Row r = row(m, search.log_probs[k]);
+    bar(m, r.logits);
+    for (int64_t chunk = 0; chunk < step_.chunks(); ++chunk) {
+      const int64_t v = chunk * step_.chunk_width();
+      double least = best.size() < most ? -INFINITY : best.back().log_prob;
+      // Below the least by more than rounding; `of` decides on what is left.
+      const double logit = least - r.log_prob + r.log_sum + r.top;
+      const auto threshold =
+          static_cast<float>(logit - 1e-6 * (1 + std::abs(logit) + std::abs(r.top)));
+      if (!(step_.peaks(m)[chunk].top > threshold)) continue;
+      const int64_t found = loops.above(r.logits + v, std::min(step_.chunk_width(), model_.V - v),
+                                        threshold, places.data());
+      for (int64_t i = 0; i < found; ++i) {
+        const auto token = static_cast<int32_t>(v + places[i]);
+        const double log_prob = r.of(token);
+        if (!(log_prob > least)) continue;
+        auto at = best.end();
+        while (at != best.begin() && at[-1].log_prob < log_prob) --at;
+        best.insert(at, {log_prob, m, token});
+        if (best.size() > most) best.pop_back();
+        if (best.size() == most) least = best.back().log_prob;
+      }
+    }
+  }
+  return best;
+}
+
+void Engine::beam(Search& search) {
+  const int32_t b = live_[search.first].source;
+  const std::vector<Candidate> candidates = best(search);
+  for (size_t rank = 0; rank < candidates.size(); ++rank) {
+    const bool room = rank < static_cast<size_t>(o_.beam_size);
+    if (candidates[rank].token != o_.eos) {
+      if (search.next.size() < static_cast<size_t>(o_.beam_size))
+        search.next.push_back(candidates[rank]);
+    } else if (room) {
+      end(b, candidates[rank], true);
+    }
+  }
+}
+
+// cp of Wu et al. 2016
+double Engine::coverage(int32_t b, int32_t m) const {
+  if (o_.coverage_penalty == 0) return 0;
+  double sum = 0;
+  for (int64_t s = 0; s < source_.S; ++s)
+    if (source_.attended(b, s)) {
+      const float least = 1.17549435e-38f;  // of the normal numbers
+      sum += std::log(static_cast<double>(std::clamp(step_.covered(m)[s], least, 1.f)));
+    }
+  return o_.coverage_penalty * sum;
+}
+
+double length_penalty(int64_t length, double alpha) {
+  return std::pow((5 + static_cast<double>(length)) / 6, alpha);
+}
+
+// Among equals those that were there come first, and finished ones before all others.
+void Engine::end(int32_t b, const Candidate& last, bool finished) {
+  const double score =
+      last.log_prob / length_penalty(t_ + 1, o_.length_penalty) + coverage(b, last.row);
+  std::vector<Ended>& ended = searches_[b].ended;
+  auto at = ended.end();
+  while (at != ended.begin() && (at[-1].finished == finished ? at[-1].score < score : finished))
+    --at;
+  ended.insert(at, {t_ + 1, last.row, last.token, last.log_prob, score, finished});
+  if (ended.size() > static_cast<size_t>(o_.n_best)) ended.pop_back();
+}
+
+// Whether nothing that lives can come among the best; see stepwise.py.
+bool Engine::complete(const Search& search) const {
+  const std::vector<Ended>& ended = search.ended;
+  if (search.next.empty() || ended.size() < static_cast<size_t>(o_.n_best)) return false;
+  const double bound = search.next[0].log_prob / length_penalty(search.limit, o_.length_penalty);
+  return ended.back().finished && ended.back().score >= bound;
+}
+
+void Engine::keep_weights() {
+  if (!o_.keep_weights) return;
+  const auto rows = static_cast<int64_t>(live_.size());
+  std::vector<float>& kept = weights_.emplace_back(rows * source_.S);
+  for (int64_t m = 0; m < rows; ++m)
+    std::copy_n(step_.weights(m), source_.S, kept.data() + m * source_.S);
+}
+
+// The rows of the next step: those of each source side by side, sources that have ended left out.
+void Engine::next_step(std::vector<int32_t>& going) {
+  std::vector<Live> live;
+  std::vector<Node>& nodes = nodes_.emplace_back();
+  std::erase_if(going, [&](int32_t b) {
+    Search& search = searches_[b];
+    search.first = static_cast<int32_t>(live.size());
+    search.count = static_cast<int32_t>(search.next.size());
+    search.log_probs.clear();
+    for (const auto& [log_prob, row, token] : search.next) {
+      live.push_back({b, row, token});
+      nodes.push_back({token, row});
+      search.log_probs.push_back(log_prob);
+    }
+    return search.count == 0;
+  });
+  live_ = std::move(live);
+}
+
+std::vector<Tensor> Engine::results(const Tensor& like) const {
+  const int64_t N = o_.n_best, S = source_.S;
+  int64_t n = 0;
+  for (const Search& search : searches_)
+    for (const Ended& e : search.ended) n = std::max(n, e.length);
+  Tensor tokens = empty(like, {B_, N, n}, ScalarType::Long);
+  Tensor lengths = empty(like, {B_, N}, ScalarType::Long);
+  Tensor log_probs = empty(like, {B_, N}), scores = empty(like, {B_, N});
+  Tensor finished = empty(like, {B_, N}, ScalarType::Bool);
+  Tensor weights = o_.keep_weights ? empty(like, {B_, N, n, S}) : empty(like, {0});
+  auto* token = static_cast<int64_t*>(tokens.data_ptr());
+  auto* w = static_cast<float*>(weights.data_ptr());
+  std::fill_n(token, B_ * N * n, o_.fill);
+  if (o_.keep_weights) std::fill_n(w, B_ * N * n * S, 0.f);
+  for (int64_t b = 0; b < B_; ++b)
+    for (int64_t i = 0; i < N; ++i, token += n, w += n * S) {
+      const std::vector<Ended>& ended = searches_[b].ended;
+      const bool there = i < static_cast<int64_t>(ended.size());
+      const Ended e = there ? ended[i] : Ended{0, 0, 0, -INFINITY, -INFINITY, false};
+      static_cast<int64_t*>(lengths.data_ptr())[b * N + i] = e.length;
+      static_cast<float*>(log_probs.data_ptr())[b * N + i] = static_cast<float>(e.log_prob);
+      static_cast<float*>(scores.data_ptr())[b * N + i] = static_cast<float>(e.score);
+      static_cast<bool*>(finished.data_ptr())[b * N + i] = e.finished;
+      Node node = {e.token, e.parent};
+      for (int64_t t = e.length - 1; t >= 0; --t) {
+        token[t] = node.token;
+        if (o_.keep_weights) std::copy_n(weights_[t].data() + node.parent * S, S, w + t * S);
+        if (t > 0) node = nodes_[t - 1][node.parent];
+      }
+    }
+  return {tokens, lengths, log_probs, scores, finished, weights};
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram
+Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor hidden,
+               Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
+               std::optional<Tensor> mask, Tensor limits, Tensor prefix, std::vector<int64_t> whole,
+               double length_penalty, double coverage_penalty, bool return_weights) {
+  STD_TORCH_CHECK(whole.size() == 7 && limits.scalar_type() == ScalarType::Long &&
+                      limits.is_contiguous() && prefix.scalar_type() == ScalarType::Long &&
+                      prefix.is_contiguous(),
+                  "expected 7 numbers, int64 limits and prefix");
+  const Options options = {whole[0], whole[1], whole[2],       whole[3],         whole[4],
+                           whole[5], whole[6], length_penalty, coverage_penalty, return_weights};
+  const PackedDecoder model(std::move(weights), cell_type, query_after);
+  const DecoderSource from(source, mask, context ? context->size(1) : 0);
+  DecoderStep step(model, from, hidden, cell, context, hidden.size(1) * options.beam_size,
+                   coverage_penalty > 0);
+  Engine engine(options, model, from, step, limits, prefix);
+  engine.run();
+  const auto r = engine.results(hidden);
+  return {r[0], r[1], r[2], r[3], r[4], r[5]};
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
+
+STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
+  m.impl("decode", TORCH_BOX(&seq2seq_fast::decode));
+}

@@ -1,0 +1,293 @@
+// See decode_step.h.
+#include "decode_step.h"
+
+#include "cells.h"
+#include "decoder.h"
+
+namespace seq2seq_fast {
+namespace {
+
+constexpr int64_t kRowsTogether = 48;   // of a panel's gates, which then stay in cache
+constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
+
+Weights weights_of(ScalarType type) {
+  if (type == ScalarType::Float) return Weights::kFloat;
+  if (type == ScalarType::BFloat16) return Weights::kBFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Char, "expected float32, bfloat16 or int8 weights");
+  return Weights::kInt8;
+}
+
+const float* floats(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+                  "expected a contiguous float32 tensor");
+  return static_cast<const float*>(x.data_ptr());
+}
+
+Operand from_row(const Operand& x, int64_t row) { return {x.x + row * x.ld, x.ld, x.K}; }
+
+int64_t size_of(Weights type) {
+  return type == Weights::kFloat ? 4 : type == Weights::kBFloat16 ? 2 : 1;
+}
+
+}  // namespace
+
+Matrix::Matrix(const Tensor& data_, const Tensor& scales_)
+    : data(data_), scales(scales_), type(weights_of(data_.scalar_type())) {
+  STD_TORCH_CHECK(data.dim() == 3 && data.is_contiguous(), "expected panels (P, K, width)");
+  panels = data.size(0), K = data.size(1), width = data.size(2);
+  floats(scales);
+  STD_TORCH_CHECK(width % kBlock == 0 && width <= kPanel &&
+                      (scales.numel() == 0 || scales.numel() == panels * width),
+                  "expected panels of whole units, a scale for each column or none");
+}
+
+void Matrix::multiply(int64_t i, const Operand* operands, int count, int64_t rows, float* out,
+                      int64_t ldo) const {
+  const char* w = static_cast<const char*>(data.data_ptr()) + i * K * width * size_of(type);
+  const float* scale = scales.numel() ? floats(scales) + i * width : nullptr;
+  if (type == Weights::kFloat || rows < kLeastUnpacked)
+    return loops.packed_panel(type, operands, count, rows, w, width, scale, out, ldo);
+  Buffer<float> unpacked(K * width);
+  loops.unpack(type, w, K * width, unpacked);
+  loops.packed_panel(Weights::kFloat, operands, count, rows, unpacked, width, scale, out, ldo);
+}
+
+static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x) {
+  std::vector<PackedDecoder::Layer> layers;
+  for (size_t i = 1; i + 6 < x.size(); i += 5)
+    layers.push_back({Matrix(x[i], x[i + 1]), Matrix(x[i + 2], x[i + 3]), floats(x[i + 4])});
+  return layers;
+}
+
+PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type, bool after)
+    : cell(decoder::cell_of(cell_type)),
+      query_after(after),
+      embedding(floats(x.at(0))),
+      V(x[0].size(0)),
+      E(x[0].size(1)),
+      layers(layers_of(x)),
+      query(x.at(x.size() - 6), x.at(x.size() - 5)),
+      readout(x.at(x.size() - 3), x.at(x.size() - 2)),
+      b_query(floats(x.at(x.size() - 4))),
+      b_readout(floats(x.back())),
+      tensors(std::move(x)) {}
+
+DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
+                             int64_t context_width)
+    : v(x.empty() ? 0 : round_up(x[3].size(0), kPad)), D(context_width) {
+  if (x.empty()) return;
+  keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
+  values = x[2], v_ = x[3];
+  S = keys->S, A = keys->H, D = values.size(2);
+  floats(values);
+  std::fill(std::copy_n(floats(v_), A, +v), v + keys->Hp, 0.f);
+  max_v = loops.largest(v, A);
+  if (!mask_) return;
+  mask = static_cast<const bool*>(mask_->data_ptr());
+  for (int i = 0; i < 2; ++i) mask_stride[i] = mask_->stride(i);
+}
+
+DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source,
+                         const Tensor& hidden_state, const Tensor& cell_state,
+                         const std::optional<Tensor>& context, int64_t most, bool cover)
+    : model_(model),
+      source_(source),
+      most_(most),
+      L_(hidden_state.size(0)),
+      H_(hidden_state.size(2)),
+      unit_(model.cell == Cell::kRnn ? kPanel : kBlock),
+      Hp_(round_up(H_, unit_)),
+      lstm_(model.cell == Cell::kLstm),
+      cover_(cover),
+      query_ld_(model.query.panels * model.query.width),
+      logits_ld_(model.readout.panels * model.readout.width),
+      weights_ld_(round_up(source.S, kRows)),
+      chunk_panels_(model.readout.panels >= 64 ? 4 : 1),
+      chunks_((model.readout.panels + chunk_panels_ - 1) / chunk_panels_),
+      inputs_(most * model.E),
+      queries_(most * query_ld_),
+      logits_(most * logits_ld_),
+      weights_(most * weights_ld_),
+      peaks_(most * chunks_),
+      hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
+      cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
+      contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
+      covered_{Buffer<float>(cover ? most * source.S : 0),
+               Buffer<float>(cover ? most * source.S : 0)} {
+  const int64_t B = hidden_state.size(1);
+  STD_TORCH_CHECK(static_cast<size_t>(L_) == model.layers.size() && B <= most,
+                  "expected hidden (L, B, H) of the decoder's layers");
+  const auto load = [&](const Tensor& from, float* to) {
+    for (int64_t i = 0; i < L_; ++i)
+      for (int64_t b = 0; b < B; ++b) {
+        float* row = to + (i * most_ + b) * Hp_;
+        std::fill(std::copy_n(floats(from) + (i * B + b) * H_, H_, row), row + Hp_, 0.f);
+      }
+  };
+  load(hidden_state, hidden_[now_]);
+  if (lstm_) load(cell_state, cell_[now_]);
+  if (context)
+    std::copy_n(floats(*context), B * source_.D, +contexts_[kept_]);
+  else
+    std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
+  if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
+  if (source_.keys && !model_.query_after)
+    for (int64_t i = 0; i < model_.query.panels; ++i) query(i, B);
+}
+
+void DecoderStep::run(const std::vector<Live>& live) {
+  const auto rows = static_cast<int64_t>(live.size());
+  follow(live);
+  if (source_.keys && !model_.query_after) attend(live);
+  for (int64_t l = 0; l < L_; ++l) advance(l, rows);
+  now_ = 1 - now_;
+  if (source_.keys && model_.query_after) {
+    parallel(model_.query.panels, model_.query.operations(rows), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) query(i, rows);
+    });
+    attend(live);
+  }
+  read_out(rows);
+}
+
+// Hypotheses take over the states of those they go on from, and the embeddings of their tokens.
+void DecoderStep::follow(const std::vector<Live>& live) {
+  const auto rows = static_cast<int64_t>(live.size());
+  bool moved = false;
+  for (int64_t m = 0; m < rows; ++m) moved |= live[m].parent != m;
+  const bool context_moves = model_.query_after || !source_.keys;
+  const int from = now_, to = moved ? 1 - now_ : now_;
+  const int kept = kept_, keeps = moved ? 1 - kept_ : kept_;
+  const int64_t E = model_.E, D = source_.D, states = lstm_ ? 2 : 1;
+  parallel(rows, E + (moved ? states * L_ * Hp_ + D : 0), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const auto [source, parent, token] = live[m];
+      std::copy_n(model_.embedding + token * E, E, inputs_ + m * E);
+      if (!moved) continue;
+      for (int64_t l = 0; l < L_; ++l) {
+        std::copy_n(hidden(from, l) + parent * Hp_, Hp_, hidden(to, l) + m * Hp_);
+        if (lstm_) std::copy_n(cell(from, l) + parent * Hp_, Hp_, cell(to, l) + m * Hp_);
+      }
+      if (context_moves) std::copy_n(contexts_[kept] + parent * D, D, contexts_[keeps] + m * D);
+      if (cover_)
+        std::copy_n(covered_[kept] + parent * source_.S, source_.S,
+                    covered_[keeps] + m * source_.S);
+    }
+  });
+  now_ = to, kept_ = keeps;
+}
+
+void DecoderStep::attend(const std::vector<Live>& live) {
+  const auto rows = static_cast<int64_t>(live.size());
+  const Keys& keys = *source_.keys;
+  parallel(rows, source_.S * (source_.A + source_.D) / 2, [&](int64_t begin, int64_t end) {
+    Buffer<float> scratch(kStreams * keys.Hp + keys.gather_floats());
+    for (int64_t m = begin; m < end; ++m)
+      attend_row(m, live[m], model_.query_after ? m : live[m].parent, scratch);
+  });
+}
+
+void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch) {
+  const Keys& keys = *source_.keys;
+  const int64_t b = to.source, S = source_.S, D = source_.D;
+  const float* q = queries_ + query_row * query_ld_;
+  float *streams = scratch, *gathered = scratch + kStreams * keys.Hp;
+  float* w = weights_ + m * weights_ld_;
+  const float max_q = loops.largest(q, keys.Hp);
+  for (int64_t h = 0; h < keys.Hp; h += kGroup)
+    make_streams(q + h, std::min(kGroup, keys.Hp - h), max_q, streams + kStreams * h);
+  for (int64_t i = 0; i < keys.blocks; ++i) {
+    const Mode mode = choose(max_q, keys.max(b, i), source_.max_v);
+    if (mode == Mode::kExact) keys.gather(b, i, gathered);
+    loops.scores(mode, keys.minus_one(b, i), streams, 1, 0, 1,
+                 mode == Mode::kExact ? gathered : keys.block(b, i), keys.count(i), source_.v,
+                 keys.Hp, w + i * kRows, kRows);
+  }
+  const bool* mask = source_.mask ? source_.mask + b * source_.mask_stride[0] : nullptr;
+  loops.softmax(w, S, 1.f, nullptr, mask, source_.mask_stride[1]);
+  loops.weighted_rows(w, weights_ld_, 1, floats(source_.values) + b * S * D, D, 1, S, D,
+                      contexts_[kept_] + m * D, D);
+  if (!cover_) return;
+  float* covered = covered_[kept_] + m * S;
+  for (int64_t s = 0; s < S; ++s) covered[s] += w[s];
+}
+
+// Hidden and cell states of a layer after the step, a panel of units at a time.
+void DecoderStep::advance(int64_t l, int64_t rows) {
+  const auto& layer = model_.layers[l];
+  const int now = now_, next = 1 - now_, blocks = blocks_of(model_.cell);
+  const bool apart = layer.hidden.panels > 0;
+  Operand operands[3];
+  int count = 0;
+  if (l == 0) {
+    operands[count++] = {inputs_, model_.E, model_.E};
+    operands[count++] = {contexts_[kept_], source_.D, source_.D};
+  } else {
+    operands[count++] = {hidden(next, l - 1), Hp_, H_};
+  }
+  const Operand state = {hidden(now, l), Hp_, H_};
+  if (!apart) operands[count++] = state;
+  const int64_t width = blocks * unit_;
+  const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
+  parallel(layer.input.panels, work, [&](int64_t begin, int64_t end) {
+    alignas(64) float gates[kRowsTogether * kPanel];
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t first = 0; first < rows; first += kRowsTogether) {
+        const int64_t n = std::min(kRowsTogether, rows - first);
+        for (int64_t i = 0; i < n; ++i)
+          std::copy_n(layer.bias + p * width, width, gates + i * width);
+        Operand part[3];
+        for (int i = 0; i < count; ++i) part[i] = from_row(operands[i], first);
+        layer.input.multiply(p, part, count, n, gates, width);
+        const Operand part_state = from_row(state, first);
+        if (apart)
+          layer.hidden.multiply(p, &part_state, 1, n, gates + width - layer.hidden.width, width);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = (first + i) * Hp_ + p * unit_;
+          float* raw = gates + i * width;
+          loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
+                        unit_, raw, kBlock, hidden(next, l) + at,
+                        lstm_ ? cell(next, l) + at : nullptr);
+        }
+      }
+  });
+}
+
+// A panel of the query's projection, of the hidden states that the last step left.
+void DecoderStep::query(int64_t panel, int64_t rows) {
+  const int64_t width = model_.query.width;
+  float* out = queries_ + panel * width;
+  for (int64_t m = 0; m < rows; ++m)
+    std::copy_n(model_.b_query + panel * width, width, out + m * query_ld_);
+  const Operand state = {hidden(now_, L_ - 1), Hp_, H_};
+  model_.query.multiply(panel, &state, 1, rows, out, query_ld_);
+}
+
+// Logits, their peaks, and the next step's queries where they are of the same hidden states.
+void DecoderStep::read_out(int64_t rows) {
+  const Matrix& readout = model_.readout;
+  const int64_t width = readout.width;
+  const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
+  const Operand features[2] = {{hidden(now_, L_ - 1), Hp_, H_},
+                               {contexts_[kept_], source_.D, source_.D}};
+  parallel(chunks_, chunk_panels_ * readout.operations(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = std::min(readout.panels, (chunk + 1) * chunk_panels_);
+      for (int64_t p = chunk * chunk_panels_; p < last; ++p) {
+        float* out = logits_ + p * width;
+        for (int64_t m = 0; m < rows; ++m)
+          std::copy_n(model_.b_readout + p * width, width, out + m * logits_ld_);
+        readout.multiply(p, features, 2, rows, out, logits_ld_);
+      }
+      const int64_t v = chunk * chunk_panels_ * width;
+      for (int64_t m = 0; m < rows; ++m)
+        peaks_[m * chunks_ + chunk] =
+            loops.peak(logits(m) + v, std::min(chunk_panels_ * width, model_.V - v));
+      // Spread evenly, as threads take chunks in equal numbers.
+      for (int64_t i = chunk * queries / chunks_; i < (chunk + 1) * queries / chunks_; ++i)
+        query(i, rows);
+    }
+  });
+}
+
+}  // namespace seq2seq_fast

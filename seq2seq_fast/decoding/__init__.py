@@ -1,0 +1,173 @@
+"""Decoding: greedy, beam search, sampling; scores of given targets. B batch, n generated tokens."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..library import is_reference, use_backend
+from . import native, stepwise
+from .options import DecodingOptions, check, token_ids
+from .packing import DTYPES, PackedDecoder, pack_decoder, state_of
+from .results import Generated, Scored
+
+if TYPE_CHECKING:
+    from ..nn.attention import PreparedSource
+    from ..nn.decoder import Decoder, DecoderState
+
+__all__ = ["DecodingOptions", "Generated", "PackedDecoder", "Scored", "generate", "score"]
+_warned = False
+
+
+def generate(
+    decoder: "Decoder",
+    source: "Tensor | PreparedSource",
+    state: "DecoderState",
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> Generated:
+    """Decodes from the state that an encoder of any kind has left.
+
+    Args:
+        decoder: a `Decoder`.
+        source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
+            the context (B, D) of a decoder without attention.
+        state: `DecoderState` before the first token.
+        backend: None for the best there is: on the CPU in float32 one compiled call that runs
+            without the GIL, for anything else PyTorch step by step; "native" for the former, else
+            an error; "reference" for plain PyTorch.
+        options: of `DecodingOptions`; bos, eos and max_length must be given.
+
+    Returns:
+        `Generated`. A source that is masked everywhere is decoded from contexts of zero; an empty
+        batch gives empty tensors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    asked = DecodingOptions(**options)
+    with torch.no_grad(), evaluating(decoder):
+        prepared = decoder.source(source) if isinstance(source, Tensor) else source
+        B = state.hidden.shape[1]
+        check(asked, B, decoder.output_dim, decoder.attention is not None)
+        _check_state(decoder, prepared, state)
+        if B == 0:
+            return _nothing(asked, prepared, state)
+        if native.chosen(decoder, asked, backend):
+            return native.generate(decoder, _packed(decoder), prepared, state, asked)
+        plain = is_reference("attention_decoder", state.hidden.device.type, backend)
+        with use_backend("reference") if plain else contextlib.nullcontext():
+            return stepwise.generate(decoder, prepared, state, asked)
+
+
+def prepare_inference(decoder: "Decoder", dtype: str) -> None:
+    """See `Seq2Seq.prepare_inference`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    weight = decoder.fc_out.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        raise ValueError(
+            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU"
+        )
+    decoder.packed = pack_decoder(decoder, dtype)
+
+
+def _packed(decoder: "Decoder") -> PackedDecoder:
+    """decoder's weights as they are now: kept where they were prepared, else for this call."""
+    kept: PackedDecoder | None = decoder.packed
+    if kept is None:
+        return pack_decoder(decoder, "float32")
+    if kept.state != state_of(decoder):
+        kept = decoder.packed = pack_decoder(decoder, kept.dtype)
+    return kept
+
+
+def score(
+    decoder: "Decoder",
+    source: "Tensor | PreparedSource",
+    state: "DecoderState",
+    trg: Tensor,
+    *,
+    eos: int | None = None,
+) -> Scored:
+    """log P of given targets: sum_t log P(trg[t] | trg[:t], source) over t from 1 on.
+
+    Args:
+        decoder, source, state: as of `generate`.
+        trg: (B, T) ids, fed from the first one on, which is bos usually; T at least 1.
+        eos: what follows the first eos after trg[:, 0] counts nothing; None counts all.
+
+    Returns:
+        `Scored`, with gradients.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    prepared = decoder.source(source) if isinstance(source, Tensor) else source
+    B = state.hidden.shape[1]
+    token_ids("trg", trg, decoder.output_dim)
+    if trg.dim() != 2 or trg.shape[0] != B or trg.shape[1] == 0:
+        raise ValueError(
+            f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {B} as the source has"
+            " and T above 0"
+        )
+    _check_state(decoder, prepared, state)
+    fed, wanted = trg[:, :-1], trg[:, 1:].long()
+    out = decoder.run(fed, state, prepared)
+    logits = decoder.fc_out(torch.cat([out.outputs, out.contexts], -1))
+    log_probs = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+    log_probs = log_probs.view(wanted.shape)
+    weights = out.weights
+    if eos is not None:
+        ended = (wanted == eos).long().cumsum(1) - (wanted == eos).long() > 0
+        log_probs = log_probs.masked_fill(ended, 0)
+        weights = None if weights is None else weights.masked_fill(ended[..., None], 0)
+    return Scored(log_probs, log_probs.sum(1), weights)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off. Warns, once, if it had to be turned off."""
+    global _warned
+    if not model.training:
+        yield
+        return
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "decoding a model in training mode: dropout is turned off meanwhile; call model.eval()",
+            stacklevel=5,
+        )
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:
+    values = source if isinstance(source, Tensor) else source.values
+    decoder.check_state(state, len(values))
+
+
+def _nothing(
+    options: DecodingOptions, source: "stepwise.Source", state: "DecoderState"
+) -> Generated:
+    rows = (0,) if options.beam_size == 1 else (0, options.n_best)
+    like = state.hidden
+    weights = None
+    if options.return_weights and not isinstance(source, Tensor):
+        weights = like.new_empty(*rows, 0, source.values.shape[1])
+    return Generated(
+        like.new_empty((*rows, 0), dtype=torch.int64),
+        like.new_empty(rows, dtype=torch.int64),
+        like.new_empty(rows, dtype=torch.float32),
+        like.new_empty(rows, dtype=torch.float32),
+        like.new_empty(rows, dtype=torch.bool),
+        weights,
+    )

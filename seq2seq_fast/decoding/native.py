@@ -1,0 +1,79 @@
+"""The way to the compiled engine: one call runs the whole loop, without Python and the GIL."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..library import HAS_KERNEL, is_reference
+from . import stepwise
+from .options import DecodingOptions
+from .packing import PackedDecoder
+from .results import Generated
+
+if TYPE_CHECKING:
+    from ..nn.decoder import Decoder, DecoderState
+
+
+def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
+    """Why the engine cannot run this, or None."""
+    weight = decoder.fc_out.weight
+    if not HAS_KERNEL["decode", "cpu"]:
+        return "the compiled extension is not there"
+    if weight.device.type != "cpu":
+        return f"the decoder is on {weight.device}"
+    if weight.dtype != torch.float32:
+        return f"the decoder is {weight.dtype}, not float32"
+    return "it does not sample" if options.sample else None
+
+
+def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) -> bool:
+    """Whether the engine decodes this; asked for and not able to, it raises."""
+    if backend == "native" and (why := refusal(decoder, options)) is not None:
+        raise ValueError(f"backend: 'native' was asked for, but {why}")
+    device = decoder.fc_out.weight.device.type
+    return not is_reference("decode", device, backend) and refusal(decoder, options) is None
+
+
+def generate(
+    decoder: "Decoder",
+    packed: PackedDecoder,
+    source: "stepwise.Source",
+    state: "DecoderState",
+    options: DecodingOptions,
+) -> Generated:
+    """See `seq2seq_fast.generate`; arguments are checked already."""
+    B, device = state.hidden.shape[1], state.hidden.device
+    context, mask = state.context, None
+    from_source: list[Tensor] = []
+    if isinstance(source, Tensor):
+        context = source
+    else:
+        keys, powers = source.keys
+        powers = keys.new_empty(0) if powers is None else powers
+        from_source = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+        mask = source.mask
+    whole = [options.bos, options.eos, options.fill, options.min_length, options.beam_size,
+             options.n_best, options.no_repeat_ngram]  # fmt: skip
+    found = torch.ops.seq2seq_fast.decode(
+        packed.weights,
+        decoder.cell_type,
+        decoder.query_after,
+        state.hidden.contiguous(),
+        state.hidden.new_empty(0) if state.cell is None else state.cell.contiguous(),
+        None if context is None else context.contiguous(),
+        from_source,
+        mask,
+        stepwise.row_limits(source, options, B).contiguous(),
+        stepwise.forced(options, B, device).contiguous(),
+        whole,
+        float(options.length_penalty),
+        float(options.coverage_penalty),
+        options.return_weights,
+    )
+    if options.beam_size == 1:
+        found = [x.squeeze(1) if x.dim() > 1 else x for x in found]
+    tokens, lengths, log_probs, scores, finished, weights = found
+    return Generated(
+        tokens, lengths, log_probs, scores, finished, weights if options.return_weights else None
+    )

@@ -1,0 +1,165 @@
+"""How to decode, checked before anything is computed."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """What `generate` is asked for. |Y| counts a hypothesis' tokens, its eos among them.
+
+    Args:
+        bos, eos: token ids, fed first and ending a hypothesis.
+        max_length: most tokens of a hypothesis.
+        max_length_ratio: the same relative to the source: at most floor(ratio |X|), where |X|
+            counts the positions that may be attended to, but at least 1 and the prefix.
+        min_length: no eos before this many tokens, itself among them.
+        pad_idx: fills tokens after the end; None for eos.
+        beam_size: 1 for greedy decoding. More: beam search. Of all continuations of a row's live
+            hypotheses, by summed log-probability, those with eos among the first beam_size end,
+            and the first beam_size others live on.
+        n_best: hypotheses returned of each row, at most beam_size.
+        length_penalty, coverage_penalty: alpha and beta of Wu et al. 2016, by which ended
+            hypotheses are ranked:
+                s(Y, X) = log P(Y | X) / lp(Y) + cp(X, Y),  lp(Y) = ((5 + |Y|) / 6)^alpha,
+                cp(X, Y) = beta sum_s log min(sum_t w[t, s], 1), over s that may be attended to.
+            A row's search stops as soon as none of its live hypotheses can come among its n_best.
+        no_repeat_ngram: no n-gram of this many tokens comes twice in a hypothesis; 0 for no rule.
+        sample: draw each token instead of taking the most probable one.
+        temperature, top_k, top_p: draw from softmax(log p / temperature), of the top_k most
+            probable tokens (0: of all), of the fewest whose probabilities reach top_p (Holtzman
+            et al. 2020).
+        generator: of the draws.
+        prefix: (B, P) or (P,) ids that every hypothesis begins with, parts of its tokens, length
+            and score.
+        return_weights: the attention weights of every token.
+
+    Where min_length or no_repeat_ngram leave a hypothesis no token, it ends with eos. They change
+    what may be chosen, not the log-probabilities of what is.
+    """
+
+    bos: int
+    eos: int
+    max_length: int
+    max_length_ratio: float | None = None
+    min_length: int = 0
+    pad_idx: int | None = None
+    beam_size: int = 1
+    n_best: int = 1
+    length_penalty: float = 0.0
+    coverage_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+    prefix: Tensor | None = None
+    return_weights: bool = False
+
+    @property
+    def fill(self) -> int:
+        return self.eos if self.pad_idx is None else self.pad_idx
+
+    def limits(self, lengths: Tensor) -> Tensor:
+        """The most tokens of each row, given the length of its source."""
+        most = torch.full_like(lengths, self.max_length)
+        if self.max_length_ratio is not None:
+            relative = (self.max_length_ratio * lengths.double()).floor().long()
+            most = torch.minimum(most, relative)
+        least = 1 if self.prefix is None else max(1, self.prefix.shape[-1])
+        return most.clamp_min(least)
+
+
+def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool) -> None:
+    """Raises TypeError or ValueError, naming the option, what came and what was expected."""
+    for name in ("bos", "eos", "pad_idx"):
+        token = getattr(options, name)
+        if token is not None or name != "pad_idx":
+            _whole(name, token, 0, vocabulary - 1)
+    _whole("max_length", options.max_length, 1)
+    _whole("min_length", options.min_length, 0, options.max_length)
+    _whole("beam_size", options.beam_size, 1, vocabulary)
+    _whole("n_best", options.n_best, 1, options.beam_size)
+    _whole("no_repeat_ngram", options.no_repeat_ngram, 0)
+    _whole("top_k", options.top_k, 0)
+    _number("length_penalty", options.length_penalty, 0)
+    _number("coverage_penalty", options.coverage_penalty, 0)
+    _above_zero("temperature", options.temperature)
+    if options.max_length_ratio is not None:
+        _above_zero("max_length_ratio", options.max_length_ratio)
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p: got {options.top_p}, expected above 0 and at most 1")
+    _sampling(options)
+    if not attention:
+        for name in ("coverage_penalty", "return_weights"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"{name}: got {getattr(options, name)}, expected nothing of a decoder"
+                    " without attention"
+                )
+    _prefix(options, batch, vocabulary)
+
+
+def _whole(name: str, x: object, least: int, most: int | None = None) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a whole number")
+    if x < least or (most is not None and x > most):
+        span = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: got {x}, expected {span}")
+
+
+def _number(name: str, x: float, least: float) -> None:
+    if not (math.isfinite(x) and x >= least):
+        raise ValueError(f"{name}: got {x}, expected a finite number, at least {least}")
+
+
+def _above_zero(name: str, x: float) -> None:
+    if not (math.isfinite(x) and x > 0):
+        raise ValueError(f"{name}: got {x}, expected a finite number above 0")
+
+
+def _sampling(options: DecodingOptions) -> None:
+    if options.sample:
+        if options.beam_size > 1:
+            raise ValueError(f"beam_size: got {options.beam_size}, expected 1 with sample")
+        return
+    defaults = {field.name: field.default for field in fields(DecodingOptions)}
+    for name in ("temperature", "top_k", "top_p", "generator"):
+        if getattr(options, name) != defaults[name]:
+            raise ValueError(f"{name}: got {getattr(options, name)}, expected it only with sample")
+
+
+def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
+    prefix: Any = options.prefix
+    if prefix is None:
+        return
+    token_ids("prefix", prefix, vocabulary)
+    if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] != batch):
+        raise ValueError(
+            f"prefix: got shape {tuple(prefix.shape)}, expected (P,) or (B, P) with B = {batch}"
+        )
+    if prefix.shape[-1] > options.max_length:
+        raise ValueError(
+            f"prefix: got {prefix.shape[-1]} tokens, expected at most max_length ="
+            f" {options.max_length}"
+        )
+    if bool((prefix == options.eos).any()):
+        raise ValueError(f"prefix: got eos ({options.eos}) in it, expected none")
+
+
+def token_ids(name: str, x: object, vocabulary: int) -> None:
+    """x: whole numbers below `vocabulary`."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: got {got}, expected a Tensor of int64 or int32 token ids")
+    if x.numel() == 0:
+        return
+    low, high = (int(n) for n in torch.aminmax(x))
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")

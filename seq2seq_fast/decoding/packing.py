@@ -1,0 +1,88 @@
+"""A decoder's weights as the compiled engine reads them: from one end to the other."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.attention_decoder import _weights_of
+
+if TYPE_CHECKING:
+    from ..nn.decoder import Decoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
+
+
+class PackedDecoder(NamedTuple):
+    """A decoder's weights, packed, and which state of the decoder they are of."""
+
+    weights: list[Tensor]  # in the order of PackedDecoder in csrc/cpu/decode_step.h
+    dtype: str
+    state: tuple
+
+
+def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
+    """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
+
+    Embedding, biases and v stay float32, as do all sums. bfloat16 is rounded to nearest; int8 has
+    one scale for each output of a product: w = scale * whole number, scale = max |w| / 127.
+    """
+    state = state_of(decoder)
+    with torch.no_grad():
+        weights = _pack(decoder, DTYPES[dtype])
+    return PackedDecoder(weights, dtype, state)
+
+
+def state_of(decoder: "Decoder") -> tuple:
+    """Equal as long as no parameter has been exchanged, or changed in place by PyTorch."""
+    return tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters()
+    )
+
+
+def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
+    H, kind = decoder.layers.hidden_size, decoder.cell_type
+    layers, w_context = _weights_of(
+        decoder.layers.all_weights, decoder.embedding.embedding_dim, kind
+    )
+    layers[0] = torch.cat([layers[0], w_context], 1)
+    like = decoder.fc_out.weight
+    nothing = like.new_empty(0, 0, WIDTH, dtype=dtype), like.new_empty(0)
+    packed = [decoder.embedding.weight.detach().contiguous()]
+    for i in range(0, len(layers), 3):
+        w_input, w_hidden, bias = layers[i : i + 3]
+        blocks = len(bias) // H
+        if kind == "gru":  # its n has a part of each that must not be added up
+            packed += [*pack_matrix(w_input, 3, dtype), *pack_matrix(w_hidden, 3, dtype)]
+        else:
+            both = torch.cat([w_input, w_hidden], 1)
+            packed += [*pack_matrix(both, blocks, dtype), *nothing]
+        packed.append(pack_rows(bias[:, None], blocks).flatten())
+    query = None if decoder.attention is None else decoder.attention.Wa
+    packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
+    return packed + _pack_linear(decoder.fc_out, dtype)
+
+
+def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
+    bias = pack_rows(linear.bias[:, None], 1).flatten()
+    return [*pack_matrix(linear.weight, 1, dtype), bias]
+
+
+def pack_rows(w: Tensor, blocks: int) -> Tensor:
+    """w (blocks * N, K) -> panels (P, K, blocks * unit), each of `unit` rows of every block; the
+    last one is filled up with zeros. So the gates of a unit lie in one panel."""
+    unit = WIDTH if blocks == 1 else UNIT
+    n = -(len(w) // blocks) % unit
+    rows = F.pad(w.unflatten(0, (blocks, -1)), (0, 0, 0, n))
+    return rows.unflatten(1, (-1, unit)).permute(1, 3, 0, 2).flatten(2).contiguous()
+
+
+def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Panels of w (blocks * N, K), and the scale of each of their columns; none but of int8."""
+    if dtype != torch.int8:
+        return pack_rows(w.to(dtype), blocks), w.new_empty(0)
+    scale = w.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    whole = (w / scale[:, None]).round().to(torch.int8)
+    return pack_rows(whole, blocks), pack_rows(scale[:, None], blocks).flatten()

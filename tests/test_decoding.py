@@ -1,0 +1,619 @@
+"""Decoding: the compiled engine against plain PyTorch, and both against definitions."""
+
+import copy
+import itertools
+import math
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import seq2seq_fast as s2s
+from seq2seq_fast import decoding
+from seq2seq_fast.decoding import native, stepwise
+from seq2seq_fast.decoding.packing import pack_decoder, pack_matrix
+
+BOS, EOS, V_SRC = 1, 2, 13
+KINDS = [  # cell_type, attention, query_after
+    ("lstm", True, False),
+    ("lstm", True, True),
+    ("gru", True, False),
+    ("gru", True, True),
+    ("rnn", True, False),
+    ("lstm", False, False),
+    ("gru", False, False),
+]
+
+
+def make(kind=KINDS[0], V=11, H=13, layers=2, seed=0, pad_idx=0, size=4.0):
+    """A model whose next tokens are neither certain nor all alike."""
+    cell_type, attention, query_after = kind
+    torch.manual_seed(seed)
+    encoder = s2s.Encoder(V_SRC, 5, H, layers, 0.0, cell_type=cell_type)
+    decoder = s2s.Decoder(
+        V, 6, H, layers, 0.0, cell_type=cell_type, attention=attention, query_after=query_after
+    )
+    model = s2s.Seq2Seq(encoder, decoder, pad_idx).eval()
+    with torch.no_grad():
+        for name, p in decoder.named_parameters():
+            if name.startswith(("fc_out", "embedding", "attention")):
+                p.mul_(size)
+    return model
+
+
+def sources(B, S, seed=0):
+    """Rows of different lengths, filled up with padding."""
+    g = torch.Generator().manual_seed(seed)
+    src = torch.randint(1, V_SRC, (B, S), generator=g)
+    lengths = torch.randint(1, S + 1, (B, 1), generator=g)
+    lengths[0] = S
+    return src.masked_fill(torch.arange(S) >= lengths, 0)
+
+
+@torch.no_grad()
+def rescored(model, src, found):
+    """log P of each hypothesis, in float64, by the model's own forward pass."""
+    exact = copy.deepcopy(model).double()
+    tokens, lengths = found.tokens, found.lengths
+    if tokens.dim() == 3:
+        src = src.repeat_interleave(tokens.shape[1], 0)
+        tokens, lengths = tokens.flatten(0, 1), lengths.flatten()
+    trg = torch.cat([torch.full_like(tokens[:, :1], BOS), tokens], 1)
+    log_p = exact.score(src, trg).token_log_probs
+    log_p = log_p.masked_fill(torch.arange(log_p.shape[1]) >= lengths[:, None], 0)
+    return log_p.sum(1).view(found.lengths.shape)
+
+
+def check_same(model, src, ours, plain):
+    """Equal, but for ties within rounding: hypotheses that differ must have equal scores."""
+    there = plain.lengths > 0
+    assert torch.equal(ours.lengths > 0, there)
+    torch.testing.assert_close(ours.scores, plain.scores, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours.log_probs, plain.log_probs, rtol=1e-4, atol=1e-4)
+    exact = rescored(model, src, ours).float()
+    torch.testing.assert_close(ours.log_probs[there], exact[there], rtol=1e-5, atol=5e-5)
+    if ours.tokens.shape == plain.tokens.shape and torch.equal(ours.tokens, plain.tokens):
+        assert torch.equal(ours.lengths, plain.lengths)
+        assert torch.equal(ours.finished, plain.finished)
+        if plain.weights is None:
+            assert ours.weights is None
+        else:
+            torch.testing.assert_close(ours.weights, plain.weights, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "max_length": st.integers(2, 9),
+        "min_length": st.integers(0, 2),
+        "beam_size": st.sampled_from([1, 1, 2, 3, 5]),
+        "length_penalty": st.sampled_from([0.0, 0.6, 1.5]),
+        "no_repeat_ngram": st.integers(0, 3),
+        "max_length_ratio": st.sampled_from([None, 0.5, 1.3]),
+        "pad_idx": st.sampled_from([None, 0]),
+        "return_weights": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    options=OPTIONS,
+    coverage_penalty=st.sampled_from([0.0, 0.0, 0.4]),
+    P=st.sampled_from([0, 0, 2]),
+    B=st.integers(1, 5),
+    S=st.integers(1, 19),
+    H=st.sampled_from([1, 7, 16, 70]),
+    layers=st.integers(1, 3),
+    V=st.sampled_from([5, 11, 64, 130]),
+    seed=st.integers(0, 100),
+)
+def test_the_engine_decodes_as_plain_pytorch_does(
+    kind, options, coverage_penalty, P, B, S, H, layers, V, seed
+):
+    model, src = make(kind, V, H, layers, seed), sources(B, S, seed)
+    if not kind[1]:
+        coverage_penalty, options = 0.0, options | {"return_weights": False}
+    options = options | {
+        "n_best": min(options["beam_size"], 1 + seed % 3),
+        "coverage_penalty": coverage_penalty,
+        "prefix": torch.randint(3, V, (B, P)) if P else None,
+    }
+    results = [
+        model.generate(src, bos=BOS, eos=EOS, backend=backend, **options)
+        for backend in ("native", "reference")
+    ]
+    check_same(model, src, *results)
+
+
+def test_ten_thousand_rows_have_the_reference_s_tokens():
+    """Differences must be ties: the two tokens' log-probabilities equal to float32's rounding."""
+    model, differing, rows = make(V=40, H=32), 0, 0
+    for seed in range(20):
+        src = sources(500, 9, seed)
+        ours, plain = (
+            model.generate(src, bos=BOS, eos=EOS, max_length=12, backend=b)
+            for b in ("native", "reference")
+        )
+        rows += len(src)
+        n = min(ours.tokens.shape[1], plain.tokens.shape[1])
+        for b in (ours.tokens[:, :n] != plain.tokens[:, :n]).any(1).nonzero().flatten().tolist():
+            differing += 1
+            t = int((ours.tokens[b, :n] != plain.tokens[b, :n]).nonzero()[0])
+            pair = [torch.cat([torch.tensor([BOS]), r.tokens[b, : t + 1]]) for r in (ours, plain)]
+            exact = copy.deepcopy(model).double()
+            a, c = (exact.score(src[b, None], x[None]).log_probs.item() for x in pair)
+            assert abs(a - c) < 1e-4, (b, t, a, c)
+    assert rows == 10_000 and differing < 10
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind):
+    """Bit for bit, from what an encoder made of it."""
+    model, src = make(kind, V=70, H=40), sources(67, 7)
+    source, state = model.encode(src)
+    for options in ({}, {"beam_size": 4, "n_best": 4, "length_penalty": 1.0}):
+        options |= {"bos": BOS, "eos": EOS, "max_length": 12, "backend": "native"}
+        together = s2s.generate(model.decoder, source, state, **options)
+        for b in range(0, 67, 11):
+            row = torch.tensor([b])
+            alone = s2s.generate(
+                model.decoder,
+                stepwise.take_source(source, row),
+                stepwise.take_state(state, row),
+                **options,
+            )
+            assert torch.equal(alone.scores[0], together.scores[b])
+            n = alone.tokens.shape[-1]
+            assert torch.equal(alone.tokens[0], together.tokens[b, ..., :n])
+
+
+def test_threads_do_not_change_the_result():
+    model, src = make(V=700, H=64), sources(9, 7)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(model.generate(src, bos=BOS, eos=EOS, max_length=12, beam_size=3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(found[0].tokens, other.tokens)
+        assert torch.equal(found[0].scores, other.scores)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_wide_beam_finds_the_best_of_all_sequences(backend):
+    """With as many beams as tokens nothing of two steps is lost."""
+    model, src = make(V=6), sources(3, 5)
+    found = model.generate(
+        src, bos=BOS, eos=EOS, max_length=2, beam_size=6, n_best=3, backend=backend
+    )
+    others = [v for v in range(6) if v != EOS]
+    sequences = [(EOS, EOS), *((v, EOS) for v in others)]
+    for b in range(3):
+        trg = torch.tensor([(BOS, *s) for s in sequences])
+        log_p = model.score(src[b, None].expand(len(trg), -1), trg, eos=EOS).log_probs
+        best = log_p.topk(3)
+        expected = [list(sequences[i]) for i in best.indices]
+        assert found.tokens[b].tolist() == expected
+        torch.testing.assert_close(found.log_probs[b], best.values.detach())
+        assert found.finished[b].all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 2.0])
+def test_the_early_stop_changes_nothing(alpha, monkeypatch):
+    model, src = make(V=9, size=2.0), sources(8, 6)
+    with torch.no_grad():
+        model.decoder.fc_out.bias[EOS] += 3
+    options = {"bos": BOS, "eos": EOS, "max_length": 25, "beam_size": 3, "n_best": 2}
+    options["length_penalty"] = alpha
+    stopped = [model.generate(src, backend=b, **options) for b in ("native", "reference")]
+    steps = []
+    step = s2s.Decoder.step
+    monkeypatch.setattr(
+        s2s.Decoder, "step", lambda self, *a: steps.append(len(a[0])) or step(self, *a)
+    )
+    model.generate(src, backend="reference", **options)
+    with_stop = sum(steps)
+    steps.clear()
+    monkeypatch.setattr(stepwise.Ended, "complete", lambda *_: False)
+    full = model.generate(src, backend="reference", **options)
+    assert with_stop < sum(steps)  # it does stop early
+    for found in stopped:
+        assert torch.equal(found.tokens, full.tokens)
+        torch.testing.assert_close(found.scores, full.scores)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_scores_follow_the_formulas(backend, beam_size):
+    model, src = make(), sources(6, 8)
+    alpha, beta = 0.8, 0.3
+    found = model.generate(
+        src, bos=BOS, eos=EOS, max_length=9, beam_size=beam_size, n_best=beam_size,
+        length_penalty=alpha, coverage_penalty=beta, return_weights=True, backend=backend,
+    )  # fmt: skip
+    shape = found.lengths.shape
+    if beam_size > 1:  # the best come first, and all that ended before what did not
+        order = found.scores - 1e6 * (~found.finished).float()
+        assert (order.diff(dim=-1) <= 0).all()
+    log_probs = rescored(model, src, found)
+    torch.testing.assert_close(found.log_probs, log_probs.float(), rtol=1e-5, atol=1e-5)
+    attended = src != 0
+    for i in itertools.product(*map(range, shape)):
+        n = int(found.lengths[i])
+        w = found.weights[i]
+        torch.testing.assert_close(w[:n].sum(-1), torch.ones(n))
+        assert (w[n:] == 0).all() and (w[:, ~attended[i[0]]] == 0).all()
+        covered = w.sum(0)[attended[i[0]]].clamp(max=1)
+        score = float(log_probs[i]) / ((5 + n) / 6) ** alpha
+        score += beta * sum(math.log(c) for c in covered.tolist())
+        assert float(found.scores[i]) == pytest.approx(score, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rules_are_kept(backend, beam_size):
+    model, src = make(V=7), sources(20, 8)
+    prefix = torch.tensor([3, 4, 3])
+    found = model.generate(
+        src, bos=BOS, eos=EOS, max_length=12, max_length_ratio=1.5, min_length=5, pad_idx=0,
+        no_repeat_ngram=2, beam_size=beam_size, n_best=beam_size, prefix=prefix, backend=backend,
+    )  # fmt: skip
+    lengths = (src != 0).sum(1)
+    limits = (lengths * 1.5).floor().long().clamp(3, 12)
+    found = [x if beam_size > 1 else x.unsqueeze(1) for x in found[:5]]
+    tokens, n, _, _, finished = found
+    assert tokens.shape[2] == n.max() and (n <= limits[:, None]).all()
+    for b, i in itertools.product(range(20), range(beam_size)):
+        length = int(n[b, i])
+        if length == 0:
+            continue
+        row = tokens[b, i].tolist()
+        assert row[:3] == [3, 4, 3] and set(row[length:]) <= {0}
+        assert (row[length - 1] == EOS) == bool(finished[b, i]) and EOS not in row[: length - 1]
+        grams = list(itertools.pairwise(row[:length]))
+        assert len(set(grams)) == len(grams)
+        if finished[b, i]:
+            assert length >= 5
+        else:
+            assert length == limits[b]
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_where_no_token_is_left_eos_is_taken(backend, beam_size):
+    """Each token once: after all of them nothing but eos, whatever min_length says."""
+    model, src = make(V=4), sources(3, 4)
+    found = model.generate(
+        src, bos=BOS, eos=EOS, max_length=9, min_length=9, no_repeat_ngram=1, beam_size=beam_size,
+        backend=backend,
+    )  # fmt: skip
+    assert (found.lengths == 4).all() and found.finished.all()
+    assert (found.tokens.sort(-1).values == torch.tensor([0, 1, 2, 3])).all()
+
+
+def test_special_sources():
+    """All padding: no context at all. No rows: empty results."""
+    model = make()
+    src = torch.zeros(2, 5, dtype=torch.int64)
+    ours, plain = (
+        model.generate(src, bos=BOS, eos=EOS, max_length=5, return_weights=True, backend=b)
+        for b in ("native", "reference")
+    )
+    assert torch.equal(ours.tokens, plain.tokens) and (ours.weights == 0).all()
+    for beam_size, shape in ((1, (0, 0)), (3, (0, 1, 0))):
+        for sample in (False, beam_size == 1):
+            found = model.generate(
+                src[:0], bos=BOS, eos=EOS, max_length=5, beam_size=beam_size, sample=sample,
+                return_weights=True,
+            )  # fmt: skip
+            assert found.tokens.shape == shape and found.tokens.dtype == torch.int64
+            assert found.scores.shape == found.lengths.shape == found.finished.shape == shape[:-1]
+            assert found.weights.shape == (*shape, 5)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_logits_that_are_not_finite(beam_size):
+    """-inf is never chosen while there is another token; NaN ends in what plain PyTorch ends in."""
+    src = sources(3, 5)
+    for value, token in ((-math.inf, 5), (math.nan, 5), (1e30, 6)):
+        model = make()
+        with torch.no_grad():
+            model.decoder.fc_out.bias[token] = value
+        ours, plain = (
+            model.generate(src, bos=BOS, eos=EOS, max_length=6, beam_size=beam_size, backend=b)
+            for b in ("native", "reference")
+        )
+        assert torch.equal(ours.tokens, plain.tokens)
+        torch.testing.assert_close(ours.scores, plain.scores, equal_nan=True)
+        assert value != -math.inf or (ours.tokens != token).all()
+
+
+def test_sampling_draws_from_the_stated_distribution():
+    model = make(V=5, pad_idx=None)
+    src = sources(1, 4).expand(20_000, -1)
+    trg = torch.tensor([[BOS, v] for v in range(5)])
+    log_p = model.score(src[:5], trg).log_probs.detach()
+
+    def frequencies(**options):
+        g = torch.Generator().manual_seed(0)
+        found = model.generate(
+            src, bos=BOS, eos=EOS, max_length=1, sample=True, generator=g, **options
+        )
+        torch.testing.assert_close(found.log_probs, log_p[found.tokens[:, 0]], rtol=1e-4, atol=1e-5)
+        return found.tokens[:, 0].bincount(minlength=5) / len(src)
+
+    def close(got, want):
+        assert ((got - want).abs() < 4 * (want * (1 - want) / len(src)).sqrt() + 1e-9).all()
+
+    p = log_p.exp()
+    close(frequencies(), p)
+    close(frequencies(temperature=2.0), (log_p / 2).softmax(0))
+    top = p.topk(2)
+    close(
+        frequencies(top_k=2),
+        torch.zeros(5).index_copy(0, top.indices, top.values / top.values.sum()),
+    )
+    ordered = p.sort(descending=True)
+    enough = float(ordered.values[:3].sum()) - 1e-3  # so that the third is needed
+    kept = ordered.values[:3] / ordered.values[:3].sum()
+    close(frequencies(top_p=enough), torch.zeros(5).index_copy(0, ordered.indices[:3], kept))
+    assert frequencies(top_k=1)[p.argmax()] == 1
+
+
+def test_a_generator_s_state_decides_the_draws():
+    model, src = make(), sources(9, 5)
+
+    def draw(seed):
+        g = torch.Generator().manual_seed(seed)
+        return model.generate(src, bos=BOS, eos=EOS, max_length=8, sample=True, generator=g).tokens
+
+    assert torch.equal(draw(1), draw(1))
+    assert draw(1).shape != draw(2).shape or not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_score_is_the_forward_pass_log_softmax(kind):
+    model, src = make(kind), sources(4, 6)
+    trg = torch.randint(3, 11, (4, 7))
+    trg[1, 3] = trg[2, 0] = EOS  # the first token is only fed
+    logits = model(src, trg, 1.0)[:, 1:]
+    want = logits.log_softmax(-1).gather(2, trg[:, 1:, None]).squeeze(2)
+    scored = model.score(src, trg)
+    torch.testing.assert_close(scored.token_log_probs, want)
+    torch.testing.assert_close(scored.log_probs, want.sum(1))
+    want[1, 3:] = 0
+    until = model.score(src, trg, eos=EOS)
+    torch.testing.assert_close(until.token_log_probs, want)
+    if kind[1]:
+        assert (until.weights[1, 3:] == 0).all() and scored.weights.shape == (4, 6, 6)
+    else:
+        assert scored.weights is None
+    grad = torch.autograd.grad(until.log_probs.sum(), model.decoder.fc_out.weight)[0]
+    assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_reduced_weights_decode_as_the_same_numbers_in_float32(dtype, kind):
+    """An engine with reduced weights is the float32 engine of a model that has those weights."""
+    model, src = make(kind, V=70, H=33), sources(30, 7)
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for w in weights_of(rounded.decoder, whole=dtype == "int8"):
+            if dtype == "bfloat16":
+                w.copy_(w.bfloat16().float())
+            else:
+                scale = w.abs().amax(1, keepdim=True) / 127
+                w.copy_((w / scale).round() * scale)
+        if dtype == "int8":
+            split_back(rounded.decoder)
+    options = {"bos": BOS, "eos": EOS, "max_length": 10}
+    model.prepare_inference(dtype)
+    assert model.decoder.packed.dtype == dtype
+    ours, want = model.generate(src, **options), rounded.generate(src, **options)
+    same = [torch.equal(a, b) for a, b in zip(ours.tokens, want.tokens, strict=True)]
+    assert sum(same) >= 29  # a tie may be decided otherwise
+    rows = torch.tensor(same)
+    torch.testing.assert_close(ours.log_probs[rows], want.log_probs[rows], rtol=1e-4, atol=1e-3)
+
+
+def weights_of(decoder, whole):
+    """The matrices that are reduced. A scale belongs to a whole row of [input; hidden] of a cell
+    other than GRU: with `whole` those are joined, for split_back to part again."""
+    weights = [decoder.fc_out.weight]
+    if decoder.attention is not None:
+        weights.append(decoder.attention.Wa.weight)
+    decoder.joined = []
+    for w_input, w_hidden, _, _ in decoder.layers.all_weights:
+        if whole and decoder.cell_type != "gru":
+            decoder.joined.append(torch.cat([w_input, w_hidden], 1))
+            weights.append(decoder.joined[-1])
+        else:
+            weights += [w_input, w_hidden]
+    return weights
+
+
+def split_back(decoder):
+    for joined, (w_input, w_hidden, _, _) in zip(
+        decoder.joined, decoder.layers.all_weights, strict=False
+    ):
+        w_input.copy_(joined[:, : w_input.shape[1]])
+        w_hidden.copy_(joined[:, w_input.shape[1] :])
+
+
+def test_packed_panels_hold_the_matrix():
+    w = torch.randn(4 * 19, 7)
+    data, scale = pack_matrix(w, 4, torch.float32)
+    assert data.shape == (2, 7, 64) and scale.numel() == 0
+    for gate, unit in ((0, 0), (3, 18), (2, 16), (1, 15)):
+        panel, lane = divmod(unit, 16)
+        assert torch.equal(data[panel, :, gate * 16 + lane], w[gate * 19 + unit])
+    assert (data[1].view(7, 4, 16)[:, :, 3:] == 0).all()
+    data, scale = pack_matrix(w, 1, torch.int8)
+    restored = (data.float() * scale.view(2, 1, 64)).permute(0, 2, 1).reshape(128, 7)[:76]
+    assert ((restored - w).abs() <= w.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+
+
+def test_prepared_weights_follow_the_parameters():
+    model, src = make().prepare_inference(), sources(5, 6)
+    names = set(model.state_dict())
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    before = model.generate(src, **options)
+    kept = model.decoder.packed
+    model.generate(src, **options)
+    assert model.decoder.packed is kept and set(model.state_dict()) == names
+    with torch.no_grad():
+        model.decoder.fc_out.weight.mul_(-1)
+    after = model.generate(src, **options)
+    assert model.decoder.packed is not kept and model.decoder.packed.dtype == "float32"
+    assert torch.equal(after.tokens, model.generate(src, backend="reference", **options).tokens)
+    model.load_state_dict(make().state_dict())
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.generate(src, **options).tokens, before.tokens)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+
+
+def test_many_threads_at_once():
+    model = make(V=300, H=48).prepare_inference()
+    inputs = [sources(1 + i % 3, 5 + i % 4, i) for i in range(8)]
+    options = {"bos": BOS, "eos": EOS, "max_length": 20, "beam_size": 3}
+    want = [model.generate(src, **options) for src in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            found = model.generate(inputs[i], **options)
+            if not (
+                torch.equal(found.tokens, want[i].tokens)
+                and torch.equal(found.scores, want[i].scores)
+            ):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_python_goes_on_meanwhile():
+    """The engine runs without the GIL: another thread's Python counts on."""
+    model, src = make(V=2000, H=128, size=1.0), sources(64, 9)
+    source, state = model.encode(src)
+    packed = pack_decoder(model.decoder, "float32")
+    asked = decoding.DecodingOptions(bos=BOS, eos=EOS, max_length=60, min_length=60)
+    running, counted = threading.Event(), []
+
+    def decode():
+        running.set()
+        with torch.no_grad():
+            native.generate(model.decoder, packed, source, state, asked)
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    running.wait()
+    while thread.is_alive():
+        counted.append(1)
+    thread.join()
+    assert len(counted) > 1000
+
+
+def test_training_mode_warns_once_and_decodes_without_dropout(monkeypatch):
+    monkeypatch.setattr(decoding, "_warned", False)
+    torch.manual_seed(0)
+    parts = [cls(V_SRC, 6, 8, 2, 0.5) for cls in (s2s.Encoder, s2s.Decoder)]
+    model, src = s2s.Seq2Seq(*parts), sources(3, 5)
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    with pytest.warns(UserWarning, match="training mode"):
+        first = model.generate(src, **options)
+    assert model.training and model.decoder.training
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = model.generate(src, **options)
+        plain = model.eval().generate(src, backend="reference", **options)
+    assert torch.equal(first.tokens, again.tokens) and torch.equal(first.tokens, plain.tokens)
+
+
+def test_other_dtypes_decode_step_by_step():
+    model, src = make().double(), sources(3, 5)
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    found = model.generate(src, **options)
+    assert torch.equal(found.tokens, make().generate(src, **options).tokens)
+    with pytest.raises(ValueError, match=r"backend: 'native'.*float64"):
+        model.generate(src, backend="native", **options)
+
+
+GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"bos": 11}, ValueError, "bos: got 11, expected 0 to 10"),
+        ({"eos": -1}, ValueError, "eos: got -1, expected 0 to 10"),
+        ({"eos": 2.0}, TypeError, "eos: got float, expected a whole number"),
+        ({"pad_idx": 11}, ValueError, "pad_idx: got 11"),
+        ({"max_length": 0}, ValueError, "max_length: got 0, expected at least 1"),
+        ({"min_length": 7}, ValueError, "min_length: got 7, expected 0 to 6"),
+        ({"beam_size": 12}, ValueError, "beam_size: got 12, expected 1 to 11"),
+        ({"beam_size": 2, "n_best": 3}, ValueError, "n_best: got 3, expected 1 to 2"),
+        ({"length_penalty": math.inf}, ValueError, "length_penalty: got inf, expected a finite"),
+        ({"coverage_penalty": math.nan}, ValueError, "coverage_penalty: got nan"),
+        ({"length_penalty": -1.0}, ValueError, "length_penalty: got -1.0"),
+        ({"max_length_ratio": 0.0}, ValueError, "max_length_ratio: got 0.0"),
+        ({"no_repeat_ngram": -1}, ValueError, "no_repeat_ngram: got -1"),
+        ({"sample": True, "temperature": 0.0}, ValueError, "temperature: got 0.0"),
+        ({"sample": True, "top_p": 0.0}, ValueError, "top_p: got 0.0"),
+        ({"sample": True, "beam_size": 2}, ValueError, "beam_size: got 2, expected 1 with sample"),
+        ({"top_k": 3}, ValueError, "top_k: got 3, expected it only with sample"),
+        ({"prefix": torch.ones(7, dtype=torch.int64)}, ValueError, "prefix: got 7 tokens"),
+        (
+            {"prefix": torch.ones(2, 2, dtype=torch.int64)},
+            ValueError,
+            r"prefix: got shape \(2, 2\)",
+        ),
+        ({"prefix": torch.tensor([11])}, ValueError, "prefix: got token id 11"),
+        ({"prefix": torch.tensor([3, EOS])}, ValueError, "prefix: got eos"),
+        ({"prefix": [3]}, TypeError, "prefix: got list"),
+        ({"backend": "triton"}, ValueError, "backend: got 'triton'"),
+        ({"beams": 3}, TypeError, "beams"),
+    ],
+    ids=lambda x: None if isinstance(x, type) else str(x),
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        make().generate(sources(3, 5), **GOOD | options)
+
+
+def test_other_bad_input_is_refused():
+    model, src = make(), sources(3, 5)
+    bare = make(KINDS[5])
+    for option in ({"return_weights": True}, {"coverage_penalty": 0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: .*without attention"):
+            bare.generate(src, **GOOD, **option)
+    source, state = model.encode(src)
+    with pytest.raises(ValueError, match="hidden: got shape"):
+        s2s.generate(model.decoder, source, state._replace(hidden=state.hidden[:, :2]), **GOOD)
+    with pytest.raises(TypeError, match="cell: got NoneType"):
+        s2s.generate(model.decoder, source, state._replace(cell=None), **GOOD)
+    with pytest.raises(ValueError, match="trg: got shape"):
+        model.score(src, torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="trg: got torch.float32"):
+        model.score(src, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="trg: got token id 11"):
+        model.score(src, torch.full((3, 4), 11))
+    with pytest.raises(ValueError, match="dtype: got 'int4'"):
+        model.prepare_inference("int4")
+    with pytest.raises(ValueError, match="decoder: is torch.float64"):
+        make().double().prepare_inference()
+    assert model.decoder.packed is None
