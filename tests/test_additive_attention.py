@@ -54,7 +54,7 @@ def test_parity(shape, dtype, size, on):
     names = ("context", "weights", "query", "keys", "values", "v", "bias")
     ratios = {name: [] for name in names}
     eps = torch.finfo(dtype).eps
-    for seed in range(5):
+    for seed in range(on.draws):
         g = torch.Generator().manual_seed(seed)
         mask, bias = torch.rand(B, T, S, generator=g) < 0.7, torch.randn(B, 1, S, generator=g)
         *tensors, mask, bias = on.put(*inputs(shape, dtype, size, seed), mask, bias.to(dtype))
@@ -71,7 +71,7 @@ def test_parity(shape, dtype, size, on):
             ratios[name].append(o / (2 * p + eps * top + 1e-30))
     for name, ratio in ratios.items():
         if dtype != torch.float64:
-            assert sorted(ratio)[2] <= 1 and max(ratio) <= 5, (name, ratio)
+            assert sorted(ratio)[len(ratio) // 2] <= 1 and max(ratio) <= 5, (name, ratio)
 
 
 def test_the_extension_was_built():
@@ -235,6 +235,11 @@ def test_reference_passes_gradcheck():
         (dict(mask=torch.ones(2, 4)), TypeError, "mask"),
         (dict(mask=torch.ones(2, 5, dtype=torch.bool)), ValueError, "mask"),
         (dict(score_bias=torch.ones(3, 4)[:2]), ValueError, "score_bias"),
+        (
+            dict(keys=torch.empty(2, 4, 5, device="meta")),
+            ValueError,
+            "keys: is on meta, expected cpu",
+        ),
         (dict(backend="nope"), ValueError, "backend"),
     ],
 )

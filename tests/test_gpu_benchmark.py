@@ -152,9 +152,11 @@ def test_what_is_said_of_a_command(code, seconds, said, capsys):
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("part", [gpu.suite, lambda x: gpu.sanitizer(x)[5:]])
-def test_the_device_suite_can_be_collected(part):
-    said = gpu.ran([*part(["native", "triton"]), "--collect-only"], 60)
+def test_the_device_suite_can_be_collected():
+    compute_sanitizer = gpu.sanitizer(["native", "triton", "reference"])
+    command = compute_sanitizer[compute_sanitizer.index(sys.executable) :]
+    assert "cuda:triton" in command and "cuda:reference" not in command
+    said = gpu.ran([*command, "--collect-only"], 60)
     assert said.startswith("passed: ") and "no tests" not in said
 
 
@@ -195,6 +197,5 @@ class TestCeilings:
             assert self.cubin(kernel)[:4] == b"\x7fELF"
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
-    @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-    def test_the_barriers_compile(self, arch, ceilings, tmp_path):
-        assert ceilings.compile_barriers(tmp_path, arch).stat().st_size > 0
+    def test_the_barriers_compile(self, ceilings, tmp_path):
+        assert ceilings.compile_barriers(tmp_path, "sm_90").stat().st_size > 0

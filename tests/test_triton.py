@@ -196,8 +196,14 @@ BUDGETED = {
 
 @compiled
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [x for x in KERNELS if x.split()[0] in BUDGETED])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((x, "fp32") for x in KERNELS if x.split()[0] in BUDGETED),
+        # The other kernels have numbers of the inputs' dtype nowhere in their main loops.
+        *((x, "bf16") for x in KERNELS if x.startswith("one_query")),
+    ],
+)
 def test_instruction_budgets(name, dtype, within_budget):
     kernel, per_iteration = BUDGETED[name.split()[0]]
     within_budget(

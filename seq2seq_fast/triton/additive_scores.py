@@ -110,14 +110,13 @@ def prepare_kernel(
 
 @triton.jit
 def _pair(total, q0, q1, q2, q3, k, v_pair, SMALL: tl.constexpr):
-    minus_sum, v0, v1 = v_pair
     if SMALL:
         z0, z1 = tl.fma(q0, k[0], q2), tl.fma(q1, k[1], q3)
-        numerator = tl.fma(v0, z0, tl.fma(v1, z1, (-minus_sum * z0) * z1))
+        numerator = tl.fma(v_pair[1], z0, tl.fma(v_pair[2], z1, (-v_pair[0] * z0) * z1))
         d0 = z0 + 1.0
         denominator = tl.fma(d0, z1, d0)
     else:
-        numerator = tl.fma(q1, k[4], tl.fma(q0, k[3], tl.fma(q2, k[5], minus_sum)))
+        numerator = tl.fma(q1, k[4], tl.fma(q0, k[3], tl.fma(q2, k[5], v_pair[0])))
         denominator = tl.fma(q1, k[1], tl.fma(q0, k[0], tl.fma(q2, k[2], 1.0)))
     return tl.fma(numerator, reciprocal(denominator), total)
 
@@ -140,6 +139,24 @@ def _four_queries(a0, a1, a2, a3, q, k, v_pair, SMALL: tl.constexpr, THREADS: tl
 
 
 @triton.jit
+def _of_v(at, pairs, SMALL: tl.constexpr):
+    if SMALL:
+        return tl.load(at), tl.load(at + pairs), tl.load(at + 2 * pairs)
+    else:
+        return (tl.load(at),)
+
+
+@triton.jit
+def _of_keys(k, SMALL: tl.constexpr):
+    if SMALL:
+        return tl.load(k + 6 * _BLOCK), tl.load(k + 7 * _BLOCK)
+    else:
+        k0, k1, kk = tl.load(k), tl.load(k + _BLOCK), tl.load(k + 2 * _BLOCK)
+        vk0, vk1 = tl.load(k + 3 * _BLOCK), tl.load(k + 4 * _BLOCK)
+        return k0, k1, kk, vk0, vk1, tl.load(k + 5 * _BLOCK)
+
+
+@triton.jit
 def _fast(q, k, v_pairs, pairs, first, last, SMALL: tl.constexpr, THREADS: tl.constexpr):
     """Sums over pairs of features [first, last), an even number; (threads, 4) for each query."""
     a0 = tl.zeros((THREADS, _COLUMNS), tl.float32)
@@ -149,15 +166,8 @@ def _fast(q, k, v_pairs, pairs, first, last, SMALL: tl.constexpr, THREADS: tl.co
     k += first * (_K_STREAMS * _BLOCK)
     for pair in range(first, last, UNROLL):
         for i in tl.static_range(UNROLL):
-            v_pair = (tl.load(v_pairs + pair + i),) * 3
-            if SMALL:
-                v0 = tl.load(v_pairs + pairs + pair + i)
-                v_pair = v_pair[0], v0, tl.load(v_pairs + 2 * pairs + pair + i)
-                ks = tl.load(k + 6 * _BLOCK), tl.load(k + 7 * _BLOCK)
-            else:
-                k0, k1, kk = tl.load(k), tl.load(k + _BLOCK), tl.load(k + 2 * _BLOCK)
-                vk0, vk1 = tl.load(k + 3 * _BLOCK), tl.load(k + 4 * _BLOCK)
-                ks = k0, k1, kk, vk0, vk1, tl.load(k + 5 * _BLOCK)
+            v_pair = _of_v(v_pairs + pair + i, pairs, SMALL)
+            ks = _of_keys(k, SMALL)
             a0, a1, a2, a3 = _four_queries(a0, a1, a2, a3, q, ks, v_pair, SMALL, THREADS)
             a4, a5, a6, a7 = _four_queries(a4, a5, a6, a7, q + 4, ks, v_pair, SMALL, THREADS)
             q += _Q_STREAMS * _BLOCK

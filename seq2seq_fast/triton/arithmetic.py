@@ -8,9 +8,9 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 _PTX = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 
-# Where max|query| + max|keys| is outside of this, tanh itself is computed. Below, what is left of
-# exp(2q) exp(2k) - 1 is rounded too coarsely. Above, exp(4 (q + k)), which the fast paths meet,
-# could overflow when multiplied by a v of at most _LARGE_V.
+# Of max|query| + max|keys|. Below _SMALL, what is left of exp(2q) exp(2k) - 1 is rounded too
+# coarsely, and has to be made otherwise. From _LARGE on, tanh itself is computed: exp(4 (q + k)),
+# which the fast paths meet, could overflow when multiplied by a v of at most _LARGE_V.
 _SMALL = tl.constexpr(1.0)
 _LARGE = tl.constexpr(16.0)
 _LARGE_V = tl.constexpr(1e5)
@@ -69,12 +69,6 @@ def tanh(x):
 def magnitude(x):
     """|x|, and infinity for NaN, so that a maximum shows it."""
     return tl.where(x == x, tl.abs(x), float("inf"))
-
-
-@triton.jit
-def is_moderate(m):
-    """Whether max|query| + max|keys| = m lets the paths without tanh be taken."""
-    return (m >= _SMALL) & (m < _LARGE)
 
 
 @triton.jit
