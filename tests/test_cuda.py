@@ -7,6 +7,7 @@ import pytest
 import test_additive_attention as plain
 import test_machinery as machinery
 import torch
+from conftest import Target
 
 import seq2seq_fast as s2s
 from seq2seq_fast import reference
@@ -17,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(cuda_on_cpu.COMPILER) is None, reason="no host compiler here"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ON = Target("cpu", "native")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,10 @@ def ops():
 @pytest.fixture(autouse=True)
 def on_cuda_kernels(ops, monkeypatch):
     """The public functions run on them, and new tensors are NaN until they are written."""
-    monkeypatch.setattr(module, "_ops", ops)
+    monkeypatch.setattr(module, "_ops", ops)  # prepare_keys
+    for name, backend in module._OPS:
+        if backend == "native":
+            monkeypatch.setitem(module._OPS, (name, backend), getattr(ops, name))
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -68,7 +73,7 @@ LARGER = [
 @pytest.mark.parametrize(("dtype", "size"), CASES, ids=str)
 @pytest.mark.parametrize("shape", plain.SHAPES + LARGER, ids=str)
 def test_parity(shape, dtype, size):
-    plain.test_parity(shape, dtype, size)
+    plain.test_parity(shape, dtype, size, ON)
 
 
 def relatives(shape=(2, 6, 37, 24, 10), dtype=torch.float32):
@@ -148,12 +153,17 @@ def test_prepared_keys(size, T):
             torch.testing.assert_close(got.double(), want, atol=3e-6, rtol=3e-6)
 
 
-def test_what_the_cpu_kernels_are_tested_for():
-    plain.test_adversarial_pair_and_non_finite_values()
-    plain.test_strided_inputs_and_empty_axes()
-    plain.test_rows_masked_everywhere_are_zero_and_have_no_gradient()
+def test_what_other_kernels_are_tested_for():
+    for T in (1, 6):
+        plain.test_adversarial_pair_and_non_finite_values(T, ON)
+        plain.test_scores_at_infinity_and_nan_in_score_bias(T, ON)
+    for where in ("q", "k", "v", "grad"):
+        for what in (torch.inf, -torch.inf, torch.nan):
+            plain.test_gradients_with_non_finite_values(where, what, ON)
+    plain.test_strided_inputs_and_empty_axes(ON)
+    plain.test_rows_masked_everywhere_are_zero_and_have_no_gradient(ON)
     for dtype in DTYPES:
-        plain.test_a_query_without_t_axis_is_a_row_of_many(dtype)
+        plain.test_a_query_without_t_axis_is_a_row_of_many(dtype, ON)
     machinery.test_gradients_through_prepared_keys()
     for needed in range(5):
         machinery.test_each_gradient_alone_is_the_one_of_all(needed)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
     """With every symbol resolved at once, as Python loads an extension."""
     library = tmp_path / "cuda.so"
     torch_libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
-    command = ["nvcc", "-shared", "-o", library, *objects, *torch_libraries]
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    command = [nvcc, "-shared", "-o", library, *objects, *torch_libraries]
     subprocess.run(command, check=True)
     command = [sys.executable, "-c", LOAD, library]
     environment = os.environ | {"LD_BIND_NOW": "1"}

@@ -213,7 +213,8 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
       if constexpr (form == Form::kRaw16)
         for (float& sum : sums) sum = sum_of_v;
       const float most = add_keys.template operator()<form>(0.f);
-      if (__any_sync(kAll, most > kMostRawDenominator)) {
+      const float all = (sums[0] + sums[1]) + (sums[2] + sums[3]);  // NaN where a denominator is
+      if (__any_sync(kAll, most > kMostRawDenominator || all != all)) {
         for (float& sum : sums) sum = 0.f;
         add_one_by_one();
       }
