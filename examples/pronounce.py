@@ -116,7 +116,6 @@ def build(hidden: int) -> s2s.Seq2Seq:
     )
 
 
-@torch.no_grad()
 def pronounce(
     model: s2s.Seq2Seq,
     words: Sequence[str],
@@ -127,25 +126,18 @@ def pronounce(
 
     `attended` is given the attention weights (B, S) of each step.
     """
-    model.eval()
-    src = spelled(words, device)
-    outputs, hidden, cell = model.encoder(src)
-    source = model.decoder.source(outputs, src != PAD)
-    state = s2s.DecoderState(hidden, cell)
-    token = torch.full((len(words),), SOS, device=device)
-    done, tokens = torch.zeros_like(token, dtype=torch.bool), []
-    while len(tokens) < LONGEST and not done.all():
-        logits, state, weights = model.decoder.step(token, state, source)
-        token = logits.argmax(-1)
-        done |= token == EOS
-        tokens.append(token)
-        if attended is not None:
-            attended.append(weights)
-    said = []
-    for row in torch.stack(tokens, 1).tolist():
-        end = row.index(EOS) if EOS in row else len(row)
-        said.append(tuple(PHONEMES[i] for i in row[:end]))
-    return said
+    found = model.eval().generate(
+        spelled(words, device),
+        bos=SOS,
+        eos=EOS,
+        max_length=LONGEST,
+        return_weights=attended is not None,
+    )
+    if attended is not None:
+        attended.extend(found.weights.unbind(1))
+    lengths = (found.lengths - found.finished.long()).tolist()  # without <eos>
+    rows = zip(found.tokens.tolist(), lengths, strict=True)
+    return [tuple(PHONEMES[i] for i in row[:n]) for row, n in rows]
 
 
 def edits(a: Sequence[str], b: Sequence[str]) -> int:

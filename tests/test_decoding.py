@@ -553,6 +553,18 @@ def test_other_dtypes_decode_step_by_step():
         model.generate(src, backend="native", **options)
 
 
+@pytest.mark.unsanitized
+def test_out_of_memory_leaves_the_model_usable():
+    V = 1 << 20  # as many beams: logits of four terabytes
+    parts = s2s.Encoder(V_SRC, 2, 2, 1, 0.0), s2s.Decoder(V, 2, 2, 1, 0.0)
+    model, src = s2s.Seq2Seq(*parts).eval().prepare_inference(), sources(1, 3)
+    options = {"bos": BOS, "eos": EOS, "max_length": 2}
+    before = model.generate(src, **options)
+    with pytest.raises(MemoryError):
+        model.generate(src, beam_size=V, backend="native", **options)
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+
+
 GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
 
 

@@ -133,20 +133,20 @@ def score(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off. Warns, once, if it had to be turned off."""
     global _warned
-    if not model.training:
-        yield
-        return
-    if not _warned:
+    training = [module for module in model.modules() if module.training]
+    if training and not _warned:
         _warned = True
         warnings.warn(
             "decoding a model in training mode: dropout is turned off meanwhile; call model.eval()",
             stacklevel=5,
         )
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        model.train()
+        for module in training:
+            module.training = True
 
 
 def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:
