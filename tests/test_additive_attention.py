@@ -36,6 +36,14 @@ def run(fn, tensors, dtype, mask, bias, **kw):
     return [context, weights, *grads]
 
 
+def terms(q, k, v, grad):
+    """What each result is a sum of, in absolute value: the scale that rounding is measured by."""
+    g = grad.abs().double()
+    inner = v.abs().double()
+    per_row = torch.full_like(g, inner.sum().item())
+    return [per_row, g.sum(-1, keepdim=True) * inner, g.sum(1).unsqueeze(-1) * inner, g.sum()]
+
+
 def errors(outputs, exact):
     return [(o.double() - e).abs().max().item() for o, e in zip(outputs, exact, strict=True)]
 

@@ -7,6 +7,7 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from test_additive_attention import terms  # noqa: E402
 
 import seq2seq_fast as s2s  # noqa: E402
 
@@ -51,14 +52,6 @@ def scores_and_gradients(q, k, v, grad, backend=None):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = s2s.additive_scores(*leaves, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def terms(q, k, v, grad):
-    """What each result is a sum of, in absolute value: the scale that rounding is measured by."""
-    g = grad.abs().double()
-    inner = v.abs().double()
-    per_row = torch.full_like(g, inner.sum().item())
-    return [per_row, g.sum(-1, keepdim=True) * inner, g.sum(1).unsqueeze(-1) * inner, g.sum()]
 
 
 @settings(max_examples=150, deadline=None)
