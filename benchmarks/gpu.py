@@ -6,6 +6,7 @@ make gpu VENV= [GPU_MINUTES=3]
 
 import argparse
 import datetime
+import importlib.util
 import platform
 import shutil
 import statistics
@@ -27,7 +28,7 @@ from timing import device_seconds, interleaved  # noqa: E402
 import seq2seq_fast as s2s  # noqa: E402
 
 MINUTES = 6.0  # a job that has begun is finished
-TESTS, SANITIZER = 0.4, 0.1  # of the time, at most
+TESTS, SANITIZER = 0.4, 0.1  # of the time, at most; each tool of the latter
 ROW_S = 1.0  # of timing, beside compiling
 SANITIZED = "test_rows_masked or test_strided or test_adversarial"
 COMPILED = {
@@ -195,30 +196,51 @@ def suite(backends, options=()):
     return [*python, *files, *on, *options]
 
 
-def sanitizer(backends):
-    return ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1",
-            *suite([x for x in backends if x != "reference"], ["-k", SANITIZED])]  # fmt: skip
+def sanitizer(tool, backends):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    return [*command, *suite(backends, ["-k", SANITIZED])]
+
+
+def sanitized(backends, seconds):
+    """{tool: what it found}; only the compiled kernels have shared memory to race for."""
+    own = [x for x in backends if x != "reference"]
+    tools = {"memcheck": own, "racecheck": [x for x in own if x == "native"]}
+    if not shutil.which("compute-sanitizer"):
+        return dict.fromkeys(tools, "skipped: no compute-sanitizer here")
+    return {
+        tool: ran(sanitizer(tool, kernels), seconds) if kernels else "skipped: no kernels for it"
+        for tool, kernels in tools.items()
+    }
+
+
+def extension_is_ready(extension, sources):
+    """Whether it has CUDA kernels, wherever it was built, and is not older than its source."""
+    newest = max(x.stat().st_mtime for x in sources.rglob("*") if x.is_file())
+    return bool(s2s.library.CUDA_ARCHITECTURES) and extension.stat().st_mtime >= newest
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--check", action="store_true", help="only whether there is a GPU")
+    parser.add_argument("--built", action="store_true", help="only whether a build can be spared")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.exit("gpu: no GPU here that torch can use (torch.cuda.is_available() is False)")
     if options.check:
         return 0
+    if options.built:
+        found = importlib.util.find_spec("seq2seq_fast._C")
+        sources = ROOT / "seq2seq_fast" / "csrc"
+        return int(found is None or not extension_is_ready(Path(found.origin), sources))
     deadline = Deadline(60 * options.minutes)
     results = gpu_report.Results(options.results, machine())
     backends = results.data["machine"]["backends"]
 
     results.put("tests", ran(suite(backends), TESTS * deadline.seconds))
-    found = "skipped: no compute-sanitizer here"
-    if shutil.which("compute-sanitizer"):
-        found = ran(sanitizer(backends), SANITIZER * deadline.seconds)
-    results.put("memcheck", found)
+    for tool, found in sanitized(backends, SANITIZER * deadline.seconds).items():
+        results.put(tool, found)
     if "triton" in backends:
         import gpu_ceilings
 

@@ -165,8 +165,23 @@ def _introduction(results: dict) -> str:
     return text
 
 
+def _sections(results: dict) -> list[tuple]:
+    """(title, table, entries) that the README and the results file share."""
+    models, decoding = (
+        [r for r in results["rows"] if r["kind"] == x] for x in ("model", "decoding")
+    )
+    return [("", _models, models), ("Decoding, the encoder left out:", _decoding, decoding)]
+
+
+def _join(parts: list[str], sections: list[tuple]) -> str:
+    for title, table, entries in sections:
+        if entries:
+            parts += [title] * bool(title) + [table(entries)]
+    return "\n\n".join(parts)
+
+
 def summary(results: dict) -> str:
-    """For the README: a line per attention row, and accuracy in a sentence."""
+    """For the README: a line per attention row, models, decoding, and accuracy in a sentence."""
     head = ["case", "shape", "what", "library", *BASELINES.values()]
     lines = []
     for row in results["rows"]:
@@ -175,29 +190,23 @@ def summary(results: dict) -> str:
             time = _time(row["seconds"]["library"]) + _disturbed(row)
             line = [_name(row), _shape(row), row["mode"], time]
             lines.append(line + [_ratio(ratio.get(baseline)) for baseline in BASELINES])
-    parts = [_introduction(results), _table(head, lines)]
-    if results["accuracy"]:
-        median = statistics.median(entry["ratio_median"] for entry in results["accuracy"])
-        most = max(entry["allowed_median"] for entry in results["accuracy"])
-        parts.append(
-            "Largest error against float64 over that of eager PyTorch, outputs and gradients:"
-            f" {median:.2f} in the median. Of what the tests' accuracy rule allows: {most:.0%} at"
-            " most."
-        )
-    return "\n\n".join(parts)
+    text = _join([_introduction(results), _table(head, lines)], _sections(results))
+    if not results["accuracy"]:
+        return text
+    median = statistics.median(entry["ratio_median"] for entry in results["accuracy"])
+    most = max(entry["allowed_median"] for entry in results["accuracy"])
+    return (
+        f"{text}\n\nLargest error against float64 over that of eager PyTorch, attention and its"
+        f" gradients: {median:.2f} in the median. Of what the tests' accuracy rule allows:"
+        f" {most:.0%} at most."
+    )
 
 
 def markdown(results: dict) -> str:
     rows = results["rows"]
-    parts = [_introduction(results)]
-    sections = (
+    sections = [
         ("", _attention, [r for r in rows if r["kind"] == "attention"]),
-        ("", _models, [r for r in rows if r["kind"] == "model"]),
-        (
-            "Decoding, the encoder left out:",
-            _decoding,
-            [r for r in rows if r["kind"] == "decoding"],
-        ),
+        *_sections(results),
         (
             "Peak memory that one forward and backward add:",
             _memory,
@@ -208,11 +217,8 @@ def markdown(results: dict) -> str:
             _accuracy,
             results["accuracy"],
         ),
-    )
-    for title, table, entries in sections:
-        if entries:
-            parts += [title] * bool(title) + [table(entries)]
-    return "\n\n".join(parts)
+    ]
+    return _join([_introduction(results)], sections)
 
 
 def replace_block(text: str, block: str) -> str:

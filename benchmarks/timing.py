@@ -4,6 +4,9 @@ import time
 
 SAMPLE_S = 2e-3  # calls are timed in groups at least this long, well above the clock's overhead
 ROUNDS = (5, 40)
+# Threads of a library that waits by spinning (OpenMP, ONNX Runtime) hold the cores a while after
+# its last call, and would be counted against the next contender: decoding at B 1 by a factor of 2.
+PAUSE_S = 0.01
 BUDGET_S = 2.0  # per row, without warm-up; ROUNDS[0] rounds are run in any case
 
 
@@ -44,5 +47,7 @@ def interleaved(contenders, seconds=host_seconds, budget_s=BUDGET_S):
             break
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(PAUSE_S)
+            contenders[name]()  # wakes threads and caches
             samples[name].append(seconds(contenders[name], loops[name]))
     return samples

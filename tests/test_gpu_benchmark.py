@@ -2,6 +2,7 @@
 kernels compiled."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -153,11 +154,39 @@ def test_what_is_said_of_a_command(code, seconds, said, capsys):
 
 @pytest.mark.unsanitized
 def test_the_device_suite_can_be_collected():
-    compute_sanitizer = gpu.sanitizer(["native", "triton", "reference"])
+    compute_sanitizer = gpu.sanitizer("memcheck", ["native", "triton"])
     command = compute_sanitizer[compute_sanitizer.index(sys.executable) :]
-    assert "cuda:triton" in command and "cuda:reference" not in command
     said = gpu.ran([*command, "--collect-only"], 60)
     assert said.startswith("passed: ") and "no tests" not in said
+
+
+def test_what_the_sanitizers_are_given(monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu, "ran", lambda command, seconds: " ".join(map(str, command)))
+    found = gpu.sanitized(["native", "triton", "reference"], 9)
+    assert "--tool memcheck" in found["memcheck"] and "--tool racecheck" in found["racecheck"]
+    assert "cuda:triton" in found["memcheck"] and "cuda:reference" not in found["memcheck"]
+    assert "cuda:native" in found["racecheck"] and "cuda:triton" not in found["racecheck"]
+    assert gpu.sanitized(["triton", "reference"], 9)["racecheck"].startswith("skipped")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert set(gpu.sanitized(["native"], 9).values()) == {"skipped: no compute-sanitizer here"}
+
+
+def test_an_extension_without_cuda_kernels_or_older_than_its_source_is_built_anew(
+    monkeypatch, tmp_path
+):
+    extension, source = tmp_path / "_C.so", tmp_path / "csrc" / "cuda" / "x.cu"
+    source.parent.mkdir(parents=True)
+    for path, age in ((extension, 5), (source, 9)):
+        path.touch()
+        os.utime(path, (age, age))
+    monkeypatch.setattr(gpu.s2s.library, "CUDA_ARCHITECTURES", (80, 90))
+    assert not gpu.extension_is_ready(extension, tmp_path / "csrc")
+    os.utime(source, (2, 2))
+    os.utime(source.parent, (9, 9))
+    assert gpu.extension_is_ready(extension, tmp_path / "csrc")
+    monkeypatch.setattr(gpu.s2s.library, "CUDA_ARCHITECTURES", ())
+    assert not gpu.extension_is_ready(extension, tmp_path / "csrc")
 
 
 @pytest.mark.unsanitized
