@@ -266,18 +266,20 @@ def test_float64_on_a_gpu_is_the_references(built_for_cuda, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("powers", "error", "message"),
+    ("powers", "got"),
     [
-        ("x", TypeError, "keys.powers: got str"),
-        (torch.zeros(2, 320).double(), TypeError, "keys.powers: got torch.float64"),
-        (torch.zeros(2, 7), ValueError, r"keys.powers: got shape \(2, 7\), expected \(2, 320\)"),
-        (torch.zeros(320, 2).T, ValueError, "keys.powers: expected a contiguous"),
+        ("x", "str"),
+        (torch.zeros(2, 320).double(), r"torch.float64 of shape \(2, 320\)"),
+        (torch.zeros(2, 7), r"torch.float32 of shape \(2, 7\)"),
+        (torch.zeros(320, 2).T, r"torch.float32 of shape \(2, 320\)"),
+        (torch.zeros(2, 320, device="meta"), "torch.float32 .* on meta"),
     ],
+    ids=str,
 )
-def test_powers_of_another_form_are_refused(powers, error, message):
+def test_powers_of_another_form_are_refused(powers, got):
     q, k, values, v = inputs(grad=False)
     assert s2s.prepare_keys(k).powers.shape == (2, 320)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=rf"keys.powers: got {got}.*, expected .*\(2, 320\)"):
         s2s.additive_attention(q, s2s.PreparedKeys(k, powers), values, v)
 
 
