@@ -1,11 +1,9 @@
 """Additive attention: time against plain PyTorch and torch.compile, accuracy, peak memory."""
 
-import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
+import memory
 import report
 import torch
 from cases import BOTH, FIGURES, FORWARD, STEPS, WORKLOADS
@@ -146,34 +144,17 @@ def test_accuracy(case, record_accuracy):
         )
 
 
-def resident_bytes(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def print_peak(name, contender):
     """Runs in a process of its own: what one forward and backward add to the resident memory."""
     (case,) = (case for case in WORKLOADS if case.name == name)
     call = contenders(case, BOTH)[contender]
     warm = s2s.additive_attention if contender.startswith("library") else plain
     outputs(warm, case.__class__("warm-up", 1, 2, 3, 8, 8), 0, torch.float32)
-    before = resident_bytes("VmRSS")
-    call()
-    print(resident_bytes("VmHWM") - before)
+    memory.print_added(call)
 
 
 def test_peak_memory(case, rows):
-    """Linux only: VmHWM, as ru_maxrss would begin at the size of this process."""
-    here = Path(__file__).resolve()
-    path = os.pathsep.join(map(str, (here.parents[1] / "tests", here.parents[1])))
-    peaks = {}
-    for contender in ("library", "eager"):
-        command = [sys.executable, str(here), case.name, contender]
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-        peaks[contender] = int(done.stdout)
+    peaks = memory.peaks(__file__, case.name, {"library": "library", "eager": "eager"})
     for row in rows:
         if (row["name"], row["mode"]) == (case.name, BOTH):
             row["peak_bytes"] = peaks

@@ -4,13 +4,11 @@ Baselines: the tutorial's code, and the same model in PyTorch with all that is n
 out of its loop by hand, which knows no feedback.
 """
 
-import os
 import random
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
+import memory
 import plain
 import torch
 from torch import nn
@@ -139,34 +137,17 @@ def test_model(case, compare):
     )
 
 
-def resident_bytes(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def print_peak(name, which):
     """Runs in a process of its own: what one call adds to the resident memory."""
     (case,) = (case for (case,) in FULL["test_peak_memory"][1] if case.name == name)
     tiny = replace(case, B=1, S=2, T=2)
     contender(kinds(case)[which], tiny)()  # the libraries' own memory
     call = contender(kinds(case)[which], case)
-    before = resident_bytes("VmRSS")
-    call()
-    print(resident_bytes("VmHWM") - before)
+    memory.print_added(call)
 
 
 def test_peak_memory(case, rows):
-    """Linux only: VmHWM, as ru_maxrss would begin at the size of this process."""
-    here = Path(__file__).resolve()
-    path = os.pathsep.join(map(str, (here.parents[1] / "tests", here.parents[1])))
-    environment = {**os.environ, "PYTHONPATH": path}
-    peaks = {}
-    for label, which in (("library", "library"), ("eager", "tutorial")):
-        command = [sys.executable, str(here), case.name, which]
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
-        peaks[label] = int(done.stdout)
+    peaks = memory.peaks(__file__, case.name, {"library": "library", "eager": "tutorial"})
     for row in rows:
         if (row["name"], row["shape"]) == (case.name, case.shape()):
             row["peak_bytes"] = peaks
