@@ -121,13 +121,13 @@ def problems(draw):
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems(), st.booleans())
 def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
     """Errors against float64, ours at most twice plain PyTorch's in float32 plus rounding: the
-    median of three draws, as gradients of attention nearly cancel and one draw's are luck."""
+    median of five draws, as gradients of attention nearly cancel and one draw's are luck."""
     used: dict[str, list[float]] = {}
-    for seed in range(3):
+    for seed in range(5):
         args = problem(**drawn | {"seed": drawn["seed"] + seed})
         args32 = cast(args, torch.float32)
         exact, tokens = results(args, backend="reference")
