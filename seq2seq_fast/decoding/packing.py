@@ -28,7 +28,8 @@ def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
 
     Embedding, biases and v stay float32. bfloat16 is rounded to nearest and summed up in float32.
     int8 has one scale for each output of a product: w = scale * whole number, scale = max |w| /
-    127. It is multiplied in whole numbers by rows rounded to 14 bits: to multiples of max |x| / 8191.
+    127. It is multiplied in whole numbers, by rows rounded to 14 bits: x = max |x| / 8191 * whole
+    number.
     """
     state = state_of(decoder)
     with torch.no_grad():
