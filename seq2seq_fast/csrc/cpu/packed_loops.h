@@ -110,36 +110,48 @@ void packed_panel_half(const Operand* operands, int64_t first, int64_t rows, con
   packed_panel_of(operands, first, rows, w, width, out, ldo);
 }
 
+// The vector x[i ...), with -inf behind x[n - 1].
+S2S_INLINE Vec load_logits(const float* x, int64_t i, int64_t n) {
+  if (i + kVec <= n) return load(x + i);
+  Vec y = -INFINITY - Vec{};
+  std::memcpy(&y, x + i, sizeof(float) * (n - i));
+  return y;
+}
+
+// Whether any lane is set, of the result of a comparison.
+S2S_INLINE bool any_of(const VecInt& lanes) {
+  uint64_t words[sizeof(VecInt) / 8], any = 0;
+  std::memcpy(words, &lanes, sizeof lanes);
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+}
+
 // The largest of x, or the first NaN, its place (the first of equals), and sum exp(x - largest).
 Peak peak(const float* x, int64_t n) {
-  VecInt lane, at = {};
-  for (int i = 0; i < kVec; ++i) lane[i] = i;
-  Vec tops = -INFINITY - Vec{};
-  int64_t i = 0;
-  for (; i + kVec <= n; i += kVec) {
-    const Vec y = load(x + i);
-    at = y > tops ? lane + static_cast<int32_t>(i) : at;
-    tops = y > tops ? y : tops;
-  }
-  Peak p = {-INFINITY, 0.f, 0};
-  for (int l = 0; l < kVec; ++l)
-    if (tops[l] > p.top || (tops[l] == p.top && at[l] < p.index)) p.top = tops[l], p.index = at[l];
-  for (; i < n; ++i)
-    if (x[i] > p.top) p.top = x[i], p.index = static_cast<int32_t>(i);
+  constexpr int kTogether = 4;  // so that one comparison need not wait for the other
+  Vec tops[kTogether];
+  for (Vec& top : tops) top = -INFINITY - Vec{};
+  for (int64_t i = 0; i < n; i += kTogether * kVec)
+    for (int j = 0; j < kTogether; ++j) {
+      if (i + j * kVec >= n) break;
+      const Vec y = load_logits(x, i + j * kVec, n);
+      tops[j] = y > tops[j] ? y : tops[j];
+    }
+  for (int j = 1; j < kTogether; ++j) tops[0] = tops[j] > tops[0] ? tops[j] : tops[0];
+  Peak p = {largest_lane(tops[0]), 0.f, 0};
   const float shift = p.top > -INFINITY ? p.top : 0.f;
   Vec sums = {};
-  for (i = 0; i < n; i += kVec) {
-    if (i + kVec <= n) {
-      sums += exp_negative(load(x + i) - shift);
-    } else {
-      Vec rest = -INFINITY - Vec{};
-      std::memcpy(&rest, x + i, sizeof(float) * (n - i));
-      sums += exp_negative(rest - shift);
-    }
+  for (int64_t i = 0; i < n; i += kVec) {
+    const Vec below = load_logits(x, i, n) - shift;  // less than exp(-87) is nothing beside exp(0)
+    sums += exp_moderate(below < -87.f ? -87.f + Vec{} : below);
   }
   p.sum = sum(sums);
+  int64_t at = 0;
+  while (at + kVec <= n && !any_of(load(x + at) == p.top)) at += kVec;
+  while (at < n && x[at] != p.top) ++at;
+  p.index = static_cast<int32_t>(at);
   if (p.sum == p.sum) return p;
-  for (i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n; ++i)
     if (x[i] != x[i]) return {x[i], p.sum, static_cast<int32_t>(i)};
   return p;  // +inf - +inf
 }
@@ -148,11 +160,7 @@ Peak peak(const float* x, int64_t n) {
 int64_t above(const float* x, int64_t n, float threshold, int32_t* out) {
   int64_t found = 0, i = 0;
   for (; i + kVec <= n; i += kVec) {
-    const VecInt over = load(x + i) > threshold;
-    uint64_t words[sizeof(VecInt) / 8], any = 0;
-    std::memcpy(words, &over, sizeof over);
-    for (const uint64_t word : words) any |= word;
-    if (any == 0) continue;
+    if (!any_of(load(x + i) > threshold)) continue;
     for (int64_t j = i; j < i + kVec; ++j)
       if (x[j] > threshold) out[found++] = static_cast<int32_t>(j);
   }
