@@ -335,6 +335,28 @@ def test_logits_that_are_not_finite(beam_size):
         assert value != -math.inf or (ours.tokens != token).all()
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("max_length", [2, 5])
+@pytest.mark.parametrize("bias", [-math.inf, math.nan])
+def test_a_prefix_of_probability_zero(bias, max_length, beam_size):
+    """Beams have no such hypothesis, however far it may go; greedy decoding goes on."""
+    model, src, prefix = make(), sources(2, 5), torch.tensor([[5, 3], [4, 3]])
+    with torch.no_grad():
+        model.decoder.fc_out.bias[5] = bias
+    ours, plain = (
+        model.generate(
+            src, bos=BOS, eos=EOS, max_length=max_length, min_length=2, beam_size=beam_size,
+            prefix=prefix, backend=b,
+        )
+        for b in ("native", "reference")
+    )  # fmt: skip
+    assert torch.equal(ours.tokens, plain.tokens) and torch.equal(ours.lengths, plain.lengths)
+    torch.testing.assert_close(ours.scores, plain.scores, equal_nan=True)
+    lengths = ours.lengths.flatten()
+    assert lengths[0] == 0 if beam_size > 1 else lengths[0] >= 2
+    assert lengths[1] >= 2 or math.isnan(bias)
+
+
 def test_sampling_draws_from_the_stated_distribution():
     model = make(V=5, pad_idx=None)
     src = sources(1, 4).expand(20_000, -1)

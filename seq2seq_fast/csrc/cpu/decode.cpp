@@ -122,7 +122,9 @@ void Engine::go_on(int32_t b) {
   search.next.clear();
   if (t_ < P_) {
     const auto token = static_cast<int32_t>(prefix_[b * P_ + t_]);
-    search.next.push_back({row(search.first, search.log_probs[0]).of(token), search.first, token});
+    const double log_prob = row(search.first, search.log_probs[0]).of(token);
+    if (o_.beam_size == 1 || log_prob > -INFINITY)
+      search.next.push_back({log_prob, search.first, token});
   } else if (o_.beam_size == 1) {
     greedy(search);
   } else {
