@@ -4,9 +4,10 @@ import time
 
 SAMPLE_S = 2e-3  # calls are timed in groups at least this long, well above the clock's overhead
 ROUNDS = (5, 40)
-# Threads of a library that waits by spinning (OpenMP, ONNX Runtime) hold the cores a while after
-# its last call, and would be counted against the next contender: decoding at B 1 by a factor of 2.
-PAUSE_S = 0.01
+# Threads of a library that waits by spinning hold the cores a while after its last call, those of
+# ONNX Runtime up to 40 ms, and would be counted against the next contender: decoding at B 1 by a
+# factor of 2.
+PAUSE_S = 0.05
 BUDGET_S = 2.0  # per row, without warm-up; ROUNDS[0] rounds are run in any case
 
 

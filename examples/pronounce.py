@@ -164,6 +164,14 @@ def error_rates(
     return wrong / phonemes, wrong_words / len(words)
 
 
+def with_weights(model: s2s.Seq2Seq, device: str) -> Iterator[tuple[str, s2s.Seq2Seq]]:
+    """The model with the weights of each dtype that it can decode with on this device."""
+    yield "float32", model
+    if device == "cpu" and "native" in s2s.backends()["decode"]["cpu"]:
+        for dtype in ("bfloat16", "int8"):
+            yield dtype, copy.deepcopy(model).prepare_inference(dtype)
+
+
 def draw_attention(model: s2s.Seq2Seq, word: str, device: str, path: Path) -> None:
     """One row a phoneme, one column a letter, dark where the decoder looked."""
     import matplotlib
@@ -292,8 +300,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "hidden": args.hidden, "epoch": epoch}, args.save)
 
-    phoneme_rate, word_rate = error_rates(model, test_words, words, args.device)
-    print(f"\nHeld-out words: {phoneme_rate:.1%} of phonemes and {word_rate:.1%} of words wrong\n")
+    print("\nHeld-out words, what is wrong with")
+    for dtype, twin in with_weights(model, args.device):
+        phoneme_rate, word_rate = error_rates(twin, test_words, words, args.device)
+        print(f"  {dtype:<9} weights {phoneme_rate:8.2%} of phonemes and {word_rate:.2%} of words")
+    print()
     ten = test_words[:10]
     for word in ten:
         (said,) = pronounce(model, [word], args.device)

@@ -335,6 +335,28 @@ def test_logits_that_are_not_finite(beam_size):
         assert value != -math.inf or (ours.tokens != token).all()
 
 
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("max_length", [2, 5])
+@pytest.mark.parametrize("bias", [-math.inf, math.nan])
+def test_a_prefix_of_probability_zero(bias, max_length, beam_size):
+    """Beams have no such hypothesis, however far it may go; greedy decoding goes on."""
+    model, src, prefix = make(), sources(2, 5), torch.tensor([[5, 3], [4, 3]])
+    with torch.no_grad():
+        model.decoder.fc_out.bias[5] = bias
+    ours, plain = (
+        model.generate(
+            src, bos=BOS, eos=EOS, max_length=max_length, min_length=2, beam_size=beam_size,
+            prefix=prefix, backend=b,
+        )
+        for b in ("native", "reference")
+    )  # fmt: skip
+    assert torch.equal(ours.tokens, plain.tokens) and torch.equal(ours.lengths, plain.lengths)
+    torch.testing.assert_close(ours.scores, plain.scores, equal_nan=True)
+    lengths = ours.lengths.flatten()
+    assert lengths[0] == 0 if beam_size > 1 else lengths[0] >= 2
+    assert lengths[1] >= 2 or math.isnan(bias)
+
+
 def test_sampling_draws_from_the_stated_distribution():
     model = make(V=5, pad_idx=None)
     src = sources(1, 4).expand(20_000, -1)
@@ -399,21 +421,27 @@ def test_score_is_the_forward_pass_log_softmax(kind):
     assert grad.abs().sum() > 0
 
 
+@torch.no_grad()
+def reduced(model, dtype):
+    """A copy whose weights are the numbers that the engine has, in float64."""
+    model = copy.deepcopy(model).double()
+    for w in weights_of(model.decoder, whole=dtype == "int8"):
+        if dtype == "bfloat16":
+            w.copy_(w.bfloat16())
+        else:
+            scale = w.abs().amax(1, keepdim=True) / 127
+            w.copy_((w / scale).round() * scale)
+    if dtype == "int8":
+        split_back(model.decoder)
+    return model
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_reduced_weights_decode_as_the_same_numbers_in_float32(dtype, kind):
     """An engine with reduced weights is the float32 engine of a model that has those weights."""
     model, src = make(kind, V=70, H=33), sources(30, 7)
-    rounded = copy.deepcopy(model)
-    with torch.no_grad():
-        for w in weights_of(rounded.decoder, whole=dtype == "int8"):
-            if dtype == "bfloat16":
-                w.copy_(w.bfloat16().float())
-            else:
-                scale = w.abs().amax(1, keepdim=True) / 127
-                w.copy_((w / scale).round() * scale)
-        if dtype == "int8":
-            split_back(rounded.decoder)
+    rounded = reduced(model, dtype).float()
     options = {"bos": BOS, "eos": EOS, "max_length": 10}
     model.prepare_inference(dtype)
     assert model.decoder.packed.dtype == dtype
@@ -422,6 +450,63 @@ def test_reduced_weights_decode_as_the_same_numbers_in_float32(dtype, kind):
     assert sum(same) >= 29  # a tie may be decided otherwise
     rows = torch.tensor(same)
     torch.testing.assert_close(ours.log_probs[rows], want.log_probs[rows], rtol=1e-4, atol=1e-3)
+
+
+def first_log_probs(model, source, state):
+    """(B, V) of the first token: as many beams as there are tokens."""
+    V = model.decoder.output_dim
+    found = s2s.generate(
+        model.decoder, source, state, bos=BOS, eos=EOS, max_length=1, beam_size=V, n_best=V
+    )
+    order = found.tokens.squeeze(2).argsort(1)
+    return found.log_probs.gather(1, order)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("H", [1, 18, 67])
+def test_int8_loses_accuracy_by_its_weights_alone(kind, H):
+    """What it multiplies them by is rounded to 14 bits, 64 times as finely as they are."""
+    model, src = make(kind, V=70, H=H, size=1.0), sources(30, 7)
+    (source, state), rounded = model.encode(src), reduced(model, "int8")
+    exact, whole = (
+        x.double().score(src[:, None].expand(-1, 70, -1).flatten(0, 1), trg).log_probs.view(30, 70)
+        for x in (copy.deepcopy(model), rounded)
+        for trg in [torch.tensor([[BOS, v] for v in range(70)]).repeat(30, 1)]
+    )
+    ours = first_log_probs(model.prepare_inference("int8"), source, state)
+    assert (ours - whole).norm() < 0.05 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_int8_and_a_row_that_is_not_finite(kind):
+    """It comes out as NaN, and those beside it as if it were not there."""
+    model, src = make(kind, V=70, H=33).prepare_inference("int8"), sources(9, 7)
+    source, state = model.encode(src)
+    options, others = {"bos": BOS, "eos": EOS, "max_length": 4}, torch.arange(9) != 4
+    want = s2s.generate(model.decoder, source, state, **options)
+    for value in (math.nan, math.inf, -math.inf):
+        hidden = state.hidden.clone()
+        hidden[:, 4, 3] = value
+        found = s2s.generate(model.decoder, source, state._replace(hidden=hidden), **options)
+        assert torch.equal(found.log_probs[others], want.log_probs[others])
+        assert found.log_probs[4].isnan()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-20, 1e20, 1e38])
+def test_int8_and_any_size_of_what_it_multiplies(size):
+    """A tanh RNN of nothing but its state, fed to it in all sizes."""
+    model = make(("rnn", False, False), V=70, H=33, layers=1, size=1.0)
+    with torch.no_grad():
+        model.decoder.embedding.weight.zero_()
+    state = s2s.DecoderState(torch.randn(1, 5, 33) * size, None)
+    exact = reduced(model, "int8")
+    want, _, _ = exact.decoder.step(
+        torch.full((5,), BOS),
+        state._replace(hidden=state.hidden.double()),
+        torch.zeros(5, 33).double(),
+    )
+    ours = first_log_probs(model.prepare_inference("int8"), torch.zeros(5, 33), state)
+    torch.testing.assert_close(ours, want.log_softmax(1).float(), rtol=1e-3, atol=1e-3)
 
 
 def weights_of(decoder, whole):
@@ -457,8 +542,11 @@ def test_packed_panels_hold_the_matrix():
         assert torch.equal(data[panel, :, gate * 16 + lane], w[gate * 19 + unit])
     assert (data[1].view(7, 4, 16)[:, :, 3:] == 0).all()
     data, scale = pack_matrix(w, 1, torch.int8)
-    restored = (data.float() * scale.view(2, 1, 64)).permute(0, 2, 1).reshape(128, 7)[:76]
-    assert ((restored - w).abs() <= w.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert data.shape == (2, 2, 64, 4)
+    whole = (data.float() - 128) * scale.view(2, 1, 64, 1)
+    restored = whole.transpose(1, 2).reshape(128, 8)[:76]
+    assert ((restored[:, :7] - w).abs() <= w.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert (restored[:, 7] == 0).all()
 
 
 def test_prepared_weights_follow_the_parameters():

@@ -157,6 +157,9 @@ def test_the_example_trains_saves_and_resumes(example, tmp_path, capsys):
         "Epoch: 02 | Time: 0m",
         "Train Loss:",
         "Valid Loss:",
+        "float32   weights",
+        "bfloat16  weights",
+        "int8      weights",
         "of phonemes and",
         "tutorial",
     ):

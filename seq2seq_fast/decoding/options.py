@@ -35,7 +35,8 @@ class DecodingOptions:
             et al. 2020).
         generator: of the draws.
         prefix: (B, P) or (P,) ids that every hypothesis begins with, parts of its tokens, length
-            and score.
+            and score. Beam search has no hypotheses of probability zero: where the prefix is one,
+            none is returned.
         return_weights: the attention weights of every token.
 
     Where min_length or no_repeat_ngram leave a hypothesis no token, it ends with eos. They change

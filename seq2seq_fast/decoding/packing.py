@@ -26,8 +26,10 @@ class PackedDecoder(NamedTuple):
 def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
-    Embedding, biases and v stay float32, as do all sums. bfloat16 is rounded to nearest; int8 has
-    one scale for each output of a product: w = scale * whole number, scale = max |w| / 127.
+    Embedding, biases and v stay float32. bfloat16 is rounded to nearest and summed up in float32.
+    int8 has one scale for each output of a product: w = scale * whole number, scale = max |w| /
+    127. It is multiplied in whole numbers, by rows rounded to 14 bits: x = max |x| / 8191 * whole
+    number.
     """
     state = state_of(decoder)
     with torch.no_grad():
@@ -49,7 +51,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
     )
     layers[0] = torch.cat([layers[0], w_context], 1)
     like = decoder.fc_out.weight
-    nothing = like.new_empty(0, 0, WIDTH, dtype=dtype), like.new_empty(0)
+    nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
     packed = [decoder.embedding.weight.detach().contiguous()]
     for i in range(0, len(layers), 3):
         w_input, w_hidden, bias = layers[i : i + 3]
@@ -73,16 +75,21 @@ def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
 def pack_rows(w: Tensor, blocks: int) -> Tensor:
     """w (blocks * N, K) -> panels (P, K, blocks * unit), each of `unit` rows of every block; the
     last one is filled up with zeros. So the gates of a unit lie in one panel."""
-    unit = WIDTH if blocks == 1 else UNIT
-    n = -(len(w) // blocks) % unit
-    rows = F.pad(w.unflatten(0, (blocks, -1)), (0, 0, 0, n))
-    return rows.unflatten(1, (-1, unit)).permute(1, 3, 0, 2).flatten(2).contiguous()
+    unit, n = WIDTH if blocks == 1 else UNIT, len(w) // blocks
+    panels = -(-n // unit)
+    rows = F.pad(w.unflatten(0, (blocks, n)), (0, 0, 0, panels * unit - n))
+    return rows.unflatten(1, (panels, unit)).permute(1, 3, 0, 2).flatten(2).contiguous()
 
 
 def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Panels of w (blocks * N, K), and the scale of each of their columns; none but of int8."""
+    """Panels of w (blocks * N, K), and the scale of each of their columns; none but of int8.
+
+    Those of int8 are (P, K / 4, width, 4), K filled up with zeros: whole numbers + 128 in uint8.
+    """
     if dtype != torch.int8:
         return pack_rows(w.to(dtype), blocks), w.new_empty(0)
     scale = w.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    whole = (w / scale[:, None]).round().to(torch.int8)
-    return pack_rows(whole, blocks), pack_rows(scale[:, None], blocks).flatten()
+    whole = F.pad((w / scale[:, None]).round(), (0, -w.shape[1] % 4))
+    fours = pack_rows(whole, blocks).unflatten(1, (-1, 4)).transpose(2, 3)
+    packed = (fours + 128).to(torch.uint8).contiguous()
+    return packed, pack_rows(scale[:, None], blocks).flatten()

@@ -92,8 +92,8 @@ class Engine {
  private:
   void go_on(int32_t b);
   Row row(int32_t m, double log_prob) const;
-  bool bar(int32_t m, float* logits) const;
-  Peak peak(const Row& row, int32_t m, bool barred) const;
+  int32_t bar(int32_t m) const;
+  int32_t most_probable(int32_t m) const;
   void greedy(Search& search);
   void beam(Search& search);
   std::vector<Candidate> best(const Search& search) const;
@@ -122,7 +122,9 @@ void Engine::go_on(int32_t b) {
   search.next.clear();
   if (t_ < P_) {
     const auto token = static_cast<int32_t>(prefix_[b * P_ + t_]);
-    search.next.push_back({row(search.first, search.log_probs[0]).of(token), search.first, token});
+    const double log_prob = row(search.first, search.log_probs[0]).of(token);
+    if (o_.beam_size == 1 || log_prob > -INFINITY)
+      search.next.push_back({log_prob, search.first, token});
   } else if (o_.beam_size == 1) {
     greedy(search);
   } else {
@@ -147,14 +149,21 @@ Row Engine::row(int32_t m, double log_prob) const {
   return {step_.logits(m), top, std::log(sum), log_prob};
 }
 
-// Sets the logits of what must not follow to -inf. Whether there was anything.
-bool Engine::bar(int32_t m, float* logits) const {
-  const float eos = logits[o_.eos];
-  bool any = false;
-  if (t_ + 1 < o_.min_length) {
-    logits[o_.eos] = -INFINITY;
-    any = true;
+int32_t Engine::most_probable(int32_t m) const {
+  Peak best = step_.peaks(m)[0];
+  for (int64_t i = 1; i < step_.chunks(); ++i) {
+    Peak p = step_.peaks(m)[i];
+    p.index += static_cast<int32_t>(i * step_.chunk_width());
+    if (best.top == best.top && !(p.top <= best.top)) best = p;
   }
+  return best.index;
+}
+
+// Sets the logits of what must not follow to -inf. The most probable token of what is left.
+int32_t Engine::bar(int32_t m) const {
+  float* logits = step_.logits(m);
+  const float eos = logits[o_.eos];
+  if (t_ + 1 < o_.min_length) logits[o_.eos] = -INFINITY;
   const int64_t n = o_.no_repeat_ngram;
   if (n > 0 && t_ >= n) {
     std::vector<int32_t> history(t_);
@@ -162,31 +171,18 @@ bool Engine::bar(int32_t m, float* logits) const {
       history[t] = nodes_[t][at].token;
     const auto last = history.end() - (n - 1);
     for (auto gram = history.begin(); gram + n <= history.end(); ++gram)
-      if (std::equal(last, history.end(), gram)) {
-        logits[gram[n - 1]] = -INFINITY;
-        any = true;
-      }
+      if (std::equal(last, history.end(), gram)) logits[gram[n - 1]] = -INFINITY;
   }
-  if (any && loops.peak(logits, model_.V).top == -INFINITY) logits[o_.eos] = eos;
-  return any;
-}
-
-// The most probable token of a row.
-Peak Engine::peak(const Row& row, int32_t m, bool barred) const {
-  if (barred) return loops.peak(row.logits, model_.V);
-  Peak best = step_.peaks(m)[0];
-  for (int64_t i = 1; i < step_.chunks(); ++i) {
-    Peak p = step_.peaks(m)[i];
-    p.index += static_cast<int32_t>(i * step_.chunk_width());
-    if (best.top == best.top && !(p.top <= best.top)) best = p;
-  }
-  return best;
+  const int32_t best = most_probable(m);
+  if (logits[best] != -INFINITY) return best;  // most often, without another look at all logits
+  if (loops.peak(logits, model_.V).top == -INFINITY) logits[o_.eos] = eos;
+  return loops.peak(logits, model_.V).index;
 }
 
 void Engine::greedy(Search& search) {
   const int32_t m = search.first;
   const Row r = row(m, search.log_probs[0]);
-  const int32_t token = peak(r, m, bar(m, r.logits)).index;
+  const int32_t token = bar(m);
   const Candidate next = {r.of(token), m, token};
   if (token == o_.eos)
     end(live_[m].source, next, true);
@@ -204,7 +200,7 @@ std::vector<Candidate> Engine::best(const Search& search) const {
   for (int32_t k = 0; k < search.count; ++k) {
     const int32_t m = search.first + k;
     const Row r = row(m, search.log_probs[k]);
-    bar(m, r.logits);
+    bar(m);
     for (int64_t chunk = 0; chunk < step_.chunks(); ++chunk) {
       const int64_t v = chunk * step_.chunk_width();
       double least = best.size() < most ? -INFINITY : best.back().log_prob;

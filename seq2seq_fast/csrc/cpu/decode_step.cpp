@@ -13,7 +13,7 @@ constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a 
 Weights weights_of(ScalarType type) {
   if (type == ScalarType::Float) return Weights::kFloat;
   if (type == ScalarType::BFloat16) return Weights::kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Char, "expected float32, bfloat16 or int8 weights");
+  STD_TORCH_CHECK(type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
   return Weights::kInt8;
 }
 
@@ -23,33 +23,58 @@ const float* floats(const Tensor& x) {
   return static_cast<const float*>(x.data_ptr());
 }
 
-Operand from_row(const Operand& x, int64_t row) { return {x.x + row * x.ld, x.ld, x.K}; }
-
-int64_t size_of(Weights type) {
-  return type == Weights::kFloat ? 4 : type == Weights::kBFloat16 ? 2 : 1;
+int64_t quantised_rows(const Matrix& matrix, int64_t rows) {
+  return matrix.type == Weights::kInt8 ? rows : 0;
 }
 
 }  // namespace
 
 Matrix::Matrix(const Tensor& data_, const Tensor& scales_)
     : data(data_), scales(scales_), type(weights_of(data_.scalar_type())) {
-  STD_TORCH_CHECK(data.dim() == 3 && data.is_contiguous(), "expected panels (P, K, width)");
-  panels = data.size(0), K = data.size(1), width = data.size(2);
+  const bool quantised = type == Weights::kInt8;
+  STD_TORCH_CHECK(data.is_contiguous() && data.dim() == (quantised ? 4 : 3),
+                  "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
+  panels = data.size(0), K = data.size(1) * (quantised ? 4 : 1), width = data.size(2);
   floats(scales);
-  STD_TORCH_CHECK(width % kBlock == 0 && width <= kPanel &&
-                      (scales.numel() == 0 || scales.numel() == panels * width),
-                  "expected panels of whole units, a scale for each column or none");
+  STD_TORCH_CHECK(
+      width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
+      "expected panels of whole units, and a scale for each column of uint8");
+  STD_TORCH_CHECK(!quantised || K <= 1 << 17, "expected sums of at most 2^17 products of int8");
 }
 
-void Matrix::multiply(int64_t i, const Operand* operands, int count, int64_t rows, float* out,
-                      int64_t ldo) const {
-  const char* w = static_cast<const char*>(data.data_ptr()) + i * K * width * size_of(type);
-  const float* scale = scales.numel() ? floats(scales) + i * width : nullptr;
-  if (type == Weights::kFloat || rows < kLeastUnpacked)
-    return loops.packed_panel(type, operands, count, rows, w, width, scale, out, ldo);
-  Buffer<float> unpacked(K * width);
-  loops.unpack(type, w, K * width, unpacked);
-  loops.packed_panel(Weights::kFloat, operands, count, rows, unpacked, width, scale, out, ldo);
+Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c)
+    : matrix_(matrix),
+      operands_{a, b, c},
+      scales_(quantised_rows(matrix, rows)),
+      offsets_(2 * quantised_rows(matrix, rows)),
+      digits_(2 * quantised_rows(matrix, rows) * matrix.quantised_ld()),
+      quantised_{matrix.K, matrix.quantised_ld(), digits_, scales_, offsets_} {
+  parallel(quantised_rows(matrix, rows), matrix.K, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) loops.quantise(operands_, i, quantised_);
+  });
+}
+
+void Factor::multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const {
+  const int64_t K = matrix_.K, width = matrix_.width;
+  const auto panel = [&]<typename W>() {
+    return static_cast<const W*>(matrix_.data.data_ptr()) + i * K * width;
+  };
+  const auto as_floats = [&](const float* w) {
+    loops.packed_panel(operands_, first, rows, w, width, out, ldo);
+  };
+  if (matrix_.type == Weights::kInt8) {
+    loops.quantised_panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
+                          floats(matrix_.scales) + i * width, out, ldo);
+  } else if (matrix_.type == Weights::kFloat) {
+    as_floats(panel.template operator()<float>());
+  } else if (rows < kLeastUnpacked) {
+    loops.packed_panel_half(operands_, first, rows, panel.template operator()<uint16_t>(), width,
+                            out, ldo);
+  } else {
+    Buffer<float> unpacked(K * width);
+    loops.unpack(panel.template operator()<uint16_t>(), K * width, unpacked);
+    as_floats(unpacked);
+  }
 }
 
 static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x) {
@@ -131,8 +156,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   else
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
-  if (source_.keys && !model_.query_after)
-    for (int64_t i = 0; i < model_.query.panels; ++i) query(i, B);
+  if (source_.keys && !model_.query_after) query_all(B);
 }
 
 void DecoderStep::run(const std::vector<Live>& live) {
@@ -142,9 +166,7 @@ void DecoderStep::run(const std::vector<Live>& live) {
   for (int64_t l = 0; l < L_; ++l) advance(l, rows);
   now_ = 1 - now_;
   if (source_.keys && model_.query_after) {
-    parallel(model_.query.panels, model_.query.operations(rows), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) query(i, rows);
-    });
+    query_all(rows);
     attend(live);
   }
   read_out(rows);
@@ -217,16 +239,12 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const auto& layer = model_.layers[l];
   const int now = now_, next = 1 - now_, blocks = blocks_of(model_.cell);
   const bool apart = layer.hidden.panels > 0;
-  Operand operands[3];
-  int count = 0;
-  if (l == 0) {
-    operands[count++] = {inputs_, model_.E, model_.E};
-    operands[count++] = {contexts_[kept_], source_.D, source_.D};
-  } else {
-    operands[count++] = {hidden(next, l - 1), Hp_, H_};
-  }
   const Operand state = {hidden(now, l), Hp_, H_};
-  if (!apart) operands[count++] = state;
+  const Factor input =
+      l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E},
+                      {contexts_[kept_], source_.D, source_.D}, apart ? Operand() : state)
+             : Factor(layer.input, rows, {hidden(next, l - 1), Hp_, H_}, apart ? Operand() : state);
+  const Factor hidden_part(layer.hidden, apart ? rows : 0, state);
   const int64_t width = blocks * unit_;
   const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
   parallel(layer.input.panels, work, [&](int64_t begin, int64_t end) {
@@ -236,12 +254,8 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
         const int64_t n = std::min(kRowsTogether, rows - first);
         for (int64_t i = 0; i < n; ++i)
           std::copy_n(layer.bias + p * width, width, gates + i * width);
-        Operand part[3];
-        for (int i = 0; i < count; ++i) part[i] = from_row(operands[i], first);
-        layer.input.multiply(p, part, count, n, gates, width);
-        const Operand part_state = from_row(state, first);
-        if (apart)
-          layer.hidden.multiply(p, &part_state, 1, n, gates + width - layer.hidden.width, width);
+        input.multiply(p, first, n, gates, width);
+        if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
         for (int64_t i = 0; i < n; ++i) {
           const int64_t at = (first + i) * Hp_ + p * unit_;
           float* raw = gates + i * width;
@@ -253,14 +267,24 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   });
 }
 
-// A panel of the query's projection, of the hidden states that the last step left.
-void DecoderStep::query(int64_t panel, int64_t rows) {
+// The left factor of the query's projection: the hidden states that the last step left.
+Factor DecoderStep::query_factor(int64_t rows) const {
+  return Factor(model_.query, rows, {hidden(now_, L_ - 1), Hp_, H_});
+}
+
+void DecoderStep::query_all(int64_t rows) {
+  const Factor states = query_factor(rows);
+  parallel(model_.query.panels, model_.query.operations(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) query(states, i, rows);
+  });
+}
+
+void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
   const int64_t width = model_.query.width;
   float* out = queries_ + panel * width;
   for (int64_t m = 0; m < rows; ++m)
     std::copy_n(model_.b_query + panel * width, width, out + m * query_ld_);
-  const Operand state = {hidden(now_, L_ - 1), Hp_, H_};
-  model_.query.multiply(panel, &state, 1, rows, out, query_ld_);
+  states.multiply(panel, 0, rows, out, query_ld_);
 }
 
 // Logits, their peaks, and the next step's queries where they are of the same hidden states.
@@ -268,8 +292,9 @@ void DecoderStep::read_out(int64_t rows) {
   const Matrix& readout = model_.readout;
   const int64_t width = readout.width;
   const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
-  const Operand features[2] = {{hidden(now_, L_ - 1), Hp_, H_},
-                               {contexts_[kept_], source_.D, source_.D}};
+  const Factor states = query_factor(queries > 0 ? rows : 0);
+  const Factor features(readout, rows, {hidden(now_, L_ - 1), Hp_, H_},
+                        {contexts_[kept_], source_.D, source_.D});
   parallel(chunks_, chunk_panels_ * readout.operations(rows), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t last = std::min(readout.panels, (chunk + 1) * chunk_panels_);
@@ -277,7 +302,7 @@ void DecoderStep::read_out(int64_t rows) {
         float* out = logits_ + p * width;
         for (int64_t m = 0; m < rows; ++m)
           std::copy_n(model_.b_readout + p * width, width, out + m * logits_ld_);
-        readout.multiply(p, features, 2, rows, out, logits_ld_);
+        features.multiply(p, 0, rows, out, logits_ld_);
       }
       const int64_t v = chunk * chunk_panels_ * width;
       for (int64_t m = 0; m < rows; ++m)
@@ -285,7 +310,7 @@ void DecoderStep::read_out(int64_t rows) {
             loops.peak(logits(m) + v, std::min(chunk_panels_ * width, model_.V - v));
       // Spread evenly, as threads take chunks in equal numbers.
       for (int64_t i = chunk * queries / chunks_; i < (chunk + 1) * queries / chunks_; ++i)
-        query(i, rows);
+        query(states, i, rows);
     }
   });
 }

@@ -13,16 +13,31 @@
 
 namespace seq2seq_fast {
 
-// Packed weights with their scales, see loops.h. Made by seq2seq_fast/decoding/packing.py.
+// Packed weights, see loops.h; scales are of kInt8 alone. Made by seq2seq_fast/decoding/packing.py.
 struct Matrix {
   Tensor data, scales;
   Weights type;
   int64_t panels, K, width;
   Matrix(const Tensor& data, const Tensor& scales);
-  // out (rows, width), ldo apart, += the operands times panel i
-  void multiply(int64_t i, const Operand* operands, int count, int64_t rows, float* out,
-                int64_t ldo) const;
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
+  // From one digit of a row to the next; vectors are stored past its end.
+  int64_t quantised_ld() const { return K + kBlock; }
+};
+
+// The left factor of products with a matrix: rows of operands side by side.
+class Factor {
+ public:
+  Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {});
+  // out (rows, width), ldo apart, += rows from `first` on times panel i
+  void multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const;
+
+ private:
+  const Matrix& matrix_;
+  const Operand operands_[kOperands];
+  Buffer<float> scales_;
+  Buffer<int32_t> offsets_;
+  Buffer<int8_t> digits_;
+  const QuantisedRows quantised_;
 };
 
 // A decoder's weights as they come from Python, in this order: embedding (V, E); of each layer the
@@ -86,7 +101,9 @@ class DecoderStep {
   void attend(const std::vector<Live>& live);
   void attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch);
   void advance(int64_t layer, int64_t rows);
-  void query(int64_t panel, int64_t rows);
+  Factor query_factor(int64_t rows) const;
+  void query(const Factor& states, int64_t panel, int64_t rows);
+  void query_all(int64_t rows);
   void read_out(int64_t rows);
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }
   float* cell(int which, int64_t layer) const { return cell_[which] + layer * most_ * Hp_; }

@@ -46,12 +46,24 @@ constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
 // What a decoding engine reads: panels of kPanel outputs, or fewer whole blocks, in these types.
+// Those of kInt8 are whole numbers + 128, (K / 4, width, 4), and `scale` is of each column.
 enum class Weights : uint8_t { kFloat, kBFloat16, kInt8 };
 
-// Columns of the left operand of a product: rows x, ld apart, of K numbers.
+// Columns of the left factor of a product: rows x, ld apart, of K numbers. Up to kOperands of them
+// lie side by side; those that are not there have no columns.
 struct Operand {
-  const float* x;
-  int64_t ld, K;
+  const float* x = nullptr;
+  int64_t ld = 0, K = 0;
+};
+constexpr int kOperands = 3;
+
+// What weights of kInt8 are multiplied by: x = scale * (128 * digit + digit), both of them from -64
+// to 64. Twice 7 bits are much finer than the weights, and products of bytes are quick.
+struct QuantisedRows {
+  int64_t K, ld;     // K is filled up with zeros to a multiple of 4
+  int8_t* digits;    // (rows, 2, ld): the high ones of a row, the low ones
+  float* scales;     // (rows,)
+  int32_t* offsets;  // (rows, 2): -128 times the sum of the digits, as weights are 128 too large
 };
 
 // What is known of a stretch of logits: the largest, sum exp(x - largest), and where it is.
@@ -119,20 +131,26 @@ struct Loops {
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates);
 
-  // out (rows, width), ldo apart, += scale (width,) * [operands side by side] w; w is a panel,
-  // scale may be null.
-  void (*packed_panel)(Weights type, const Operand* operands, int count, int64_t rows,
-                       const void* w, int64_t width, const float* scale, float* out, int64_t ldo);
-  // n weights that are not floats, a multiple of kBlock, as floats
-  void (*unpack)(Weights type, const void* w, int64_t n, float* out);
+  // out (rows, width), ldo apart, += [operands side by side] w, from their row `first` on; w is a
+  // panel of floats, of bfloat16 or of kInt8.
+  void (*packed_panel)(const Operand* operands, int64_t first, int64_t rows, const float* w,
+                       int64_t width, float* out, int64_t ldo);
+  void (*packed_panel_half)(const Operand* operands, int64_t first, int64_t rows, const uint16_t* w,
+                            int64_t width, float* out, int64_t ldo);
+  void (*quantised_panel)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                          int64_t width, const float* scale, float* out, int64_t ldo);
+  // One row of [operands side by side], into the same row of x.
+  void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);
+  // n weights of bfloat16, a multiple of kBlock, as floats
+  void (*unpack)(const uint16_t* w, int64_t n, float* out);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
   // The places of what is above the threshold, ascending; `out` holds n.
   int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };
 
-// The fastest that this processor has. ATEN_CPU_CAPABILITY=avx2 or =default lowers it, as it does
-// PyTorch's own kernels.
+// The fastest that this processor has. ATEN_CPU_CAPABILITY=avx512 (without VNNI), =avx2 or =default
+// lowers it, as it does PyTorch's own kernels.
 extern const Loops loops;
 
 }  // namespace seq2seq_fast

@@ -3,15 +3,33 @@
 #include "cell_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
+#include "quantised_loops.h"
 #include "scores_loops.h"
 
 namespace seq2seq_fast {
 
 extern const Loops S2S_LOOPS;
-const Loops S2S_LOOPS = {S2S_NAME,        scores,        gradients,    exp2x,
-                         expm1_2x,        largest,       softmax,      softmax_backward,
-                         scale_and_flush, weighted_rows, products,     panel,
-                         panel_double,    advance_cell,  retreat_cell, packed_panel,
-                         unpack,          peak,          above};
+const Loops S2S_LOOPS = {S2S_NAME,
+                         scores,
+                         gradients,
+                         exp2x,
+                         expm1_2x,
+                         largest,
+                         softmax,
+                         softmax_backward,
+                         scale_and_flush,
+                         weighted_rows,
+                         products,
+                         panel,
+                         panel_double,
+                         advance_cell,
+                         retreat_cell,
+                         packed_panel,
+                         packed_panel_half,
+                         quantised_panel,
+                         quantise,
+                         unpack,
+                         peak,
+                         above};
 
 }  // namespace seq2seq_fast
