@@ -23,6 +23,8 @@ void launch_powers(const Device& device, const PowersArguments& a) {
   device.launch(make_powers, blocks, dim3(kPowersThreads), kPowersThreads / kWarp, a);
 }
 
+}  // namespace
+
 Tensor prepare_keys(Tensor keys) {
   STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
   const Device device(keys);
@@ -36,8 +38,6 @@ Tensor prepare_keys(Tensor keys) {
   launch_powers(device, a);
   return powers;
 }
-
-}  // namespace
 
 Powers powers_of(const Tensor& powers, const Tensor& keys) {
   const int S = size_of(keys, 1), H = size_of(keys, 2);
