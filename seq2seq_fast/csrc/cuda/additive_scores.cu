@@ -172,7 +172,7 @@ std::array<Tensor, 3> scores_backward(const Device& device, const Prepared& p, c
   if (needs.keys) a.to_keys = of_keys ? parts_keys : out[1].data_ptr();
   if (needs.v) a.to_v = parts_keys + of_keys;
   device.launch(additive_scores_backward, {int64_t{B} * a.blocks_h, a.ranges_s, a.ranges_t},
-                dim3(kWarp, warps), backward_shared_floats(a.keys_of_range), a);
+                dim3(kWarp, warps), backward_shared_floats(a.keys_of_range, warps), a);
 
   const auto join = [&](const float* parts, const float* scale, const Tensor& sum, int64_t n,
                         int count) {

@@ -4,6 +4,13 @@
 namespace seq2seq_fast {
 namespace {
 
+// The gradient of the state before the first step.
+__global__ void __launch_bounds__(kCellThreads) sum_gradient(SumArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b < a.B) a.sum(b, h) = a.grad(b, h);
+}
+
 template <typename A>
 void launch(const Device& device, void (*kernel)(A), const A& a) {
   device.launch(kernel, ceil_div(int64_t{a.B} * a.H, kCellThreads), dim3(kCellThreads), 0, a);

@@ -11,6 +11,8 @@
 namespace seq2seq_fast {
 
 constexpr int kCellThreads = 128;
+template <Cell cell>
+constexpr int kBlocksOf = blocks_of(cell);
 
 // Rows (B, width), ld apart; data null: absent.
 struct Matrix {
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
   const int b = i / a.H, h = i % a.H;
   if (b >= a.B) return;
-  constexpr int kBlocks = blocks_of(cell), kInputBlocks = cell == Cell::kGru ? 3 : kBlocks;
+  constexpr int kBlocks = kBlocksOf<cell>, kInputBlocks = cell == Cell::kGru ? 3 : kBlocks;
   float x[kBlocks];
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) {
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArgumen
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
   const int b = i / a.H, h = i % a.H;
   if (b >= a.B) return;
-  constexpr int kBlocks = blocks_of(cell);
+  constexpr int kBlocks = kBlocksOf<cell>;
   float x[kBlocks], dx[kBlocks];
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) x[k] = a.gates(b, k * a.H + h);
@@ -135,12 +137,5 @@ struct SumArguments {
   Matrix sum;  // (B, H)
   int B, H;
 };
-
-// The gradient of the state before the first step.
-static __global__ void __launch_bounds__(kCellThreads) sum_gradient(SumArguments a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
-  const int b = i / a.H, h = i % a.H;
-  if (b < a.B) a.sum(b, h) = a.grad(b, h);
-}
 
 }  // namespace seq2seq_fast
