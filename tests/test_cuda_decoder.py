@@ -64,6 +64,50 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, opt
     keeps_the_rule(dict(cell_type=cell_type, after=after) | options)
 
 
+@pytest.mark.parametrize("size", [1e-3, 0.3, 6.0, 40.0, 1e4])
+@pytest.mark.parametrize("after", [False, True])
+def test_queries_and_keys_of_every_magnitude(size, after):
+    """All paths of attention backward. Score gradients cancel: rounding is of the terms' size."""
+    args = plain.problem(after=after, S=37, A=20)
+    with torch.no_grad():
+        args["keys"].mul_(size)
+        args["query"][1].mul_(size)
+        args["v"].mul_(0.2)
+    exact, _ = plain.results(args, backend="reference")
+    args = plain.cast(args, torch.float32)
+    (ours, _), (theirs, _) = plain.results(args), plain.results(args, backend="reference")
+    for name, want in exact.items():
+        error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
+        rounding = 20 * torch.finfo(torch.float32).eps * max(want.abs().max().item(), 1)
+        assert error <= 2 * allowed + rounding, name
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["keys", "values", "v"])
+def test_what_is_not_finite_is_as_on_the_cpu(where, bad, monkeypatch):
+    args = in_float32({}, 0)
+    with torch.no_grad():
+        args[where].view(-1)[-1] = bad
+    ours, _ = plain.results(args)
+    monkeypatch.setattr(module, "_ops", torch.ops.seq2seq_fast)
+    want, _ = plain.results(args)
+    for name, x in want.items():
+        torch.testing.assert_close(
+            ours[name], x, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["inputs", "hidden"])
+def test_an_infinite_state_is_as_in_the_reference(where, bad):
+    args = in_float32({}, 0)
+    with torch.no_grad():
+        args[where].view(-1)[-1] = bad
+    (ours, _), (want, _) = plain.results(args), plain.results(args, backend="reference")
+    for name, x in want.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("cell_type", plain.MODULES)
 @pytest.mark.parametrize("feedback", [(), [1, 2]], ids=["forced", "fed back"])
 def test_without_attention(cell_type, feedback):
