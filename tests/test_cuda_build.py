@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 from torch.utils.cpp_extension import library_paths
 
@@ -83,7 +84,7 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
     command = [sys.executable, "-c", LOAD, library]
     environment = os.environ | {"LD_BIND_NOW": "1"}
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ran.stdout.strip() == "5", ran.stderr  # ops
+    assert ran.stdout.strip() == "7", ran.stderr  # ops
 
 
 # The tiles for few queries or a short source, 4x4 and 2x2, save padding and pay more for loads.
@@ -117,3 +118,16 @@ def test_budget_of_one_query(cubins, within_budget, dtype):
     cubin = cubins["one_query"]
     within_budget(kernel, "native", f"prepared keys ({dtype})", cubin, **common)
     within_budget(kernel, "native", f"{dtype} keys", cubin, among=raw, **common)
+
+
+def test_budget_of_one_query_backward(cubins, within_budget):
+    cubin, name = cubins["attention_decoder_backward"], "one_query_backward"
+    kernel = "backward, one query, C++"
+    within_budget(kernel, "native", "2 features a thread", cubin, per_reciprocal=2, name=name)
+
+
+@pytest.mark.parametrize("cell", range(3), ids=["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kernel", ["advance_cell", "retreat_cell"])
+def test_cells_leave_room_for_as_many_threads_as_there_can_be(cubins, kernel, cell):
+    """Of 64 K registers, for 2048 threads of a multiprocessor: what waits for memory needs them."""
+    assert sass.kernel(cubins["cells"], f"{kernel}ILNS_4CellE{cell}").registers <= 40

@@ -1,6 +1,7 @@
 """What only a GPU shows: CUDA graphs, streams of several GPUs, memory, sizes beyond 32 bits."""
 
 import pytest
+import test_attention_decoder
 import torch
 
 import seq2seq_fast as s2s
@@ -121,3 +122,69 @@ def test_tensors_of_several_devices_are_refused(gpu):
         x[i + 1] = x[i + 1].cpu()
         with pytest.raises(ValueError, match=f"{name}: is on cpu, expected cuda"):
             s2s.additive_attention(*x[:4], mask=x[4], backend=gpu.backend)
+
+
+def decoder_arguments(T=5):
+    """On the CPU, and the same on the GPU."""
+    args = test_attention_decoder.problem(T=T, dropout=True, feedback=[2])
+    args = test_attention_decoder.cast(args, torch.float32)
+    return args, torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: x.detach().cuda().requires_grad_(x.requires_grad), args
+    )
+
+
+@pytest.mark.skipif(
+    not s2s.library.HAS_KERNEL["attention_decoder", "cuda"], reason="no such kernel here"
+)
+class TestDecoder:
+    @pytest.fixture(autouse=True)
+    def native(self, gpu):
+        if gpu.backend != "native":
+            pytest.skip("of the compiled kernels")
+
+    def test_it_is_the_reference(self, gpu):
+        args, on_gpu = decoder_arguments()
+        want, tokens = test_attention_decoder.results(args, backend="reference")
+        found, same = test_attention_decoder.results(on_gpu, backend=gpu.backend)
+        assert torch.equal(tokens, same.cpu())
+        for name, x in want.items():
+            torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
+
+    def test_a_captured_run_replays_on_new_numbers(self, gpu):
+        _, on_gpu = decoder_arguments()
+        del on_gpu["feedback"]
+
+        def call():
+            with torch.no_grad():
+                return s2s.attention_decoder(**on_gpu, backend=gpu.backend)[:5]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        with torch.no_grad():
+            on_gpu["inputs"].copy_(torch.randn_like(on_gpu["inputs"]))
+        graph.replay()
+        for a, b in zip(captured, call(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_launches_of_a_step(self, gpu):
+        """Six of two layers: query, attention, and for each layer a product and its cell. A product
+        may be split, which adds one."""
+        counts = []
+        for T in (10, 20):
+            _, on_gpu = decoder_arguments(T)
+            del on_gpu["feedback"]
+            with torch.no_grad():
+                s2s.attention_decoder(**on_gpu, backend=gpu.backend)
+                with torch.profiler.profile(
+                    activities=[torch.profiler.ProfilerActivity.CUDA]
+                ) as profile:
+                    s2s.attention_decoder(**on_gpu, backend=gpu.backend)
+                    torch.cuda.synchronize()
+            counts.append(sum(x.count for x in profile.key_averages() if x.device_time_total > 0))
+        assert 6 <= (counts[1] - counts[0]) / 10 <= 9

@@ -1,6 +1,9 @@
 // Shapes and dtypes as kernels take them for granted. The public functions check the same and more,
 // with names in their messages; this is for who calls an op itself.
 #pragma once
+#include <string>
+
+#include "cell.h"
 #include "common.h"
 
 namespace seq2seq_fast {
@@ -29,6 +32,13 @@ inline void check_attention(const Tensor& query, const Tensor& keys, const Tenso
                   "expected values (B, S, D) of query's dtype");
   if (bias) check_shape(*bias, B, T, S, "expected score_bias (B, T, S)");
   if (mask) check_shape(*mask, B, mask->size(1) == 1 ? 1 : T, S, "expected mask (B, T or 1, S)");
+}
+
+inline Cell cell_of(const std::string& name) {
+  if (name == "lstm") return Cell::kLstm;
+  if (name == "gru") return Cell::kGru;
+  STD_TORCH_CHECK(name == "rnn", "expected cell_type lstm, gru or rnn");
+  return Cell::kRnn;
 }
 
 }  // namespace seq2seq_fast

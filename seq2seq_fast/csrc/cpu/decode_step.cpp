@@ -85,7 +85,7 @@ static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x)
 }
 
 PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type, bool after)
-    : cell(decoder::cell_of(cell_type)),
+    : cell(cell_of(cell_type)),
       query_after(after),
       embedding(floats(x.at(0))),
       V(x[0].size(0)),

@@ -15,13 +15,6 @@ Tensor one_step(const Tensor& x) {
 
 }  // namespace
 
-Cell cell_of(const std::string& name) {
-  if (name == "lstm") return Cell::kLstm;
-  if (name == "gru") return Cell::kGru;
-  STD_TORCH_CHECK(name == "rnn", "expected cell_type lstm, gru or rnn");
-  return Cell::kRnn;
-}
-
 Tensor at(const Tensor& x, int64_t t) {
   return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
 }

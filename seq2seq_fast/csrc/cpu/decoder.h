@@ -8,8 +8,6 @@
 
 namespace seq2seq_fast::decoder {
 
-Cell cell_of(const std::string& name);
-
 template <typename A>
 A* data(const Tensor& x) {
   return static_cast<A*>(x.data_ptr());

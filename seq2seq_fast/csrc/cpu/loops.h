@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../cell.h"
+
 namespace seq2seq_fast {
 
 constexpr int64_t kRows = 16, kGroup = 64, kPad = 16;
@@ -38,9 +40,6 @@ constexpr float kSmallKeys = 1.f;
 // Weights are packed into panels of kBlocks blocks of kBlock outputs, (K, kBlocks, kBlock): what a
 // step of the product reads lies together.
 constexpr int64_t kBlock = 16, kBlocks = 4, kPanel = kBlocks * kBlock;
-
-enum class Cell : uint8_t { kLstm, kGru, kRnn };
-constexpr int blocks_of(Cell cell) { return cell == Cell::kRnn ? 1 : 4; }  // of gates
 
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };

@@ -23,6 +23,8 @@ void launch_powers(const Device& device, const PowersArguments& a) {
   device.launch(make_powers, blocks, dim3(kPowersThreads), kPowersThreads / kWarp, a);
 }
 
+}  // namespace
+
 Tensor prepare_keys(Tensor keys) {
   STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
   const Device device(keys);
@@ -36,8 +38,6 @@ Tensor prepare_keys(Tensor keys) {
   launch_powers(device, a);
   return powers;
 }
-
-}  // namespace
 
 Powers powers_of(const Tensor& powers, const Tensor& keys) {
   const int S = size_of(keys, 1), H = size_of(keys, 2);
@@ -172,7 +172,7 @@ std::array<Tensor, 3> scores_backward(const Device& device, const Prepared& p, c
   if (needs.keys) a.to_keys = of_keys ? parts_keys : out[1].data_ptr();
   if (needs.v) a.to_v = parts_keys + of_keys;
   device.launch(additive_scores_backward, {int64_t{B} * a.blocks_h, a.ranges_s, a.ranges_t},
-                dim3(kWarp, warps), backward_shared_floats(a.keys_of_range), a);
+                dim3(kWarp, warps), backward_shared_floats(a.keys_of_range, warps), a);
 
   const auto join = [&](const float* parts, const float* scale, const Tensor& sum, int64_t n,
                         int count) {

@@ -22,6 +22,8 @@ struct Prepared {
 Prepared prepare(const Device& device, const Tensor& query, const Tensor& keys, const Tensor& v,
                  const std::optional<Tensor>& powers);
 
+Tensor prepare_keys(Tensor keys);
+
 // powers as prepare_keys made them of these keys
 Powers powers_of(const Tensor& powers, const Tensor& keys);
 

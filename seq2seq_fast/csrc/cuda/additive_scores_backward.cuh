@@ -37,9 +37,11 @@ struct BackwardArguments {
   int blocks_h, ranges_s, ranges_t, keys_of_range, tiles_of_range;
 };
 
-// Floats of shared memory: keys and dk side by side, and grad.
-__host__ __device__ constexpr int backward_shared_floats(int keys) {
-  return keys * (2 * kFeaturesOfBlock + kGradStride);
+// Floats of shared memory: keys and dk side by side, and grad, in whose place dv of all warps
+// comes.
+__host__ __device__ constexpr int backward_shared_floats(int keys, int warps) {
+  const int of_grad = keys * kGradStride, of_dv = warps * kFeaturesOfBlock;
+  return keys * 2 * kFeaturesOfBlock + (of_grad > of_dv ? of_grad : of_dv);
 }
 
 // Gradients of eight queries and one key in a lane's two features.

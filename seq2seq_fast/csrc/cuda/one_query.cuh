@@ -30,12 +30,20 @@ struct OneQueryArguments {
   Softmax softmax;
   void *context, *weights;  // (B, T, D), (B, T, S) of `type`; without context, weights are scores
   Type type;
+  float* also;  // (B T, D), ld_also apart: the context once more, or null
+  int64_t ld_also;
   // Of a split source: exp(x - top) (B, T, S); top, sum and context of each part (B, T, ranges,
   // 2 + D); how many blocks of (b, t) have arrived (B, T), zero before.
   float *exponentials, *parts;
   unsigned* arrived;
   int T, S, H, D, ranges, keys_of_range;
 };
+
+__device__ __forceinline__ void store_context(const OneQueryArguments& a, int64_t row, int d,
+                                              float c) {
+  store(a.context, a.type, row * a.D + d, c);
+  if (a.also != nullptr) a.also[row * a.ld_also + d] = c;
+}
 
 __host__ __device__ inline int64_t one_query_shared_floats(int H, int keys) {
   return 3 * round_up(H, kFeatures) + round_up(keys, 4) + 4 * kOneQueryThreads;
@@ -284,7 +292,7 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
       if (split)
         part[2 + d0 + i] = c;
       else
-        store(a.context, a.type, row * a.D + d0 + i, total == 0.f ? 0.f : c / total);
+        store_context(a, row, d0 + i, total == 0.f ? 0.f : c / total);
     }
   }
   if (!split) return;
@@ -317,7 +325,7 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
     float c = 0.f;
     for (int i = 0; i < a.ranges; ++i)
       if (read(i, 1) != 0.f) c += read(i, 2 + d) * expf(read(i, 0) - top);
-    store(a.context, a.type, row * a.D + d, total == 0.f ? 0.f : c / total);
+    store_context(a, row, d, total == 0.f ? 0.f : c / total);
   }
 }
 

@@ -16,11 +16,12 @@ inline bool goes_one_by_one(const Tensor& query) {
   return query.size(1) <= kFewQueries && query.size(2) <= kMostFeaturesInShared;
 }
 
-// Into context (B, T, D) and weights (B, T, S), contiguous, with a T axis or without.
+// Into context (B, T, D) and weights (B, T, S), contiguous, with a T axis or without;
+// the context also to rows of float32, ld_also apart, if there are some.
 void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
                          const Tensor& values, const Tensor& v, const Softmax& softmax,
                          const std::optional<Tensor>& powers, const Tensor& context,
-                         const Tensor& weights);
+                         const Tensor& weights, float* also = nullptr, int64_t ld_also = 0);
 
 // Scores (B, T, S) alone.
 void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,

@@ -1,0 +1,197 @@
+// A recurrent decoder with attention inside its recurrence, over T steps.
+//
+// A step of L layers is 2 L + 2 launches: the query's product, attention, and for each layer the
+// product of [x | hidden state] with its weights side by side, then its cell. Everything is
+// allocated before the first step and nothing waits for the GPU, so that a CUDA graph can hold it.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "decoder.h"
+#include "feedback.cuh"
+
+namespace seq2seq_fast {
+namespace {
+
+// See reference_decoder.py.
+struct Run {
+  Tensor hiddens, cells, gates, queries, contexts, weights, tokens, logits;
+};
+
+class Forward {
+ public:
+  Forward(const Device& device, const Tensor& inputs, const std::vector<Tensor>& layers,
+          const std::optional<Source>& source, const std::optional<Tensor>& fixed,
+          const std::optional<Tensor>& dropout, Cell cell, bool query_after,
+          const std::vector<int64_t>& feedback, const std::vector<Tensor>& readout,
+          const std::optional<Tensor>& input_dropout, const Run& run)
+      : device_(device),
+        inputs_(inputs),
+        layers_(layers),
+        source_(source),
+        fixed_(fixed),
+        dropout_(dropout),
+        cell_(cell),
+        query_after_(query_after),
+        feedback_(feedback),
+        readout_(readout),
+        input_dropout_(input_dropout),
+        run_(run),
+        T_(inputs.size(0)),
+        B_(inputs.size(1)),
+        L_(run.hiddens.size(0)),
+        H_(run.hiddens.size(3)),
+        G_(run.gates.size(3)),
+        product_(empty(inputs, {B_, G_})),
+        fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})) {
+    if (!feedback.empty()) features_.emplace(empty(inputs, {B_, readout[1].size(1)}));
+    for (int64_t l = 0; l < L_; ++l) {
+      const Tensor* w_x = l > 0 ? &layers[3 * l] : source ? &source->w_context : nullptr;
+      weights_.push_back(side_by_side(w_x, layers[3 * l + 1], G_));
+      biases_.push_back(torch::stable::contiguous(layers[3 * l + 2]));
+      operands_.push_back(empty(inputs, {B_, weights_.back().size(1)}));
+      copy(columns(operands_[l], width(l), H_), at(run.hiddens, l, 0));
+    }
+    if (source && query_after) copy(columns(operands_[0], 0, width(0)), at(run.contexts, 0));
+  }
+
+  void run() {
+    const int64_t E = inputs_.size(2), n_input = layers_[0].size(0);
+    // The input's part of all gates, where the gates themselves will lie.
+    product(view(run_.gates, {T_ * B_, n_input}, {G_, 1}), view(inputs_, {T_ * B_, E}, {E, 1}),
+            layers_[0]);
+    size_t next = 0;
+    for (int64_t t = 0; t < T_; ++t) {
+      if (next < feedback_.size() && feedback_[next] == t) feed(t, next++);
+      if (source_ && !query_after_) attend(t, t);
+      for (int64_t l = 0; l < L_; ++l) advance(l, t);
+      if (source_ && query_after_) attend(t, t + 1);
+    }
+  }
+
+ private:
+  int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
+
+  // The argmax of what step t - 1 made in place of step t's input.
+  void feed(int64_t t, size_t i) {
+    const Tensor context = source_ ? at(run_.contexts, t) : *fixed_;
+    copy(columns(*features_, 0, H_), at(run_.hiddens, L_ - 1, t));
+    copy(columns(*features_, H_, context.size(1)), context);
+    const int64_t V = readout_[1].size(0), E = inputs_.size(2), ld = run_.logits.stride(0);
+    const Tensor logits = view(run_.logits, {B_, V}, {ld, 1}, t * V);
+    product(logits, *features_, readout_[1]);
+    FeedbackArguments a{floats_of(logits), ld, view_of(readout_[2]), view_of(readout_[0])};
+    if (input_dropout_) a.factors = floats_of(at(*input_dropout_, t));
+    a.tokens = static_cast<int64_t*>(run_.tokens.data_ptr()) + static_cast<int64_t>(i) * B_;
+    a.x = floats_of(fed_);
+    a.V = static_cast<int>(V), a.E = static_cast<int>(E);
+    device_.launch(feed_back, B_, dim3(kFeedbackThreads), 2 * kFeedbackThreads, a);
+    product(columns(at(run_.gates, 0, t), 0, layers_[0].size(0)), fed_, layers_[0]);
+  }
+
+  // Step t's query is the top layer's hidden state `state`.
+  void attend(int64_t t, int64_t state) {
+    const Source& s = *source_;
+    const Tensor query = at(run_.queries, t), weights = at(run_.weights, t);
+    linear(query, at(run_.hiddens, L_ - 1, state), s.w_query, s.b_query);
+    const Tensor one = view(query, {B_, 1, query.size(1)}, {query.size(1), 0, 1});
+    one_query_attention(device_, one, s.keys, s.values, s.v, s.softmax, s.powers,
+                        at(run_.contexts, t + 1), weights, floats_of(operands_[0]),
+                        operands_[0].stride(0));
+  }
+
+  void advance(int64_t l, int64_t t) {
+    product(product_, operands_[l], weights_[l]);
+    CellArguments a{matrix(product_)};
+    const Tensor& bias = biases_[l];
+    a.bias = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
+    a.gates = matrix(at(run_.gates, l, t));
+    if (l == 0) a.input = a.gates;
+    a.hidden_before = matrix(at(run_.hiddens, l, t));
+    a.hidden = matrix(at(run_.hiddens, l, t + 1));
+    if (cell_ == Cell::kLstm) {
+      a.cell_before = matrix(at(run_.cells, l, t));
+      a.cell = matrix(at(run_.cells, l, t + 1));
+    }
+    a.to_self = matrix(operands_[l], width(l));
+    if (l + 1 < L_) {
+      a.to_next = matrix(operands_[l + 1]);
+      if (dropout_) a.factors = matrix(at(*dropout_, l, t));
+    }
+    a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
+    launch_advance(device_, cell_, a);
+  }
+
+  const Device& device_;
+  const Tensor& inputs_;
+  const std::vector<Tensor>& layers_;
+  const std::optional<Source>& source_;
+  const std::optional<Tensor>&fixed_, &dropout_;
+  const Cell cell_;
+  const bool query_after_;
+  const std::vector<int64_t>& feedback_;
+  const std::vector<Tensor>& readout_;
+  const std::optional<Tensor>& input_dropout_;
+  const Run& run_;
+  const int64_t T_, B_, L_, H_, G_;
+  const Tensor product_, fed_;      // (B, G), (B, E)
+  std::optional<Tensor> features_;  // (B, H + D)
+  // Of each layer: (G, width + H), (G,) or (B, G), and [x | hidden state] (B, width + H)
+  std::vector<Tensor> weights_, biases_, operands_;
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                          std::vector<Tensor> attention, std::optional<Tensor> mask,
+                          std::optional<Tensor> powers, std::optional<Tensor> context,
+                          std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                          std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                          std::optional<Tensor> input_dropout) {
+  STD_TORCH_CHECK(inputs.scalar_type() == ScalarType::Float,
+                  "expected float32: the decoder has a CUDA kernel for nothing else");
+  const Cell kind = cell_of(cell_type);
+  const Device device(inputs);
+  const int64_t T = inputs.size(0), B = inputs.size(1), L = hidden.size(0), H = hidden.size(2);
+  const auto none = [&](ScalarType dtype) { return empty(inputs, {0}, dtype); };
+  const auto nothing = [&] { return none(ScalarType::Float); };
+  Run run = {empty(inputs, {L, T + 1, B, H}),
+             nothing(),
+             empty(inputs, {L, T, B, blocks_of(kind) * H}),
+             nothing(),
+             nothing(),
+             nothing(),
+             none(ScalarType::Long),
+             nothing()};
+  for (int64_t l = 0; l < L; ++l) copy(at(run.hiddens, l, 0), at(hidden, l));
+  if (kind == Cell::kLstm) {
+    run.cells = empty(inputs, {L, T + 1, B, H});
+    for (int64_t l = 0; l < L; ++l) copy(at(run.cells, l, 0), at(cell, l));
+  }
+  std::optional<Source> source;
+  if (!attention.empty()) {
+    source.emplace(attention, mask, powers);
+    run.queries = empty(inputs, {T, B, source->v.size(0)});
+    run.weights = empty(inputs, {T, B, source->keys.size(1)});
+    run.contexts = empty(inputs, {T + 1, B, source->values.size(2)});
+    const Tensor first = at(run.contexts, 0);
+    if (context)
+      copy(first, *context);
+    else
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(first.get()));
+  }
+  if (!feedback.empty()) {
+    run.tokens = empty(inputs, {static_cast<int64_t>(feedback.size()), B}, ScalarType::Long);
+    run.logits = empty(inputs, {B, T + 1, readout[1].size(0)});
+  }
+  Forward(device, inputs, layers, source, context, dropout, kind, query_after, feedback, readout,
+          input_dropout, run)
+      .run();
+  return {run.hiddens,  run.cells,   run.gates,  run.queries,
+          run.contexts, run.weights, run.tokens, run.logits};
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
+
+S2S_CUDA_LIBRARY(m) { m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::attention_decoder)); }

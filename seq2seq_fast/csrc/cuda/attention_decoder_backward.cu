@@ -1,0 +1,181 @@
+// The recurrence of the attention decoder backward. A step of L layers is 2 L + 2 launches: for
+// each layer its cell and the product of the gates' gradient with [w_input | w_hidden], whose parts
+// the next kernels add up; attention, and the query's product. Gradients of weights, keys and
+// values are products over all steps, which are left to the caller.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "decoder.h"
+#include "one_query_backward.cuh"
+
+namespace seq2seq_fast {
+namespace {
+
+Tensor transposed(const Tensor& x) {
+  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
+}
+
+// See reference_decoder.py.
+struct Given {
+  Tensor outputs, contexts, weights;
+};
+struct States {
+  Tensor hiddens, cells, gates, queries, weights;
+};
+struct Gradients {
+  Tensor gates, queries, scores, contexts, hidden, cell, context;
+};
+
+class Backward {
+ public:
+  Backward(const Device& device, const Given& given, const States& run,
+           const std::vector<Tensor>& layers, const std::optional<Source>& source,
+           const std::optional<Tensor>& dropout, Cell cell, bool query_after, const Gradients& d)
+      : device_(device),
+        given_(given),
+        run_(run),
+        source_(source),
+        dropout_(dropout),
+        cell_(cell),
+        query_after_(query_after),
+        d_(d),
+        L_(run.gates.size(0)),
+        T_(run.gates.size(1)),
+        B_(run.gates.size(2)),
+        H_(run.hiddens.size(3)),
+        of_query_(empty(run.gates, {B_, H_})) {
+    for (int64_t l = 0; l < L_; ++l) {
+      const Tensor* w_x = l > 0 ? &layers[3 * l] : source ? &source->w_context : nullptr;
+      weights_.push_back(side_by_side(w_x, layers[3 * l + 1], run.gates.size(3)));
+      products_.push_back(empty(run.gates, {B_, weights_[l].size(1)}));
+    }
+  }
+
+  void run() {
+    for (int64_t t = T_ - 1; t >= 0; --t) {
+      if (source_ && query_after_) attend(t);
+      for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
+      if (source_ && !query_after_) attend(t);
+    }
+    if (T_ == 0) return;
+    for (int64_t l = 0; l < L_; ++l) {
+      const Tensor to = hidden(l);
+      SumArguments a{later(l, 0), matrix(to)};
+      if (source_ && !query_after_ && l == L_ - 1) a.grad.query = matrix(of_query_);
+      a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
+      launch_sum(device_, a);
+    }
+    if (source_ && query_after_) copy(d_.context, columns(products_[0], 0, width(0)));
+  }
+
+ private:
+  int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
+  Tensor hidden(int64_t l) const {  // first the gradient of the last state, then what is passed on
+    return view(d_.hidden, {B_, H_}, {H_, 1}, l * B_ * H_);
+  }
+
+  // What comes to the state of layer l from the steps after it, `step` being the next one.
+  HiddenGradient later(int64_t l, int64_t step) const {
+    HiddenGradient grad{};
+    const bool last = step == T_;
+    if (last || cell_ == Cell::kGru) grad.passed = matrix(hidden(l));
+    if (!last) grad.self = matrix(products_[l], width(l));
+    return grad;
+  }
+
+  void retreat(int64_t l, int64_t t) {
+    CellBackwardArguments a{later(l, t + 1)};
+    if (l + 1 < L_) {
+      a.grad.next = matrix(products_[l + 1]);
+      if (dropout_) a.grad.factors = matrix(at(*dropout_, l, t));
+    } else {
+      a.grad.output = matrix(at(given_.outputs, t));
+      // The query of this step, or, if it comes before, of the next one.
+      if (source_ && (query_after_ || t + 1 < T_)) a.grad.query = matrix(of_query_);
+    }
+    a.gates = matrix(at(run_.gates, l, t));
+    a.hidden_before = matrix(at(run_.hiddens, l, t));
+    if (cell_ == Cell::kLstm) {
+      a.cell_before = matrix(at(run_.cells, l, t));
+      a.cell = matrix(at(run_.cells, l, t + 1));
+      a.grad_cell = matrix(at(d_.cell, l));
+    }
+    const Tensor grad_gates = at(d_.gates, l, t);
+    a.grad_gates = matrix(grad_gates);
+    a.passed = matrix(hidden(l));
+    a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
+    launch_retreat(device_, cell_, a);
+    product(products_[l], grad_gates, transposed(weights_[l]));
+  }
+
+  // From the context's gradient to the query's, and on to the top layer's hidden state.
+  void attend(int64_t t) {
+    const Source& s = *source_;
+    OneQueryBackwardArguments a{matrix(at(given_.contexts, t))};
+    if (!query_after_ || t + 1 < T_) a.carried = matrix(products_[0]);
+    a.grad_weights = matrix(at(given_.weights, t)), a.weights = matrix(at(run_.weights, t));
+    a.query = matrix(at(run_.queries, t));
+    a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
+    a.powers = powers_of(s.powers, s.keys);
+    const Tensor grad_query = at(d_.queries, t);
+    a.to_context = matrix(at(d_.contexts, t)), a.to_scores = matrix(at(d_.scores, t));
+    a.to_query = matrix(grad_query);
+    a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
+    device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
+                   one_query_backward_shared_floats(a.S, a.D), a);
+    product(of_query_, grad_query, transposed(s.w_query));
+  }
+
+  const Device& device_;
+  const Given& given_;
+  const States& run_;
+  const std::optional<Source>& source_;
+  const std::optional<Tensor>& dropout_;
+  const Cell cell_;
+  const bool query_after_;
+  const Gradients& d_;
+  const int64_t L_, T_, B_, H_;
+  const Tensor of_query_;  // (B, H)
+  // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
+  std::vector<Tensor> weights_, products_;
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                                   Tensor grad_hidden, Tensor grad_cell, Tensor hiddens,
+                                   Tensor cells, Tensor gates, Tensor queries, Tensor weights,
+                                   std::vector<Tensor> layers, std::vector<Tensor> attention,
+                                   std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                                   std::string cell_type, bool query_after) {
+  STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
+                  "expected float32: the decoder has a CUDA kernel for nothing else");
+  const Device device(gates);
+  const auto like = [](const Tensor& x) { return empty(x, x.sizes()); };
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
+  const Gradients d = {
+      like(gates),
+      like(queries),
+      like(weights),
+      like(grad_contexts),
+      like(grad_hidden),
+      like(grad_cell),
+      source ? empty(gates, {gates.size(2), grad_contexts.size(2)}) : empty(gates, {0})};
+  copy(d.hidden, grad_hidden);
+  copy(d.cell, grad_cell);
+  if (!query_after || gates.size(1) == 0)
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d.context.get()));
+  const Given given = {grad_outputs, grad_contexts, grad_weights};
+  const States run = {hiddens, cells, gates, queries, weights};
+  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, d).run();
+  return {d.gates, d.queries, d.scores, d.contexts, d.hidden, d.cell, d.context};
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
+
+S2S_CUDA_LIBRARY(m) {
+  m.impl("attention_decoder_backward", TORCH_BOX(&seq2seq_fast::attention_decoder_backward));
+}

@@ -1,0 +1,141 @@
+// One step of a recurrent cell, forward and backward, behind and before the product with its
+// weights. Gates come in blocks of H: i f g o (LSTM), n r z m (GRU, m the hidden state's part of n)
+// or h (RNN).
+//
+// Grid: a thread for each unit of each row. A step has few units, so that one to a thread, which
+// neighbours read side by side, waits for memory once; wider loads would leave processors idle.
+#pragma once
+#include "../cell.h"
+#include "device.cuh"
+
+namespace seq2seq_fast {
+
+constexpr int kCellThreads = 128;
+template <Cell cell>
+constexpr int kBlocksOf = blocks_of(cell);
+
+// Rows (B, width), ld apart; data null: absent.
+struct Matrix {
+  float* data;
+  int64_t ld;
+  __device__ __forceinline__ float& operator()(int b, int h) const { return data[b * ld + h]; }
+  // zero where absent
+  __device__ __forceinline__ float get(int b, int h) const {
+    return data == nullptr ? 0.f : data[b * ld + h];
+  }
+};
+
+struct CellArguments {
+  // Parts of the gates before their nonlinearities, each (B, G); `input`, which may be absent and
+  // lie where `gates` do, lacks the block m of a GRU.
+  Matrix product, input, bias;
+  Matrix hidden_before, cell_before;  // (B, H)
+  Matrix gates;                       // (B, G), after their nonlinearities, or absent
+  Matrix hidden, cell;                // (B, H), after the step
+  // Where else the hidden state goes, if anywhere: its place in the next step's product, and, times
+  // `factors` (B, H) unless absent, in the next layer's.
+  Matrix to_self, to_next, factors;
+  int B, H;
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+template <Cell cell>
+__global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b >= a.B) return;
+  constexpr int kBlocks = kBlocksOf<cell>, kInputBlocks = cell == Cell::kGru ? 3 : kBlocks;
+  float x[kBlocks];
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    x[k] = a.product(b, k * a.H + h) + a.bias(b, k * a.H + h);
+    if (k < kInputBlocks) x[k] += a.input.get(b, k * a.H + h);
+  }
+  float y;
+  if constexpr (cell == Cell::kLstm) {
+    x[0] = sigmoid(x[0]);
+    x[1] = sigmoid(x[1]);
+    x[2] = tanhf(x[2]);
+    x[3] = sigmoid(x[3]);
+    const float memory = x[1] * a.cell_before(b, h) + x[0] * x[2];
+    a.cell(b, h) = memory;
+    y = x[3] * tanhf(memory);
+  } else if constexpr (cell == Cell::kGru) {
+    x[1] = sigmoid(x[1]);
+    x[2] = sigmoid(x[2]);
+    x[0] = tanhf(x[0] + x[1] * x[3]);
+    y = x[0] + x[2] * (a.hidden_before(b, h) - x[0]);
+  } else {
+    y = x[0] = tanhf(x[0]);
+  }
+  if (a.gates.data != nullptr)
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) a.gates(b, k * a.H + h) = x[k];
+  a.hidden(b, h) = y;
+  if (a.to_self.data != nullptr) a.to_self(b, h) = y;
+  if (a.to_next.data != nullptr)
+    a.to_next(b, h) = a.factors.data == nullptr ? y : y * a.factors(b, h);
+}
+
+// Parts of the gradient of a hidden state (B, H), any of which may be absent: what passed the gates
+// of the next step by; of the products that read the state, in the next step, in the next layer
+// (times `factors`), and to make a query; of the output.
+struct HiddenGradient {
+  Matrix passed, self, next, factors, query, output;
+  __device__ __forceinline__ float operator()(int b, int h) const {
+    const float of_next = next.get(b, h);
+    const float later = passed.get(b, h) + self.get(b, h) + query.get(b, h) + output.get(b, h);
+    return later + (factors.data == nullptr ? of_next : of_next * factors(b, h));
+  }
+};
+
+struct CellBackwardArguments {
+  HiddenGradient grad;
+  Matrix gates;                             // (B, G), after their nonlinearities
+  Matrix hidden_before, cell_before, cell;  // (B, H)
+  Matrix grad_cell;                         // (B, H), of the cell state after the step, then before
+  Matrix grad_gates;                        // (B, G), before their nonlinearities
+  Matrix passed;                            // (B, H), what passes the gates by; of a GRU alone
+  int B, H;
+};
+
+template <Cell cell>
+__global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b >= a.B) return;
+  constexpr int kBlocks = kBlocksOf<cell>;
+  float x[kBlocks], dx[kBlocks];
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) x[k] = a.gates(b, k * a.H + h);
+  const float dh = a.grad(b, h);
+  if constexpr (cell == Cell::kLstm) {
+    const float y = tanhf(a.cell(b, h));
+    const float dc = a.grad_cell(b, h) + dh * x[3] * (1.f - y * y);
+    dx[0] = dc * x[2] * x[0] * (1.f - x[0]);
+    dx[1] = dc * a.cell_before(b, h) * x[1] * (1.f - x[1]);
+    dx[2] = dc * x[0] * (1.f - x[2] * x[2]);
+    dx[3] = dh * y * x[3] * (1.f - x[3]);
+    a.grad_cell(b, h) = dc * x[1];
+  } else if constexpr (cell == Cell::kGru) {
+    const float dn = dh * (1.f - x[2]) * (1.f - x[0] * x[0]);
+    dx[0] = dn;
+    dx[1] = dn * x[3] * x[1] * (1.f - x[1]);
+    dx[2] = dh * (a.hidden_before(b, h) - x[0]) * x[2] * (1.f - x[2]);
+    dx[3] = dn * x[1];
+    a.passed(b, h) = dh * x[2];
+  } else {
+    dx[0] = dh * (1.f - x[0] * x[0]);
+  }
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) a.grad_gates(b, k * a.H + h) = dx[k];
+}
+
+struct SumArguments {
+  HiddenGradient grad;
+  Matrix sum;  // (B, H)
+  int B, H;
+};
+
+}  // namespace seq2seq_fast

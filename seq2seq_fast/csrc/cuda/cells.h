@@ -1,0 +1,12 @@
+// Launches of recurrent cells. See cells.cuh.
+#pragma once
+#include "cells.cuh"
+#include "launch.h"
+
+namespace seq2seq_fast {
+
+void launch_advance(const Device& device, Cell cell, const CellArguments& a);
+void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments& a);
+void launch_sum(const Device& device, const SumArguments& a);
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,91 @@
+// What the attention decoder's forward and backward share on a GPU: products, rows of steps,
+// weights, the source. Time comes first: a step works on (B, width) rows.
+#pragma once
+#include <vector>
+
+#include "additive_scores.h"
+#include "cells.h"
+#include "one_query.h"
+
+namespace seq2seq_fast {
+
+// out = a w^T, by the BLAS behind torch
+inline void product(const Tensor& out, const Tensor& a, const Tensor& w) {
+  const Tensor w_t = view(w, {w.size(1), w.size(0)}, {w.stride(1), w.stride(0)});
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
+                                    torch::stable::detail::from(w_t),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = a w^T + bias
+inline void linear(const Tensor& out, const Tensor& a, const Tensor& w, const Tensor& bias) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(std::optional<Tensor>(bias)),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void copy(const Tensor& to, const Tensor& from) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+}
+
+inline Tensor columns(const Tensor& x, int64_t first, int64_t count) {
+  return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
+}
+inline Tensor rows(const Tensor& x, int64_t first, int64_t count) {
+  return view(x, {count, x.size(1)}, {x.stride(0), x.stride(1)}, first * x.stride(0));
+}
+// (B, width) of x (T, B, width) at t, or of x (L, T, B, width) at l, t
+inline Tensor at(const Tensor& x, int64_t t) {
+  return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
+}
+inline Tensor at(const Tensor& x, int64_t l, int64_t t) {
+  return view(x, {x.size(2), x.size(3)}, {x.stride(2), x.stride(3)},
+              l * x.stride(0) + t * x.stride(1));
+}
+inline Matrix matrix(const Tensor& x) { return {floats_of(x), x.stride(0)}; }
+inline Matrix matrix(const Tensor& x, int64_t first_column) {
+  return {floats_of(x) + first_column, x.stride(0)};
+}
+
+// A layer's weights side by side, (G, width + H); blocks that one of the two lacks are zero.
+inline Tensor side_by_side(const Tensor* w_x, const Tensor& w_hidden, int64_t G) {
+  const int64_t width = w_x != nullptr ? w_x->size(1) : 0, H = w_hidden.size(1);
+  Tensor w = empty(w_hidden, {G, width + H});
+  const bool whole = w_hidden.size(0) == G && (w_x == nullptr || w_x->size(0) == G);
+  if (!whole) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(w.get()));
+  if (w_x != nullptr) copy(rows(columns(w, 0, width), 0, w_x->size(0)), *w_x);
+  copy(rows(columns(w, width, H), G - w_hidden.size(0), w_hidden.size(0)), w_hidden);
+  return w;
+}
+
+struct Source {
+  Tensor w_context, w_query, b_query, keys, values, v, powers;
+  Softmax softmax;
+
+  Source(const std::vector<Tensor>& x, const std::optional<Tensor>& mask,
+         const std::optional<Tensor>& powers_)
+      : w_context(x[0]),
+        w_query(x[1]),
+        b_query(torch::stable::contiguous(x[2])),
+        keys(x[3]),
+        values(x[4]),
+        v(x[5]),
+        powers(powers_ ? *powers_ : prepare_keys(keys)),
+        softmax{} {
+    STD_TORCH_CHECK(keys.size(1) > 0, "expected keys (B, S, A) of at least one place");
+    STD_TORCH_CHECK(keys.size(2) <= kMostFeaturesInShared, "attention of width ", keys.size(2),
+                    " is too wide, expected at most ", kMostFeaturesInShared);
+    softmax.scale = 1.f;
+    if (!mask) return;
+    softmax.mask = static_cast<const uint8_t*>(mask->data_ptr());
+    softmax.mask_stride[0] = mask->stride(0), softmax.mask_stride[2] = mask->stride(1);
+  }
+};
+
+}  // namespace seq2seq_fast

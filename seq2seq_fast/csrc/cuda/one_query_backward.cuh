@@ -1,0 +1,138 @@
+// Attention of one query backward: with dcontext and dweights given,
+//
+//   dw[s] = sum_d values[s,d] dcontext[d] + dweights[s],  ds = w (dw - sum_s w dw),
+//   dq[h] = v[h] sum_s ds[s] (1 - tanh^2(q[h] + k[s,h]))
+//
+// where two features share a reciprocal as in additive_scores_backward.cuh.
+//
+// Grid: one block for each batch row. Its warps take values one by one, lanes along D; then groups
+// of threads share out the keys, each thread with two features, and their parts are added in order.
+#pragma once
+#include "cells.cuh"
+#include "powers.cuh"
+
+namespace seq2seq_fast {
+
+constexpr int kQueryBackwardWarps = 16, kQueryBackwardThreads = kWarp * kQueryBackwardWarps;
+
+struct OneQueryBackwardArguments {
+  Matrix grad_context, carried;            // (B, D), whose sum it is; carried may be absent
+  Matrix grad_weights, weights;            // (B, S)
+  Matrix query;                            // (B, A)
+  View keys, values, v;                    // (B, S, A), (B, S, D), (1, 1, A), float32
+  Powers powers;                           // of keys
+  Matrix to_context, to_scores, to_query;  // (B, D), (B, S), (B, A)
+  int S, A, D;
+};
+
+__host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D) {
+  return int64_t{S} + D + kQueryBackwardWarps + 2 * kQueryBackwardThreads;
+}
+
+// Adds g (1 - tanh^2) of two features to sum.
+template <Path path>
+__device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float2 k) {
+  if constexpr (path == Path::kSmall) {  // q = (exp(2q) - 1) / 2, k = exp(2k) - 1
+    const float z0 = q.x * k.x + (0.5f * k.x + q.x), u0 = z0 + 1.f;
+    const float z1 = q.y * k.y + (0.5f * k.y + q.y), u1 = z1 + 1.f;
+    const float r = reciprocal(u0 * u1), y0 = z0 * (u1 * r), y1 = z1 * (u0 * r);
+    sum.x += g - g * y0 * y0, sum.y += g - g * y1 * y1;
+  } else {
+    const float x0 = q.x * k.x, d0 = 0.5f * x0 + 0.5f;
+    const float x1 = q.y * k.y, d1 = 0.5f * x1 + 0.5f;
+    const float r = reciprocal(d0 * d1), r0 = d1 * r, r1 = d0 * r;
+    sum.x += g * r0 * x0 * r0, sum.y += g * r1 * x1 * r1;
+  }
+}
+
+static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
+    one_query_backward(OneQueryBackwardArguments a) {
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, b = blockIdx.x;
+  float* const scratch = shared_memory();  // (2, threads)
+  float* const sums = scratch + 2 * kQueryBackwardThreads;
+  float *const grads = sums + kQueryBackwardWarps, *const dc = grads + a.S;  // (S,), (D,)
+
+  for (int d = thread; d < a.D; d += kQueryBackwardThreads) {
+    dc[d] = a.grad_context(b, d) + a.carried.get(b, d);
+    a.to_context(b, d) = dc[d];
+  }
+  __syncthreads();
+  float dot = 0.f;
+  for (int s = warp; s < a.S; s += kQueryBackwardWarps) {
+    const float* value = static_cast<const float*>(a.values.data) + b * a.values.stride[0];
+    value += s * a.values.stride[1];
+    float dw = 0.f;
+#pragma unroll 4
+    for (int d = lane; d < a.D; d += kWarp) dw += value[d * a.values.stride[2]] * dc[d];
+    dw = warp_sum(dw) + a.grad_weights(b, s);
+    if (lane == 0) grads[s] = dw;
+    dot += a.weights(b, s) * dw;
+  }
+  if (lane == 0) sums[warp] = dot;
+  float max_q = 0.f, max_k = 0.f, max_v = 0.f;
+  for (int h = lane; h < a.A; h += kWarp) {
+    max_q = larger(max_q, a.query(b, h)), max_v = larger(max_v, a.v(0, 0, h));
+  }
+  for (int i = lane; i * kRowsOfBlock < a.S; i += kWarp) max_k = larger(max_k, a.powers.max(b, i));
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    max_q = larger(max_q, __shfl_xor_sync(kAll, max_q, lanes));
+    max_k = larger(max_k, __shfl_xor_sync(kAll, max_k, lanes));
+    max_v = larger(max_v, __shfl_xor_sync(kAll, max_v, lanes));
+  }
+  __syncthreads();
+  dot = 0.f;
+  for (int w = 0; w < kQueryBackwardWarps; ++w) dot += sums[w];
+  bool finite = magnitude(max_v) < 0x7f800000u;
+  for (int s = thread; s < a.S; s += kQueryBackwardThreads) {
+    const float ds = a.weights(b, s) * (grads[s] - dot);
+    grads[s] = ds, a.to_scores(b, s) = ds;
+    finite = finite && magnitude(ds) < 0x7f800000u;
+  }
+  const bool all_finite = !__syncthreads_or(!finite);
+  const Path path = all_finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
+
+  const int pairs = a.powers.Hp / 2;
+  for (int p0 = 0; p0 < pairs; p0 += kQueryBackwardThreads) {
+    const int n = min(kQueryBackwardThreads, pairs - p0), groups = kQueryBackwardThreads / n;
+    const int group = thread / n, h = 2 * (p0 + thread % n);
+    const auto pair_of = [&](const auto& x) {
+      return make_float2(h < a.A ? x(h) : 0.f, h + 1 < a.A ? x(h + 1) : 0.f);
+    };
+    const float2 raw = pair_of([&](int i) { return a.query(b, i); });
+    const float2 v = pair_of([&](int i) { return a.v(0, 0, i); });
+    float2 sum = make_float2(0.f, 0.f);
+    const auto add_keys = [&]<Path form>(float2 q) {
+#pragma unroll 4
+      for (int s = group; s < a.S; s += groups) {
+        float2 k = *reinterpret_cast<const float2*>(a.powers.row(b, s) + h);
+        if (form == Path::kPairs && a.powers.minus_one(b, s)) k.x += 1.f, k.y += 1.f;
+        add_slopes<form>(sum, grads[s], q, k);
+      }
+      sum.x *= v.x, sum.y *= v.y;
+    };
+    if (group >= groups) {
+    } else if (path == Path::kSmall) {
+      add_keys.template operator()<Path::kSmall>(
+          make_float2(0.5f * expm1f(2.f * raw.x), 0.5f * expm1f(2.f * raw.y)));
+    } else if (path == Path::kPairs) {
+      add_keys.template operator()<Path::kPairs>(make_float2(expf(2.f * raw.x), expf(2.f * raw.y)));
+    } else {
+      for (int s = group; s < a.S; s += groups) {
+        const float2 k = pair_of([&](int i) { return a.keys(b, s, i); });
+        const float y0 = tanhf(raw.x + k.x), y1 = tanhf(raw.y + k.y);
+        sum.x += grads[s] * v.x * ((1.f - y0) * (1.f + y0));
+        sum.y += grads[s] * v.y * ((1.f - y1) * (1.f + y1));
+      }
+    }
+    scratch[2 * thread] = sum.x, scratch[2 * thread + 1] = sum.y;
+    __syncthreads();
+    for (int i = thread; i < 2 * n; i += kQueryBackwardThreads) {
+      float dq = 0.f;
+      for (int g = 0; g < groups; ++g) dq += scratch[2 * n * g + i];
+      if (2 * p0 + i < a.A) a.to_query(b, 2 * p0 + i) = dq;
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,161 @@
+"""The decoder's CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
+
+import shutil
+import statistics
+
+import cuda_on_cpu
+import pytest
+import test_attention_decoder as plain
+import torch
+
+import seq2seq_fast as s2s
+from seq2seq_fast.ops import attention_decoder as module
+
+pytestmark = [
+    pytest.mark.unsanitized,
+    pytest.mark.skipif(shutil.which(cuda_on_cpu.COMPILER) is None, reason="no host compiler here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_cuda_kernels(monkeypatch):
+    """The public function runs on them, and new tensors are NaN until they are written."""
+    ops = cuda_on_cpu.load()
+    monkeypatch.setattr(module, "_ops", ops)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def in_float32(options, seed):
+    return plain.cast(plain.problem(**options, seed=seed), torch.float32)
+
+
+def keeps_the_rule(options):
+    """As test_attention_decoder.py judges it, the median of three draws."""
+    used = {}
+    for seed in range(3):
+        args = plain.problem(**options, seed=seed)
+        args32 = plain.cast(args, torch.float32)
+        exact, tokens = plain.results(args, backend="reference")
+        ours, our_tokens = plain.results(args32)
+        theirs, _ = plain.results(args32, backend="reference")
+        assert tokens is our_tokens is None or torch.equal(tokens, our_tokens)
+        eps, T = torch.finfo(torch.float32).eps, args["inputs"].shape[1]
+        for name, want in exact.items():
+            error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
+            rounding = 4 * eps * T * max(want.abs().max().item(), 1)
+            used.setdefault(name, []).append(error / (2 * allowed + rounding))
+    medians = {name: statistics.median(ratios) for name, ratios in used.items()}
+    assert max(medians.values()) <= 1, medians
+
+
+OPTIONS = {
+    "plain": {},
+    "one layer, strided": dict(L=1, strided=True),
+    "dropout, fed back": dict(L=3, dropout=True, feedback=[1, 3, 4]),
+    "odd sizes": dict(B=2, T=3, S=37, H=33, A=70, D=9, E=3),
+}
+
+
+@pytest.mark.parametrize(("cell_type", "after"), plain.ORDERS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, options):
+    keeps_the_rule(dict(cell_type=cell_type, after=after) | options)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.3, 6.0, 40.0, 1e4])
+@pytest.mark.parametrize("after", [False, True])
+def test_queries_and_keys_of_every_magnitude(size, after):
+    """All paths of attention backward. Score gradients cancel: rounding is of the terms' size."""
+    args = plain.problem(after=after, S=37, A=20)
+    with torch.no_grad():
+        args["keys"].mul_(size)
+        args["query"][1].mul_(size)
+        args["v"].mul_(0.2)
+    exact, _ = plain.results(args, backend="reference")
+    args = plain.cast(args, torch.float32)
+    (ours, _), (theirs, _) = plain.results(args), plain.results(args, backend="reference")
+    for name, want in exact.items():
+        error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
+        rounding = 20 * torch.finfo(torch.float32).eps * max(want.abs().max().item(), 1)
+        assert error <= 2 * allowed + rounding, name
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["keys", "values", "v"])
+def test_what_is_not_finite_is_as_on_the_cpu(where, bad, monkeypatch):
+    args = in_float32({}, 0)
+    with torch.no_grad():
+        args[where].view(-1)[-1] = bad
+    ours, _ = plain.results(args)
+    monkeypatch.setattr(module, "_ops", torch.ops.seq2seq_fast)
+    want, _ = plain.results(args)
+    for name, x in want.items():
+        torch.testing.assert_close(
+            ours[name], x, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["inputs", "hidden"])
+def test_an_infinite_state_is_as_in_the_reference(where, bad):
+    args = in_float32({}, 0)
+    with torch.no_grad():
+        args[where].view(-1)[-1] = bad
+    (ours, _), (want, _) = plain.results(args), plain.results(args, backend="reference")
+    for name, x in want.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("cell_type", plain.MODULES)
+@pytest.mark.parametrize("feedback", [(), [1, 2]], ids=["forced", "fed back"])
+def test_without_attention(cell_type, feedback):
+    keeps_the_rule(dict(cell_type=cell_type, attention=False, dropout=True, feedback=feedback))
+
+
+@pytest.mark.parametrize("T", [0, 1])
+@pytest.mark.parametrize("attention", [True, False])
+def test_no_step_and_one_step(T, attention):
+    plain.test_no_step_and_one_step(T, attention)
+
+
+def test_no_row():
+    out = s2s.attention_decoder(**in_float32(dict(B=1), 0))
+    args = in_float32(dict(B=1, attention=False), 0)
+    none = {k: args[k][:0] for k in ("inputs", "context")}
+    none |= {k: args[k][:, :0] for k in ("hidden", "cell")}
+    assert s2s.attention_decoder(**args | none).outputs.shape == (0, *out.outputs.shape[1:])
+
+
+def test_a_source_masked_everywhere_and_a_context_before_the_first_step():
+    plain.test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient()
+
+
+def test_the_argmax_of_equals_and_of_what_is_no_number():
+    args = in_float32(dict(feedback=[1, 2, 3, 4], V=300), 0)
+    for bad in (0.0, torch.nan, torch.inf):
+        bias = torch.zeros(300)
+        bias[[7, 270]] = bad
+        feedback = args["feedback"]._replace(weight=torch.zeros(300, 10), bias=bias)
+        for backend in (None, "reference"):
+            out = s2s.attention_decoder(**args | {"feedback": feedback}, backend=backend)
+            assert (out.tokens == (0 if bad == 0 else 7)).all()
+
+
+@pytest.mark.parametrize(("cell_type", "after"), plain.ORDERS)
+def test_the_same_bits_in_any_order_of_threads_and_blocks(cell_type, after):
+    args = in_float32(
+        dict(cell_type=cell_type, after=after, dropout=True, feedback=[2], H=40, V=300), 0
+    )
+    first = s2s.attention_decoder(**args)
+    again = s2s.attention_decoder(**args)
+    for name in ("outputs", "contexts", "weights", "hidden", "tokens"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+
+
+def test_float64_is_refused():
+    x = torch.zeros(1, 1, 1, dtype=torch.float64)
+    args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None)
+    with pytest.raises(RuntimeError, match="expected float32"):
+        module._ops.attention_decoder(*args)
