@@ -1,6 +1,7 @@
 // The last part of a file that compiles the loops for one instruction set.
 #include "attention_loops.h"
 #include "cell_loops.h"
+#include "cross_entropy_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
 #include "scores_loops.h"
@@ -8,10 +9,11 @@
 namespace seq2seq_fast {
 
 extern const Loops S2S_LOOPS;
-const Loops S2S_LOOPS = {S2S_NAME,        scores,        gradients,    exp2x,
-                         expm1_2x,        largest,       softmax,      softmax_backward,
-                         scale_and_flush, weighted_rows, products,     panel,
-                         panel_double,    advance_cell,  retreat_cell, packed_panel,
-                         unpack,          peak,          above};
+const Loops S2S_LOOPS = {
+    S2S_NAME,     scores,       gradients,        exp2x,           expm1_2x,
+    largest,      softmax,      softmax_backward, scale_and_flush, weighted_rows,
+    products,     exponentials, logit_gradients,  panel,           panel_double,
+    advance_cell, retreat_cell, packed_panel,     unpack,          peak,
+    above};
 
 }  // namespace seq2seq_fast
