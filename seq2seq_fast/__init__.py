@@ -6,6 +6,7 @@ from .library import backends, use_backend
 from .nn import Attention, Decoder, DecoderState, Encoder, PreparedSource, Seq2Seq
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
 from .ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from .ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "Attention",
@@ -25,6 +26,7 @@ __all__ = [
     "attention_decoder",
     "backends",
     "generate",
+    "linear_cross_entropy",
     "prepare_keys",
     "score",
     "training",

@@ -31,6 +31,10 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+    " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
+    " int ignore_index, bool mean, bool need_input, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "decode": "(Tensor[] weights, str cell_type, bool query_after, Tensor hidden, Tensor cell,"
     " Tensor? context, Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, int[] whole,"
     " float length_penalty, float coverage_penalty, bool return_weights)"
@@ -78,6 +82,7 @@ _FALLBACKS = {
     "additive_attention_backward": _attention_backward,
     "attention_decoder": reference_decoder.attention_decoder,
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
+    "linear_cross_entropy": reference.linear_cross_entropy,
 }
 
 _lib = torch.library.Library("seq2seq_fast", "DEF")
@@ -209,6 +214,11 @@ def use_backend(name: str) -> Iterator[None]:
 def check_backend_name(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
+
+
+def is_asked_for(name: str, backend: str | None) -> bool:
+    """Whether a call's argument or `use_backend` names this backend."""
+    return name == (backend or (_forced[-1] if _forced else None))
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None) -> str:

@@ -56,7 +56,7 @@ def test_the_loss_falls_until_the_task_is_learnt():
 
 def test_train_is_the_loop_one_would_write():
     """Same losses and weights as the plain loop, clipping and teacher forcing included."""
-    ours, theirs = model(), model()
+    ours, theirs = model().double(), model().double()
     optimizers = [adam(m) for m in (ours, theirs)]
     random.seed(4)
     got = train(ours, copying(), optimizers[0], CRITERION, 0.05, teacher_forcing_ratio=0.7)
@@ -72,7 +72,33 @@ def test_train_is_the_loop_one_would_write():
         losses.append(loss.item())
     assert got == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
+
+
+def test_logits_that_somebody_sees_are_made(monkeypatch):
+    """A hook, a subclass or another criterion; else the model's loss is taken as it is."""
+
+    class Louder(s2s.Seq2Seq):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    class Half(nn.CrossEntropyLoss):
+        def forward(self, *args):
+            return 0.5 * super().forward(*args)
+
+    fused = []
+    loss = s2s.Seq2Seq.loss
+    monkeypatch.setattr(s2s.Seq2Seq, "loss", lambda *a, **k: fused.append(1) or loss(*a, **k))
+    m = model()
+    quiet = evaluate(m, copying(), CRITERION)
+    assert len(fused) == 4
+    loud = evaluate(Louder(m.encoder, m.decoder, 0), copying(), CRITERION)
+    assert evaluate(m, copying(), Half(ignore_index=0)) == pytest.approx(quiet / 2)
+    assert evaluate(m, copying(), lambda *a: CRITERION(*a)) == pytest.approx(quiet)
+    seen = []
+    m.register_forward_hook(lambda *_: seen.append(1))
+    assert evaluate(m, copying(), CRITERION) == pytest.approx(quiet) != pytest.approx(loud)
+    assert len(fused) == len(seen) == 4
 
 
 def test_evaluate_changes_nothing_and_never_forces():

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..decoding import Generated, Scored
+from ..ops.attention_decoder import DecoderOutput
+from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
@@ -52,9 +54,54 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        checks.probability("teacher_forcing_ratio", teacher_forcing_ratio)
-        decoder = self.decoder
-        checks.tokens("trg", trg, "(B, T)", 2, decoder.output_dim)
+        out, feedback = self._decode(src, trg, teacher_forcing_ratio)
+        return readout(
+            out.outputs,
+            out.contexts,
+            self.decoder.fc_out.weight,
+            self.decoder.fc_out.bias,
+            out.logits,
+            feedback,
+        )
+
+    def loss(
+        self,
+        src: Tensor,
+        trg: Tensor,
+        teacher_forcing_ratio: float = 0.5,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The cross entropy of forward's logits[:, 1:] and trg[:, 1:], without making them all.
+
+        The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
+        back the model's own argmax there are logits, one step at a time without gradients; of the
+        others some rows at a time (see `linear_cross_entropy`).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        out, feedback = self._decode(src, trg, teacher_forcing_ratio)
+        return loss_of_steps(
+            torch.cat([out.outputs, out.contexts], -1),
+            self.decoder.fc_out.weight,
+            self.decoder.fc_out.bias,
+            trg[:, 1:].long(),
+            weight,
+            None if out.logits is None else out.logits[:, 1:],
+            [t - 1 for t in feedback],
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+
+    def _decode(self, src: Tensor, trg: Tensor, ratio: float) -> tuple[DecoderOutput, list[int]]:
+        """All steps but the readout, and which of them are fed the argmax of the step before."""
+        checks.probability("teacher_forcing_ratio", ratio)
+        checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim)
         source, state = self.encode(src)
         if trg.shape[0] != src.shape[0] or trg.shape[1] == 0:
             raise ValueError(
@@ -62,17 +109,9 @@ class Seq2Seq(nn.Module):
                 " src has and T above 0"
             )
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
-        forced = [random.random() < teacher_forcing_ratio for _ in range(1, trg.shape[1])]
+        forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
-        out = decoder.run(trg[:, :-1], state, source, feedback)
-        return readout(
-            out.outputs,
-            out.contexts,
-            decoder.fc_out.weight,
-            decoder.fc_out.bias,
-            out.logits,
-            feedback,
-        )
+        return self.decoder.run(trg[:, :-1], state, source, feedback), feedback
 
     def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:
         """src (B, S) ids -> what every step of the decoder reads, and the state before the first.

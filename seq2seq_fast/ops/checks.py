@@ -6,15 +6,19 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _tensor(name: str, x: object, like: Tensor | None = None) -> None:
+def _tensor(
+    name: str, x: object, like: Tensor | None = None, whose: str = "query", any_float: bool = False
+) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
-    if like is None and x.dtype not in DTYPES:
+    if (like is None or any_float) and x.dtype not in DTYPES:
         raise TypeError(f"{name}: got {x.dtype}, expected one of {[str(d) for d in DTYPES]}")
-    if like is not None and x.dtype != like.dtype:
-        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as query has")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as query is")
+    if like is None:
+        return
+    if x.dtype != like.dtype and not any_float:
+        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as {whose} has")
+    if x.device != like.device:
+        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as {whose} is")
 
 
 def _shape(name: str, x: Tensor, spelled: str, *expected: tuple[int | None, ...]) -> None:
@@ -146,3 +150,60 @@ def attention(
             raise ValueError(
                 f"score_bias: got shape {tuple(score_bias.shape)}, expected broadcastable to {full}"
             )
+
+
+def rows(name: str, x: Tensor, target: Tensor) -> None:
+    """x (..., K) has as many rows as target (...)."""
+    _tensor(name, x)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: got {type(target).__name__}, expected a Tensor")
+    if x.dim() == 0 or x.shape[:-1] != target.shape:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for"
+            f" each row of {name}"
+        )
+
+
+def classes(target: Tensor, V: int, ignored: int) -> None:
+    """On a GPU or in a compiler their range is not looked at: that would wait for the device or
+    break the graph."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: got {target.dtype}, expected int64 classes")
+    if not target.is_cpu or torch.compiler.is_compiling():
+        return
+    bad = target[((target < 0) | (target >= V)) & (target != ignored)]
+    if len(bad):
+        raise ValueError(
+            f"target: got class {bad[0].item()}, expected 0 to {V - 1}, or {ignored} to ignore"
+        )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    autocast: bool,
+) -> None:
+    def tensor(name: str, x: Tensor, spelled: str, *shape: int | None) -> None:
+        _tensor(name, x, input, "input", any_float=autocast)
+        _shape(name, x, spelled, shape)
+
+    tensor("linear_weight", linear_weight, "(V, K)", None, input.shape[-1])
+    V = linear_weight.shape[0]
+    if V == 0:
+        raise ValueError("linear_weight: got V = 0, expected at least one class")
+    if linear_bias is not None:
+        tensor("linear_bias", linear_bias, "(V,)", V)
+    if weight is not None:
+        tensor("weight", weight, "(V,)", V)
+    if target.device != input.device:
+        raise ValueError(f"target: is on {target.device}, expected {input.device} as input is")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: got {reduction!r}, expected "mean" or "sum"')
+    number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, expected between 0 and 1")

@@ -65,6 +65,11 @@ struct QuantisedRows {
   int32_t* offsets;  // (rows, 2): -128 times the sum of the digits, as weights are 128 too large
 };
 
+// What exp(x - top) was made with: the largest x, their sum, and sum w (x - top).
+struct Exponentials {
+  float top, sum, weighted;
+};
+
 // What is known of a stretch of logits: the largest, sum exp(x - largest), and where it is.
 struct Peak {
   float top, sum;
@@ -110,6 +115,13 @@ struct Loops {
   // out[i][j] = sum_d a[i][d] rows[j][d], i < m, j < n
   void (*products)(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t m, int64_t n,
                    int64_t D, float* out, int64_t ldo);
+
+  // In place: x[i] = exp(x[i] + bias[i] - top). bias and w may be null.
+  Exponentials (*exponentials)(float* x, const float* bias, const float* w, int64_t n);
+  // In place: x[i] = factor x[i] - subtrahend[i], which is added to sums[i], or begins it if it is
+  // the first. subtrahend and sums may be null.
+  void (*logit_gradients)(float* x, float factor, const float* subtrahend, int64_t n, bool first,
+                          float* sums);
 
   // One panel's outputs of m rows: out = init + a (m, K) panel. Of block j, used[j] <= kBlock
   // outputs are there; blocks lie block_init and block_out apart. init may be null.

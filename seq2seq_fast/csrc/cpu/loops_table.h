@@ -1,6 +1,7 @@
 // The last part of a file that compiles the loops for one instruction set.
 #include "attention_loops.h"
 #include "cell_loops.h"
+#include "cross_entropy_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
 #include "quantised_loops.h"
@@ -20,6 +21,8 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          scale_and_flush,
                          weighted_rows,
                          products,
+                         exponentials,
+                         logit_gradients,
                          panel,
                          panel_double,
                          advance_cell,
