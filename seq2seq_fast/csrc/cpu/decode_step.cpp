@@ -165,6 +165,7 @@ void DecoderStep::run(const std::vector<Live>& live) {
   if (source_.keys && !model_.query_after) attend(live);
   for (int64_t l = 0; l < L_; ++l) advance(l, rows);
   now_ = 1 - now_;
+  backwards_ = rows == 1 && !backwards_;
   if (source_.keys && model_.query_after) {
     query_all(rows);
     attend(live);
@@ -249,21 +250,23 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
   parallel(layer.input.panels, work, [&](int64_t begin, int64_t end) {
     alignas(64) float gates[kRowsTogether * kPanel];
-    for (int64_t p = begin; p < end; ++p)
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = backwards_ ? begin + end - 1 - i : i;
       for (int64_t first = 0; first < rows; first += kRowsTogether) {
         const int64_t n = std::min(kRowsTogether, rows - first);
-        for (int64_t i = 0; i < n; ++i)
-          std::copy_n(layer.bias + p * width, width, gates + i * width);
+        for (int64_t m = 0; m < n; ++m)
+          std::copy_n(layer.bias + p * width, width, gates + m * width);
         input.multiply(p, first, n, gates, width);
         if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t at = (first + i) * Hp_ + p * unit_;
-          float* raw = gates + i * width;
+        for (int64_t m = 0; m < n; ++m) {
+          const int64_t at = (first + m) * Hp_ + p * unit_;
+          float* raw = gates + m * width;
           loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
                         unit_, raw, kBlock, hidden(next, l) + at,
                         lstm_ ? cell(next, l) + at : nullptr);
         }
       }
+    }
   });
 }
 

@@ -115,6 +115,9 @@ class DecoderStep {
   const int64_t query_ld_, logits_ld_, weights_ld_, chunk_panels_, chunks_;
   int now_ = 0;   // which of two buffers holds the states before the step, and then those after it
   int kept_ = 0;  // the same for what changes places only with its hypothesis
+  // One row's steps go through the weights forwards and backwards by turns: what was read last is
+  // still in the second level of the cache.
+  bool backwards_ = false;
   Buffer<float> inputs_, queries_, logits_, weights_;
   Buffer<Peak> peaks_;
   Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];
