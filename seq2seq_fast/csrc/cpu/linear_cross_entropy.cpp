@@ -224,11 +224,13 @@ class CrossEntropy {
     if (!needs_gradients()) return loss;
     A* sums = d_.bias.numel() > 0 ? bias_sums_ + i / kTogether * V_ : nullptr;
     const double factor = scale_ * (of_target + (smooth() ? s * all_classes_ : 0)) / e.sum;
+    // Of the target in float64: the terms nearly cancel where its probability is near one.
+    const double others = smooth() ? scale_ * s * class_weight_[target] : 0;
+    const A exact = static_cast<A>(factor * x[target] - others - scale_ * of_target);
     logit_gradients(x, static_cast<A>(factor), smooth() ? +subtrahend_ : nullptr, V_,
                     i % kTogether == 0, sums);
-    const A own = static_cast<A>(scale_ * of_target);
-    x[target] -= own;
-    if (sums) sums[target] -= own;
+    if (sums) sums[target] += exact - x[target];
+    x[target] = exact;
     return loss;
   }
 
