@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the cases are shared with the tests
 
 import report  # noqa: E402
-from timing import SAMPLE_S, interleaved  # noqa: E402
+from timing import PAUSE_S, SAMPLE_S, interleaved  # noqa: E402
 
 RESULTS = pytest.StashKey[dict]()
 
@@ -90,10 +90,10 @@ def compare(benchmark, rows):
     """
     torch._dynamo.reset()
 
-    def run(contenders, **what):
+    def run(contenders, *, pause_s=PAUSE_S, **what):
         contenders = runnable(contenders)
         before, start = cpu_seconds(), time.perf_counter()
-        samples = interleaved(contenders)
+        samples = interleaved(contenders, pause_s=pause_s)
         others = taken_by_others(before, cpu_seconds(), time.perf_counter() - start)
         medians = {name: statistics.median(x) for name, x in samples.items()}
         quartiles = {name: statistics.quantiles(x, n=4)[::2] for name, x in samples.items()}
