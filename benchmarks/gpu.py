@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import gpu_decoder  # noqa: E402
 import gpu_report  # noqa: E402
 import torch  # noqa: E402
 from bench_additive_attention import plain, plain_linear  # noqa: E402
@@ -151,6 +152,24 @@ def rows(jobs, deadline, results, run):
     results.put("not_measured", [])
 
 
+def decoder(results, **options):
+    """Seconds of each contender, and the library's ratios to the others."""
+    try:
+        for mode, found in gpu_decoder.measure(**options).items():
+            times = {name: x for name, x in found.items() if isinstance(x, float)}
+            ratios = {
+                f"{other} over {own}": times[other] / times[own]
+                for own in times
+                for other in ("eager", "compile")
+                if own.startswith("library") and other in times
+            }
+            shown = {f"{name}, us a step": 1e6 * x for name, x in times.items()}
+            failed = {name: x for name, x in found.items() if name not in times}
+            results.put(f"decoder, {mode}", shown | ratios | failed)
+    except Exception as error:  # the workloads can be measured still
+        results.put("decoder", {"skipped": f"{type(error).__name__}: {error}"})
+
+
 def machine():
     device = torch.cuda.get_device_properties(0)
     try:
@@ -249,6 +268,7 @@ def main(argv=None):
                 results.put(name, function(results.data))
             except Exception as error:  # the workloads can be measured still
                 results.put(name, {"skipped": f"{type(error).__name__}: {error}"})
+    decoder(results)
     rows(plan(), deadline, results, measure)
     print(gpu_report.markdown(results.data))
     return int(not results.data["tests"].startswith("passed"))

@@ -63,7 +63,7 @@ class Seq2Seq(nn.Module):
         encoder_outputs, hidden, cell = self.encoder(src)
         B, T = trg.shape
         V = self.decoder.fc_out.out_features
-        outputs = torch.zeros(B, T, V, dtype=encoder_outputs.dtype)
+        outputs = encoder_outputs.new_zeros(B, T, V)
         input = trg[:, 0]
         for t in range(1, T):
             logits, hidden, cell = self.decoder(input, hidden, cell, encoder_outputs, mask)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_decoder  # noqa: E402
 import gpu_report  # noqa: E402
 import timing  # noqa: E402
 
@@ -65,6 +67,29 @@ def test_a_row_measured_on_the_cpu(mode, monkeypatch):
     assert row["failed"] == {"compile": "MemoryError"}
     assert row["elements"] == 2 * 3 * 4 * 8 and row["dtype"] == "float32" and row["mode"] == mode
     json.dumps(row)
+
+
+def test_the_decoder_measured_on_the_cpu(monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(gpu_decoder, "ROW_S", 0.01)
+    case = replace(gpu_decoder.LETTERS, B=2, S=3, T=4, V=9, H=8, emb=5)
+    results = gpu_report.Results(tmp_path, MACHINE)
+    gpu.decoder(
+        results, case=case, device="cpu", seconds=timing.host_seconds, capture=lambda call: call
+    )
+    assert "MemoryError" in results.data["decoder"]["skipped"]
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    gpu.decoder(results, case=case, device="cpu", seconds=timing.host_seconds, capture=broken)
+    forward, both = (results.data[f"decoder, {mode}"] for mode in (FORWARD, BOTH))
+    assert forward["library, native, captured"] == "MemoryError"
+    assert both.keys() == {
+        f"{name}, us a step" for name in ("library, native", "eager", "compile")
+    } | {f"{name} over library, native" for name in ("eager", "compile")}
+    assert all(1 < both[f"{name}, us a step"] < 1e5 for name in ("library, native", "eager"))
+    assert "| decoder, forward, eager over library, native |" in gpu_report.markdown(results.data)
 
 
 def row_of(job, own=1e-3, **others):
