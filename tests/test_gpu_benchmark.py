@@ -30,6 +30,11 @@ MACHINE = {
     "date": "2000-01-01",
 }
 TINY = Case("R0 tiny", 2, 3, 4, 8, 5)
+SMALL = replace(gpu_decoder.LETTERS, B=2, S=3, T=4, V=9, H=8, emb=5)
+
+
+def broken(*_, **__):
+    raise MemoryError
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -54,9 +59,6 @@ def test_the_plan_has_every_row_and_the_most_telling_first():
 
 @pytest.mark.parametrize("mode", [FORWARD, BOTH])
 def test_a_row_measured_on_the_cpu(mode, monkeypatch):
-    def broken(*_):
-        raise MemoryError
-
     monkeypatch.setitem(gpu.COMPILED, "compile", (broken, "default"))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(gpu, "ROW_S", 0.01)
@@ -69,27 +71,57 @@ def test_a_row_measured_on_the_cpu(mode, monkeypatch):
     json.dumps(row)
 
 
-def test_the_decoder_measured_on_the_cpu(monkeypatch, tmp_path):
-    def broken(*_, **__):
-        raise MemoryError
+@pytest.fixture
+def decoder(monkeypatch, tmp_path):
+    """decoder(seconds left, capture): what is found of it on the CPU, and the report."""
 
-    monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(gpu_decoder, "ROW_S", 0.01)
-    case = replace(gpu_decoder.LETTERS, B=2, S=3, T=4, V=9, H=8, emb=5)
-    results = gpu_report.Results(tmp_path, MACHINE)
-    gpu.decoder(
-        results, case=case, device="cpu", seconds=timing.host_seconds, capture=lambda call: call
-    )
-    assert "MemoryError" in results.data["decoder"]["skipped"]
+    def run(left=9, capture=broken):
+        results = gpu_report.Results(tmp_path, MACHINE)
+        gpu.decoder(
+            gpu.Deadline(left, lambda: 0), results, SMALL, "cpu",
+            seconds=timing.host_seconds, capture=capture,
+        )  # fmt: skip
+        found = {x.removeprefix("decoder, "): y for x, y in results.data.items()}
+        return found, gpu_report.markdown(results.data)
+
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
-    gpu.decoder(results, case=case, device="cpu", seconds=timing.host_seconds, capture=broken)
-    forward, both = (results.data[f"decoder, {mode}"] for mode in (FORWARD, BOTH))
-    assert forward["library, native, captured"] == "MemoryError"
-    assert both.keys() == {
-        f"{name}, us a step" for name in ("library, native", "eager", "compile")
-    } | {f"{name} over library, native" for name in ("eager", "compile")}
-    assert all(1 < both[f"{name}, us a step"] < 1e5 for name in ("library, native", "eager"))
-    assert "| decoder, forward, eager over library, native |" in gpu_report.markdown(results.data)
+    monkeypatch.setattr(gpu_decoder, "ROW_S", 0.01)
+    return run
+
+
+def test_the_decoder_measured_on_the_cpu(decoder):
+    found, text = decoder(capture=lambda call: call)
+    own = {FORWARD: ["library, native", "library, native, captured"], BOTH: ["library, native"]}
+    for mode, goal in ((FORWARD, 25), (BOTH, 80)):
+        times = {f"{name}, us a step" for name in (*own[mode], "eager", "compile")}
+        ratios = {f"{x} over {name}" for x in ("eager", "compile") for name in own[mode]}
+        assert found[mode].keys() == times | ratios | {"goal"}
+        assert all(1 < found[mode][name] < 1e5 for name in times)
+        assert f"| decoder, {mode}, goal, us a step | {goal} |" in text
+        assert f"| decoder, {mode}, goal, eager over library | 10 |" in text
+        assert f"| decoder, {mode}, eager over library, native |" in text
+    assert found["largest error"].keys() == {"library, native", "eager"}
+    assert all(0 < x < 1e-6 for x in found["largest error"].values())
+
+
+def test_what_fails_of_the_decoder_leaves_the_rest(decoder, monkeypatch):
+    found, _ = decoder()
+    assert found[FORWARD]["library, native, captured"] == "MemoryError"
+    assert "library, native, us a step" in found[FORWARD]
+    measure = gpu_decoder.measure
+
+    def forward_alone(mode, *args, **options):
+        return (measure if mode == FORWARD else broken)(mode, *args, **options)
+
+    monkeypatch.setattr(gpu_decoder, "measure", forward_alone)
+    found, _ = decoder()
+    assert "library, native, us a step" in found[FORWARD]
+    assert found[BOTH] == {"skipped": "MemoryError: "}
+
+
+def test_no_decoder_when_time_is_up(decoder):
+    found, _ = decoder(left=0)
+    assert [found[x] for x in ("largest error", FORWARD, BOTH)] == 3 * [{"skipped": "time was up"}]
 
 
 def row_of(job, own=1e-3, **others):
