@@ -63,6 +63,10 @@ inline Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
   return Tensor(out);
 }
 
+inline Tensor transposed(const Tensor& x) {
+  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
+}
+
 template <typename F>
 auto dispatch(ScalarType dtype, F f) {
   switch (dtype) {

@@ -210,56 +210,26 @@ class Forward {
   std::optional<Packed<A>> w_context_, w_query_;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
-                          std::vector<Tensor> attention, std::optional<Tensor> mask,
-                          std::optional<Tensor> powers, std::optional<Tensor> context,
-                          std::optional<Tensor> dropout, std::string cell_type, bool query_after,
-                          std::vector<int64_t> feedback, std::vector<Tensor> readout,
-                          std::optional<Tensor> input_dropout) {
+auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                       std::vector<Tensor> attention, std::optional<Tensor> mask,
+                       std::optional<Tensor> powers, std::optional<Tensor> context,
+                       std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                       std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                       std::optional<Tensor> input_dropout) {
   const Cell kind = cell_of(cell_type);
-  const int64_t T = inputs.size(0), B = inputs.size(1), L = hidden.size(0), H = hidden.size(2);
-  const auto none = [&] { return empty(inputs, {0}); };
-  Run run = {empty(inputs, {L, T + 1, B, H}),
-             none(),
-             empty(inputs, {L, T, B, blocks_of(kind) * H}),
-             none(),
-             none(),
-             none()};
-  for (int64_t l = 0; l < L; ++l) copy(at(run.hiddens, l, 0), at(hidden, l));
-  if (kind == Cell::kLstm) {
-    run.cells = empty(inputs, {L, T + 1, B, H});
-    for (int64_t l = 0; l < L; ++l) copy(at(run.cells, l, 0), at(cell, l));
-  }
+  const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
   std::optional<Source> source;
-  if (!attention.empty()) {
-    source.emplace(attention, mask, powers);
-    run.queries = empty(inputs, {T, B, source->v.size(0)});
-    run.weights = empty(inputs, {T, B, source->keys.size(1)});
-    run.contexts = empty(inputs, {T + 1, B, source->values.size(2)});
-    Tensor first = at(run.contexts, 0);
-    if (context)
-      copy(first, *context);
-    else
-      torch::stable::zero_(first);
-  }
-  const bool fed = !feedback.empty();
-  const int64_t F = static_cast<int64_t>(feedback.size());
-  Tensor tokens =
-      fed ? empty(inputs, {F, B}, ScalarType::Long) : empty(inputs, {0}, ScalarType::Long);
-  Tensor logits = fed ? empty(inputs, {B, T + 1, readout[1].size(0)}) : none();
+  if (!attention.empty()) source.emplace(attention, mask, powers);
   const std::vector<Layer> weights = layers_of(layers);
   const auto go = [&]<typename A>() {
-    const Feedback<A> steps = {feedback, readout, input_dropout, tokens, logits};
+    const Feedback<A> steps = {feedback, readout, input_dropout, run.tokens, run.logits};
     Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run).run();
   };
   if (inputs.scalar_type() == ScalarType::Double)
     go.template operator()<double>();
   else
     go.template operator()<float>();
-  return {run.hiddens,  run.cells,   run.gates, run.queries,
-          run.contexts, run.weights, tokens,    logits};
+  return run.results();
 }
 
 }  // namespace

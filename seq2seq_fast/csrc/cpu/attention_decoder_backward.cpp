@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
-#include <tuple>
 
 #include "cells.h"
 #include "decoder.h"
@@ -33,18 +32,10 @@ void retreat_units(Cell cell, const float* gates, int64_t H, const float* hidden
   loops.retreat(cell, gates, H, hidden_before, cell_before, memory, n, dh, dc, dgates);
 }
 
-// Of the outputs, given; and what the loop leaves. See reference_decoder.py.
-struct Given {
-  Tensor outputs, contexts, weights;
-};
-struct Gradients {
-  Tensor gates, queries, scores, contexts, hidden, cell, context;
-};
-
 template <typename A>
 class Backward {
  public:
-  Backward(const Given& given, const Run& run, const std::vector<Layer>& layers,
+  Backward(const Given& given, const States& run, const std::vector<Layer>& layers,
            const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
            bool query_after, const Gradients& d)
       : given_(given),
@@ -164,7 +155,7 @@ class Backward {
   }
 
   const Given& given_;
-  const Run& run_;
+  const States& run_;
   const std::optional<Source>& source_;
   const std::optional<Tensor>& dropout_;
   const Cell cell_;
@@ -176,29 +167,18 @@ class Backward {
   std::optional<Packed<A>> w_context_, w_query_;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
-                                   Tensor grad_hidden, Tensor grad_cell, Tensor hiddens,
-                                   Tensor cells, Tensor gates, Tensor queries, Tensor weights,
-                                   std::vector<Tensor> layers, std::vector<Tensor> attention,
-                                   std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                                   std::string cell_type, bool query_after) {
-  const auto like = [](const Tensor& x) { return empty(x, x.sizes()); };
+auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                                Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                                Tensor gates, Tensor queries, Tensor weights,
+                                std::vector<Tensor> layers, std::vector<Tensor> attention,
+                                std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                                std::string cell_type, bool query_after) {
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
-  Gradients d = {like(gates),
-                 like(queries),
-                 like(weights),
-                 like(grad_contexts),
-                 like(grad_hidden),
-                 like(grad_cell),
-                 source ? empty(gates, {gates.size(2), grad_contexts.size(2)}) : empty(gates, {0})};
-  copy(d.hidden, grad_hidden);
-  copy(d.cell, grad_cell);
-  if (!query_after || gates.size(1) == 0) torch::stable::zero_(d.context);
   const Given given = {grad_outputs, grad_contexts, grad_weights};
-  const Run run = {hiddens, cells, gates, queries, grad_contexts, weights};
+  const States run = {hiddens, cells, gates, queries, weights};
+  const Gradients d =
+      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   const std::vector<Layer> all = layers_of(layers);
   const auto go = [&]<typename A>() {
     Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, d).run();
@@ -207,7 +187,7 @@ Outputs attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Te
     go.template operator()<double>();
   else
     go.template operator()<float>();
-  return {d.gates, d.queries, d.scores, d.contexts, d.hidden, d.cell, d.context};
+  return d.results();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of steps and the source, for the attention decoder.
+// Products and the source, for the attention decoder.
 #include "decoder.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -15,23 +15,6 @@ Tensor one_step(const Tensor& x) {
 
 }  // namespace
 
-Tensor at(const Tensor& x, int64_t t) {
-  return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
-}
-Tensor at(const Tensor& x, int64_t l, int64_t t) {
-  return view(x, {x.size(2), x.size(3)}, {x.stride(2), x.stride(3)},
-              l * x.stride(0) + t * x.stride(1));
-}
-Tensor columns(const Tensor& x, int64_t first, int64_t count) {
-  return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
-}
-Tensor transposed(const Tensor& x) {
-  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
-}
-
-void copy(const Tensor& to, const Tensor& from) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
-}
 void fill(const Tensor& out, const Tensor& bias) {
   const int64_t W = bias.size(bias.dim() - 1), stride = bias.stride(bias.dim() - 1);
   copy(out, view(bias, {out.size(0), W}, {bias.dim() == 1 ? 0 : bias.stride(0), stride}));

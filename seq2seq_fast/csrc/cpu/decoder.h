@@ -1,9 +1,9 @@
-// What the attention decoder's forward and backward share: rows of steps, packed weights, the
-// source. Time comes first: a step works on (B, width) rows that lie together.
+// What the attention decoder's forward and backward share on the CPU: packed weights, the source.
 #pragma once
 #include <string>
 #include <vector>
 
+#include "../decoder_run.h"
 #include "additive_scores.h"
 
 namespace seq2seq_fast::decoder {
@@ -13,13 +13,6 @@ A* data(const Tensor& x) {
   return static_cast<A*>(x.data_ptr());
 }
 
-// (B, width) of x (T, B, width) at t, or of x (L, T, B, width) at l, t
-Tensor at(const Tensor& x, int64_t t);
-Tensor at(const Tensor& x, int64_t l, int64_t t);
-Tensor columns(const Tensor& x, int64_t first, int64_t count);
-Tensor transposed(const Tensor& x);
-
-void copy(const Tensor& to, const Tensor& from);
 // Each row becomes the bias, (W,) or (B, W).
 void fill(const Tensor& out, const Tensor& bias);
 // out += a b, by the BLAS behind torch
@@ -145,11 +138,6 @@ struct Source {
   // Gradients of the scores (B, S) and the query, from those of context and weights.
   void attend_backward(const Tensor& dcontext, const Tensor& dweights, const Tensor& query,
                        const Tensor& weights, const Tensor& dscores, const Tensor& dquery) const;
-};
-
-// What a run over T steps leaves; see reference_decoder.py.
-struct Run {
-  Tensor hiddens, cells, gates, queries, contexts, weights;
 };
 
 }  // namespace seq2seq_fast::decoder

@@ -68,9 +68,6 @@ void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add = fal
 Tensor first_rows(const Tensor& x, int64_t n) {
   return view(x, {n, x.size(1)}, {x.stride(0), x.stride(1)});
 }
-Tensor transposed(const Tensor& x) {
-  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
-}
 
 struct Options {
   double smoothing;

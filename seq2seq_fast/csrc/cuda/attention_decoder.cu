@@ -5,18 +5,11 @@
 // allocated before the first step and nothing waits for the GPU, so that a CUDA graph can hold it.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "decoder.h"
 #include "feedback.cuh"
 
 namespace seq2seq_fast {
 namespace {
-
-// See reference_decoder.py.
-struct Run {
-  Tensor hiddens, cells, gates, queries, contexts, weights, tokens, logits;
-};
 
 class Forward {
  public:
@@ -102,21 +95,21 @@ class Forward {
 
   void advance(int64_t l, int64_t t) {
     product(product_, operands_[l], weights_[l]);
-    CellArguments a{matrix(product_)};
+    CellArguments a{float_rows(product_)};
     const Tensor& bias = biases_[l];
     a.bias = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
-    a.gates = matrix(at(run_.gates, l, t));
+    a.gates = float_rows(at(run_.gates, l, t));
     if (l == 0) a.input = a.gates;
-    a.hidden_before = matrix(at(run_.hiddens, l, t));
-    a.hidden = matrix(at(run_.hiddens, l, t + 1));
+    a.hidden_before = float_rows(at(run_.hiddens, l, t));
+    a.hidden = float_rows(at(run_.hiddens, l, t + 1));
     if (cell_ == Cell::kLstm) {
-      a.cell_before = matrix(at(run_.cells, l, t));
-      a.cell = matrix(at(run_.cells, l, t + 1));
+      a.cell_before = float_rows(at(run_.cells, l, t));
+      a.cell = float_rows(at(run_.cells, l, t + 1));
     }
-    a.to_self = matrix(operands_[l], width(l));
+    a.to_self = float_rows(operands_[l], width(l));
     if (l + 1 < L_) {
-      a.to_next = matrix(operands_[l + 1]);
-      if (dropout_) a.factors = matrix(at(*dropout_, l, t));
+      a.to_next = float_rows(operands_[l + 1]);
+      if (dropout_) a.factors = float_rows(at(*dropout_, l, t));
     }
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_advance(device_, cell_, a);
@@ -140,55 +133,23 @@ class Forward {
   std::vector<Tensor> weights_, biases_, operands_;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
-                          std::vector<Tensor> attention, std::optional<Tensor> mask,
-                          std::optional<Tensor> powers, std::optional<Tensor> context,
-                          std::optional<Tensor> dropout, std::string cell_type, bool query_after,
-                          std::vector<int64_t> feedback, std::vector<Tensor> readout,
-                          std::optional<Tensor> input_dropout) {
+auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                       std::vector<Tensor> attention, std::optional<Tensor> mask,
+                       std::optional<Tensor> powers, std::optional<Tensor> context,
+                       std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                       std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                       std::optional<Tensor> input_dropout) {
   STD_TORCH_CHECK(inputs.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Cell kind = cell_of(cell_type);
   const Device device(inputs);
-  const int64_t T = inputs.size(0), B = inputs.size(1), L = hidden.size(0), H = hidden.size(2);
-  const auto none = [&](ScalarType dtype) { return empty(inputs, {0}, dtype); };
-  const auto nothing = [&] { return none(ScalarType::Float); };
-  Run run = {empty(inputs, {L, T + 1, B, H}),
-             nothing(),
-             empty(inputs, {L, T, B, blocks_of(kind) * H}),
-             nothing(),
-             nothing(),
-             nothing(),
-             none(ScalarType::Long),
-             nothing()};
-  for (int64_t l = 0; l < L; ++l) copy(at(run.hiddens, l, 0), at(hidden, l));
-  if (kind == Cell::kLstm) {
-    run.cells = empty(inputs, {L, T + 1, B, H});
-    for (int64_t l = 0; l < L; ++l) copy(at(run.cells, l, 0), at(cell, l));
-  }
+  const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
   std::optional<Source> source;
-  if (!attention.empty()) {
-    source.emplace(attention, mask, powers);
-    run.queries = empty(inputs, {T, B, source->v.size(0)});
-    run.weights = empty(inputs, {T, B, source->keys.size(1)});
-    run.contexts = empty(inputs, {T + 1, B, source->values.size(2)});
-    const Tensor first = at(run.contexts, 0);
-    if (context)
-      copy(first, *context);
-    else
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(first.get()));
-  }
-  if (!feedback.empty()) {
-    run.tokens = empty(inputs, {static_cast<int64_t>(feedback.size()), B}, ScalarType::Long);
-    run.logits = empty(inputs, {B, T + 1, readout[1].size(0)});
-  }
+  if (!attention.empty()) source.emplace(attention, mask, powers);
   Forward(device, inputs, layers, source, context, dropout, kind, query_after, feedback, readout,
           input_dropout, run)
       .run();
-  return {run.hiddens,  run.cells,   run.gates,  run.queries,
-          run.contexts, run.weights, run.tokens, run.logits};
+  return run.results();
 }
 
 }  // namespace

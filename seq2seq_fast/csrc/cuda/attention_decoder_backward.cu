@@ -4,28 +4,11 @@
 // values are products over all steps, which are left to the caller.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "decoder.h"
 #include "one_query_backward.cuh"
 
 namespace seq2seq_fast {
 namespace {
-
-Tensor transposed(const Tensor& x) {
-  return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
-}
-
-// See reference_decoder.py.
-struct Given {
-  Tensor outputs, contexts, weights;
-};
-struct States {
-  Tensor hiddens, cells, gates, queries, weights;
-};
-struct Gradients {
-  Tensor gates, queries, scores, contexts, hidden, cell, context;
-};
 
 class Backward {
  public:
@@ -61,8 +44,8 @@ class Backward {
     if (T_ == 0) return;
     for (int64_t l = 0; l < L_; ++l) {
       const Tensor to = hidden(l);
-      SumArguments a{later(l, 0), matrix(to)};
-      if (source_ && !query_after_ && l == L_ - 1) a.grad.query = matrix(of_query_);
+      SumArguments a{later(l, 0), float_rows(to)};
+      if (source_ && !query_after_ && l == L_ - 1) a.grad.query = float_rows(of_query_);
       a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
       launch_sum(device_, a);
     }
@@ -79,31 +62,31 @@ class Backward {
   HiddenGradient later(int64_t l, int64_t step) const {
     HiddenGradient grad{};
     const bool last = step == T_;
-    if (last || cell_ == Cell::kGru) grad.passed = matrix(hidden(l));
-    if (!last) grad.self = matrix(products_[l], width(l));
+    if (last || cell_ == Cell::kGru) grad.passed = float_rows(hidden(l));
+    if (!last) grad.self = float_rows(products_[l], width(l));
     return grad;
   }
 
   void retreat(int64_t l, int64_t t) {
     CellBackwardArguments a{later(l, t + 1)};
     if (l + 1 < L_) {
-      a.grad.next = matrix(products_[l + 1]);
-      if (dropout_) a.grad.factors = matrix(at(*dropout_, l, t));
+      a.grad.next = float_rows(products_[l + 1]);
+      if (dropout_) a.grad.factors = float_rows(at(*dropout_, l, t));
     } else {
-      a.grad.output = matrix(at(given_.outputs, t));
+      a.grad.output = float_rows(at(given_.outputs, t));
       // The query of this step, or, if it comes before, of the next one.
-      if (source_ && (query_after_ || t + 1 < T_)) a.grad.query = matrix(of_query_);
+      if (source_ && (query_after_ || t + 1 < T_)) a.grad.query = float_rows(of_query_);
     }
-    a.gates = matrix(at(run_.gates, l, t));
-    a.hidden_before = matrix(at(run_.hiddens, l, t));
+    a.gates = float_rows(at(run_.gates, l, t));
+    a.hidden_before = float_rows(at(run_.hiddens, l, t));
     if (cell_ == Cell::kLstm) {
-      a.cell_before = matrix(at(run_.cells, l, t));
-      a.cell = matrix(at(run_.cells, l, t + 1));
-      a.grad_cell = matrix(at(d_.cell, l));
+      a.cell_before = float_rows(at(run_.cells, l, t));
+      a.cell = float_rows(at(run_.cells, l, t + 1));
+      a.grad_cell = float_rows(at(d_.cell, l));
     }
     const Tensor grad_gates = at(d_.gates, l, t);
-    a.grad_gates = matrix(grad_gates);
-    a.passed = matrix(hidden(l));
+    a.grad_gates = float_rows(grad_gates);
+    a.passed = float_rows(hidden(l));
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_retreat(device_, cell_, a);
     product(products_[l], grad_gates, transposed(weights_[l]));
@@ -112,15 +95,15 @@ class Backward {
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
     const Source& s = *source_;
-    OneQueryBackwardArguments a{matrix(at(given_.contexts, t))};
-    if (!query_after_ || t + 1 < T_) a.carried = matrix(products_[0]);
-    a.grad_weights = matrix(at(given_.weights, t)), a.weights = matrix(at(run_.weights, t));
-    a.query = matrix(at(run_.queries, t));
+    OneQueryBackwardArguments a{float_rows(at(given_.contexts, t))};
+    if (!query_after_ || t + 1 < T_) a.carried = float_rows(products_[0]);
+    a.grad_weights = float_rows(at(given_.weights, t)), a.weights = float_rows(at(run_.weights, t));
+    a.query = float_rows(at(run_.queries, t));
     a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
     a.powers = powers_of(s.powers, s.keys);
     const Tensor grad_query = at(d_.queries, t);
-    a.to_context = matrix(at(d_.contexts, t)), a.to_scores = matrix(at(d_.scores, t));
-    a.to_query = matrix(grad_query);
+    a.to_context = float_rows(at(d_.contexts, t)), a.to_scores = float_rows(at(d_.scores, t));
+    a.to_query = float_rows(grad_query);
     a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
     device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
                    one_query_backward_shared_floats(a.S, a.D), a);
@@ -141,36 +124,23 @@ class Backward {
   std::vector<Tensor> weights_, products_;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Outputs attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
-                                   Tensor grad_hidden, Tensor grad_cell, Tensor hiddens,
-                                   Tensor cells, Tensor gates, Tensor queries, Tensor weights,
-                                   std::vector<Tensor> layers, std::vector<Tensor> attention,
-                                   std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                                   std::string cell_type, bool query_after) {
+auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                                Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                                Tensor gates, Tensor queries, Tensor weights,
+                                std::vector<Tensor> layers, std::vector<Tensor> attention,
+                                std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                                std::string cell_type, bool query_after) {
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Device device(gates);
-  const auto like = [](const Tensor& x) { return empty(x, x.sizes()); };
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
-  const Gradients d = {
-      like(gates),
-      like(queries),
-      like(weights),
-      like(grad_contexts),
-      like(grad_hidden),
-      like(grad_cell),
-      source ? empty(gates, {gates.size(2), grad_contexts.size(2)}) : empty(gates, {0})};
-  copy(d.hidden, grad_hidden);
-  copy(d.cell, grad_cell);
-  if (!query_after || gates.size(1) == 0)
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(d.context.get()));
   const Given given = {grad_outputs, grad_contexts, grad_weights};
   const States run = {hiddens, cells, gates, queries, weights};
+  const Gradients d =
+      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, d).run();
-  return {d.gates, d.queries, d.scores, d.contexts, d.hidden, d.cell, d.context};
+  return d.results();
 }
 
 }  // namespace

@@ -14,27 +14,16 @@ constexpr int kCellThreads = 128;
 template <Cell cell>
 constexpr int kBlocksOf = blocks_of(cell);
 
-// Rows (B, width), ld apart; data null: absent.
-struct Matrix {
-  float* data;
-  int64_t ld;
-  __device__ __forceinline__ float& operator()(int b, int h) const { return data[b * ld + h]; }
-  // zero where absent
-  __device__ __forceinline__ float get(int b, int h) const {
-    return data == nullptr ? 0.f : data[b * ld + h];
-  }
-};
-
 struct CellArguments {
   // Parts of the gates before their nonlinearities, each (B, G); `input`, which may be absent and
   // lie where `gates` do, lacks the block m of a GRU.
-  Matrix product, input, bias;
-  Matrix hidden_before, cell_before;  // (B, H)
-  Matrix gates;                       // (B, G), after their nonlinearities, or absent
-  Matrix hidden, cell;                // (B, H), after the step
+  FloatRows product, input, bias;
+  FloatRows hidden_before, cell_before;  // (B, H)
+  FloatRows gates;                       // (B, G), after their nonlinearities, or absent
+  FloatRows hidden, cell;                // (B, H), after the step
   // Where else the hidden state goes, if anywhere: its place in the next step's product, and, times
   // `factors` (B, H) unless absent, in the next layer's.
-  Matrix to_self, to_next, factors;
+  FloatRows to_self, to_next, factors;
   int B, H;
 };
 
@@ -82,7 +71,7 @@ __global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
 // of the next step by; of the products that read the state, in the next step, in the next layer
 // (times `factors`), and to make a query; of the output.
 struct HiddenGradient {
-  Matrix passed, self, next, factors, query, output;
+  FloatRows passed, self, next, factors, query, output;
   __device__ __forceinline__ float operator()(int b, int h) const {
     const float of_next = next.get(b, h);
     const float later = passed.get(b, h) + self.get(b, h) + query.get(b, h) + output.get(b, h);
@@ -92,11 +81,11 @@ struct HiddenGradient {
 
 struct CellBackwardArguments {
   HiddenGradient grad;
-  Matrix gates;                             // (B, G), after their nonlinearities
-  Matrix hidden_before, cell_before, cell;  // (B, H)
-  Matrix grad_cell;                         // (B, H), of the cell state after the step, then before
-  Matrix grad_gates;                        // (B, G), before their nonlinearities
-  Matrix passed;                            // (B, H), what passes the gates by; of a GRU alone
+  FloatRows gates;                             // (B, G), after their nonlinearities
+  FloatRows hidden_before, cell_before, cell;  // (B, H)
+  FloatRows grad_cell;   // (B, H), of the cell state after the step, then before
+  FloatRows grad_gates;  // (B, G), before their nonlinearities
+  FloatRows passed;      // (B, H), what passes the gates by; of a GRU alone
   int B, H;
 };
 
@@ -134,7 +123,7 @@ __global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArgumen
 
 struct SumArguments {
   HiddenGradient grad;
-  Matrix sum;  // (B, H)
+  FloatRows sum;  // (B, H)
   int B, H;
 };
 

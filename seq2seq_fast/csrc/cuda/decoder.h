@@ -1,8 +1,9 @@
-// What the attention decoder's forward and backward share on a GPU: products, rows of steps,
-// weights, the source. Time comes first: a step works on (B, width) rows.
+// What the attention decoder's forward and backward share on a GPU: products, weights, the
+// source.
 #pragma once
 #include <vector>
 
+#include "../decoder_run.h"
 #include "additive_scores.h"
 #include "cells.h"
 #include "one_query.h"
@@ -11,9 +12,8 @@ namespace seq2seq_fast {
 
 // out = a w^T, by the BLAS behind torch
 inline void product(const Tensor& out, const Tensor& a, const Tensor& w) {
-  const Tensor w_t = view(w, {w.size(1), w.size(0)}, {w.stride(1), w.stride(0)});
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
-                                    torch::stable::detail::from(w_t),
+                                    torch::stable::detail::from(transposed(w)),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
@@ -30,26 +30,11 @@ inline void linear(const Tensor& out, const Tensor& a, const Tensor& w, const Te
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline void copy(const Tensor& to, const Tensor& from) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
-}
-
-inline Tensor columns(const Tensor& x, int64_t first, int64_t count) {
-  return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
-}
 inline Tensor rows(const Tensor& x, int64_t first, int64_t count) {
   return view(x, {count, x.size(1)}, {x.stride(0), x.stride(1)}, first * x.stride(0));
 }
-// (B, width) of x (T, B, width) at t, or of x (L, T, B, width) at l, t
-inline Tensor at(const Tensor& x, int64_t t) {
-  return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
-}
-inline Tensor at(const Tensor& x, int64_t l, int64_t t) {
-  return view(x, {x.size(2), x.size(3)}, {x.stride(2), x.stride(3)},
-              l * x.stride(0) + t * x.stride(1));
-}
-inline Matrix matrix(const Tensor& x) { return {floats_of(x), x.stride(0)}; }
-inline Matrix matrix(const Tensor& x, int64_t first_column) {
+inline FloatRows float_rows(const Tensor& x) { return {floats_of(x), x.stride(0)}; }
+inline FloatRows float_rows(const Tensor& x, int64_t first_column) {
   return {floats_of(x) + first_column, x.stride(0)};
 }
 
@@ -58,7 +43,7 @@ inline Tensor side_by_side(const Tensor* w_x, const Tensor& w_hidden, int64_t G)
   const int64_t width = w_x != nullptr ? w_x->size(1) : 0, H = w_hidden.size(1);
   Tensor w = empty(w_hidden, {G, width + H});
   const bool whole = w_hidden.size(0) == G && (w_x == nullptr || w_x->size(0) == G);
-  if (!whole) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(w.get()));
+  if (!whole) torch::stable::zero_(w);
   if (w_x != nullptr) copy(rows(columns(w, 0, width), 0, w_x->size(0)), *w_x);
   copy(rows(columns(w, width, H), G - w_hidden.size(0), w_hidden.size(0)), w_hidden);
   return w;

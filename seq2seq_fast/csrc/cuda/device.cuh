@@ -99,6 +99,17 @@ struct View {
   }
 };
 
+// Rows (B, width) of float32, ld apart; data null: absent.
+struct FloatRows {
+  float* data;
+  int64_t ld;
+  __device__ __forceinline__ float& operator()(int b, int h) const { return data[b * ld + h]; }
+  // zero where absent
+  __device__ __forceinline__ float get(int b, int h) const {
+    return data == nullptr ? 0.f : data[b * ld + h];
+  }
+};
+
 __device__ __forceinline__ float warp_sum(float x) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAll, x, lanes);
   return x;

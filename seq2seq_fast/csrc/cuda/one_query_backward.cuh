@@ -8,7 +8,6 @@
 // Grid: one block for each batch row. Its warps take values one by one, lanes along D; then groups
 // of threads share out the keys, each thread with two features, and their parts are added in order.
 #pragma once
-#include "cells.cuh"
 #include "powers.cuh"
 
 namespace seq2seq_fast {
@@ -16,12 +15,12 @@ namespace seq2seq_fast {
 constexpr int kQueryBackwardWarps = 16, kQueryBackwardThreads = kWarp * kQueryBackwardWarps;
 
 struct OneQueryBackwardArguments {
-  Matrix grad_context, carried;            // (B, D), whose sum it is; carried may be absent
-  Matrix grad_weights, weights;            // (B, S)
-  Matrix query;                            // (B, A)
-  View keys, values, v;                    // (B, S, A), (B, S, D), (1, 1, A), float32
-  Powers powers;                           // of keys
-  Matrix to_context, to_scores, to_query;  // (B, D), (B, S), (B, A)
+  FloatRows grad_context, carried;            // (B, D), whose sum it is; carried may be absent
+  FloatRows grad_weights, weights;            // (B, S)
+  FloatRows query;                            // (B, A)
+  View keys, values, v;                       // (B, S, A), (B, S, D), (1, 1, A), float32
+  Powers powers;                              // of keys
+  FloatRows to_context, to_scores, to_query;  // (B, D), (B, S), (B, A)
   int S, A, D;
 };
 

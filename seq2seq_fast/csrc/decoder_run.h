@@ -1,0 +1,106 @@
+// What the attention decoder takes and leaves, on any device; see reference_decoder.py. Time comes
+// first: a step works on (B, width) rows.
+#pragma once
+#include <tuple>
+#include <vector>
+
+#include "cell.h"
+#include "common.h"
+
+namespace seq2seq_fast {
+
+// (B, width) of x (T, B, width) at t, or of x (L, T, B, width) at l, t
+inline Tensor at(const Tensor& x, int64_t t) {
+  return view(x, {x.size(1), x.size(2)}, {x.stride(1), x.stride(2)}, t * x.stride(0));
+}
+inline Tensor at(const Tensor& x, int64_t l, int64_t t) {
+  return view(x, {x.size(2), x.size(3)}, {x.stride(2), x.stride(3)},
+              l * x.stride(0) + t * x.stride(1));
+}
+inline Tensor columns(const Tensor& x, int64_t first, int64_t count) {
+  return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
+}
+
+inline void copy(const Tensor& to, const Tensor& from) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+}
+
+// Of a run over T steps, to be filled in but for the states before the first one.
+struct Run {
+  Tensor hiddens, cells, gates, queries, contexts, weights, tokens, logits;
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
+    return {hiddens, cells, gates, queries, contexts, weights, tokens, logits};
+  }
+};
+
+inline Run run_of(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
+                  const std::vector<Tensor>& attention, const std::optional<Tensor>& context,
+                  Cell kind, const std::vector<int64_t>& feedback,
+                  const std::vector<Tensor>& readout) {
+  const int64_t T = inputs.size(0), B = inputs.size(1), L = hidden.size(0), H = hidden.size(2);
+  const auto none = [&] { return empty(inputs, {0}); };
+  Run run = {empty(inputs, {L, T + 1, B, H}),
+             none(),
+             empty(inputs, {L, T, B, blocks_of(kind) * H}),
+             none(),
+             none(),
+             none(),
+             empty(inputs, {0}, ScalarType::Long),
+             none()};
+  for (int64_t l = 0; l < L; ++l) copy(at(run.hiddens, l, 0), at(hidden, l));
+  if (kind == Cell::kLstm) {
+    run.cells = empty(inputs, {L, T + 1, B, H});
+    for (int64_t l = 0; l < L; ++l) copy(at(run.cells, l, 0), at(cell, l));
+  }
+  if (!attention.empty()) {
+    const Tensor &keys = attention[3], &values = attention[4], &v = attention[5];
+    run.queries = empty(inputs, {T, B, v.size(0)});
+    run.weights = empty(inputs, {T, B, keys.size(1)});
+    run.contexts = empty(inputs, {T + 1, B, values.size(2)});
+    Tensor first = at(run.contexts, 0);
+    if (context)
+      copy(first, *context);
+    else
+      torch::stable::zero_(first);
+  }
+  if (!feedback.empty()) {
+    run.tokens = empty(inputs, {static_cast<int64_t>(feedback.size()), B}, ScalarType::Long);
+    run.logits = empty(inputs, {B, T + 1, readout[1].size(0)});
+  }
+  return run;
+}
+
+// What backward is given: gradients of the outputs, and what of a run it looks at.
+struct Given {
+  Tensor outputs, contexts, weights;
+};
+struct States {
+  Tensor hiddens, cells, gates, queries, weights;
+};
+
+// To be filled in but for those of the last state, which the loop goes on from.
+struct Gradients {
+  Tensor gates, queries, scores, contexts, hidden, cell, context;
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
+    return {gates, queries, scores, contexts, hidden, cell, context};
+  }
+};
+
+inline Gradients gradients_of(const Given& given, const States& run, const Tensor& grad_hidden,
+                              const Tensor& grad_cell, bool attends, bool query_after) {
+  const auto like = [](const Tensor& x) { return empty(x, x.sizes()); };
+  const int64_t T = run.gates.size(1), B = run.gates.size(2);
+  Gradients d = {like(run.gates),
+                 like(run.queries),
+                 like(run.weights),
+                 like(given.contexts),
+                 like(grad_hidden),
+                 like(grad_cell),
+                 attends ? empty(run.gates, {B, given.contexts.size(2)}) : empty(run.gates, {0})};
+  copy(d.hidden, grad_hidden);
+  copy(d.cell, grad_cell);
+  if (!query_after || T == 0) torch::stable::zero_(d.context);
+  return d;
+}
+
+}  // namespace seq2seq_fast
