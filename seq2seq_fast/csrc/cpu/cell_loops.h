@@ -7,18 +7,6 @@
 namespace seq2seq_fast {
 namespace {
 
-// n <= kVec numbers; the other lanes are zero, and are not stored.
-S2S_INLINE Vec load_some(const float* p, int64_t n) {
-  if (n == kVec) return load(p);
-  Vec x = {};
-  std::memcpy(&x, p, sizeof(float) * n);
-  return x;
-}
-S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
-  if (n == kVec) return store(p, x);
-  std::memcpy(p, &x, sizeof(float) * n);
-}
-
 template <Cell kCell>
 S2S_INLINE void advance_units(const float* raw, const float* hidden_before,
                               const float* cell_before, int64_t units, float* gates, int64_t H,

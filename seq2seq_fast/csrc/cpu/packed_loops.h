@@ -110,14 +110,6 @@ void packed_panel_half(const Operand* operands, int64_t first, int64_t rows, con
   packed_panel_of(operands, first, rows, w, width, out, ldo);
 }
 
-// The vector x[i ...), with -inf behind x[n - 1].
-S2S_INLINE Vec load_logits(const float* x, int64_t i, int64_t n) {
-  if (i + kVec <= n) return load(x + i);
-  Vec y = -INFINITY - Vec{};
-  std::memcpy(&y, x + i, sizeof(float) * (n - i));
-  return y;
-}
-
 // Whether any lane is set, of the result of a comparison.
 S2S_INLINE bool any_of(const VecInt& lanes) {
   uint64_t words[sizeof(VecInt) / 8], any = 0;
@@ -134,7 +126,7 @@ Peak peak(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kTogether * kVec)
     for (int j = 0; j < kTogether; ++j) {
       if (i + j * kVec >= n) break;
-      const Vec y = load_logits(x, i + j * kVec, n);
+      const Vec y = load_some(x + i + j * kVec, n - i - j * kVec, -INFINITY);
       tops[j] = y > tops[j] ? y : tops[j];
     }
   for (int j = 1; j < kTogether; ++j) tops[0] = tops[j] > tops[0] ? tops[j] : tops[0];
@@ -142,7 +134,8 @@ Peak peak(const float* x, int64_t n) {
   const float shift = p.top > -INFINITY ? p.top : 0.f;
   Vec sums = {};
   for (int64_t i = 0; i < n; i += kVec) {
-    const Vec below = load_logits(x, i, n) - shift;  // less than exp(-87) is nothing beside exp(0)
+    const Vec below =
+        load_some(x + i, n - i, -INFINITY) - shift;  // less than exp(-87) is nothing beside exp(0)
     sums += exp_moderate(below < -87.f ? -87.f + Vec{} : below);
   }
   p.sum = sum(sums);

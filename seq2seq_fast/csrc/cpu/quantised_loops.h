@@ -3,7 +3,6 @@
 // Sums of products of bytes are exact in 32 bits: every instruction set makes the same ones, for
 // any number of rows together.
 #pragma once
-#include "cell_loops.h"
 #include "packed_loops.h"
 #include "scores_loops.h"
 
@@ -57,7 +56,7 @@ void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
       for (int64_t k = 0; k < K; k += kVec) {
-        const Vec scaled = load_some(x + k, K - k < kVec ? K - k : kVec) * inverse;
+        const Vec scaled = load_some(x + k, K - k) * inverse;
         const VecInt whole = __builtin_convertvector((scaled + kRound) - kRound, VecInt);
         const VecInt digit = (whole + 64) >> 7, rest = whole - (digit << 7);
         *reinterpret_cast<VecByte*>(high + k) = __builtin_convertvector(digit, VecByte);

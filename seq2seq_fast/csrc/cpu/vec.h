@@ -21,6 +21,17 @@ typedef int32_t VecInt __attribute__((vector_size(4 * S2S_LANES)));
 
 S2S_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 S2S_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+// The first n lanes, if there are so few; the others are `rest`, and are not stored.
+S2S_INLINE Vec load_some(const float* p, int64_t n, float rest = 0.f) {
+  if (n >= kVec) return load(p);
+  Vec x = rest + Vec{};
+  std::memcpy(&x, p, sizeof(float) * n);
+  return x;
+}
+S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
+  if (n >= kVec) return store(p, x);
+  std::memcpy(p, &x, sizeof(float) * n);
+}
 
 // Lane i of the result is the sum of the lanes of in[i]. Overwrites `in`.
 S2S_INLINE Vec sums(Vec in[kVec]) {
