@@ -175,7 +175,9 @@ int32_t Engine::bar(int32_t m) const {
   }
   const int32_t best = most_probable(m);
   if (logits[best] != -INFINITY) return best;  // most often, without another look at all logits
-  if (loops.peak(logits, model_.V).top == -INFINITY) logits[o_.eos] = eos;
+  const Peak left = loops.peak(logits, model_.V);
+  if (left.top != -INFINITY) return left.index;
+  logits[o_.eos] = eos;
   return loops.peak(logits, model_.V).index;
 }
 
