@@ -216,17 +216,16 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
 
 
-def is_asked_for(name: str, backend: str | None) -> bool:
-    """Whether a call's argument or `use_backend` names this backend."""
-    return name == (backend or (_forced[-1] if _forced else None))
+def asked_for(backend: str | None) -> str | None:
+    """The backend that a call's argument names, or else `use_backend`."""
+    return _forced[-1] if backend is None and _forced else backend
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None) -> str:
     """The backend of a call on tensors like x; a named backend that is absent raises."""
     device = x.device.type
     usable = _usable(op, device)
-    if backend is None and _forced:
-        backend = _forced[-1]
+    backend = asked_for(backend)
     if backend is None:
         backend = usable[0]
     elif backend not in usable:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..library import choose, is_asked_for
+from ..library import asked_for, choose
 from . import checks
 from .additive_attention import _autocast_on, _needs_grad, _once, _wanted
 
@@ -78,7 +78,7 @@ def loss_of_steps(
     choose("linear_cross_entropy", input, backend)  # an error where it is not there
     with torch.autocast(input.device.type, enabled=False):
         args = (cast(input), cast(linear_weight), cast(linear_bias))
-        if is_asked_for("reference", backend):
+        if asked_for(backend) == "reference":
             loss = F.cross_entropy(
                 F.linear(*args).flatten(0, 1),
                 target.flatten(),
