@@ -2,6 +2,7 @@
 
 import statistics
 
+import cuda_graphs
 import plain
 import torch
 from bench_seq2seq import LETTERS, build
@@ -17,13 +18,7 @@ RATIOS = {"eager": 10, "compile": 4}  # of their times over the library's, at le
 
 def captured(call):
     """call's work in a CUDA graph: its launches cost the host nothing."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is made once is made outside
-        call()
-    stream.synchronize()
-    with torch.cuda.graph(graph):
-        call()
+    graph, _ = cuda_graphs.capture(call)
     return graph.replay
 
 

@@ -3,6 +3,7 @@
 import pytest
 import test_attention_decoder
 import torch
+from cuda_graphs import capture
 
 import seq2seq_fast as s2s
 
@@ -32,14 +33,7 @@ def test_a_captured_call_replays_on_new_numbers(T, gpu):
         context, weights = s2s.additive_attention(*leaves, mask=mask, backend=gpu.backend)
         return context, weights, *torch.autograd.grad(context, leaves, torch.ones_like(context))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
+    graph, captured = capture(call)
     for size in (0.5, 30.0):  # the modes are chosen anew
         for y in x:
             y.copy_(torch.randn_like(y) * size)
@@ -158,14 +152,7 @@ class TestDecoder:
             with torch.no_grad():
                 return s2s.attention_decoder(**on_gpu, backend=gpu.backend)[:5]
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
+        graph, captured = capture(call)
         with torch.no_grad():
             on_gpu["inputs"].copy_(torch.randn_like(on_gpu["inputs"]))
         graph.replay()
