@@ -106,8 +106,9 @@ def test_strided_and_misaligned_tensors(ops, dtype, T):
             torch.testing.assert_close(got.double(), want, atol=8 * eps, rtol=8 * eps)
         args = (gc, gw, q, k, values, v, w, 0.5, None)
         results.append(ops.additive_attention_backward(*args, *[True] * 5))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for other in results[1:]:  # torch's product with values may sum up strided ones differently
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=8 * eps, rtol=8 * eps)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 530, 64, 21), (2, 61, 70, 80, 9)], ids=str)
