@@ -39,6 +39,12 @@ SCHEMAS = {
     " Tensor? context, Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, int[] whole,"
     " float length_penalty, float coverage_penalty, bool return_weights)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # The same on a GPU: steps over a state that stays there, and what they have come to.
+    "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
+    " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, int[] whole,"
+    " float coverage_penalty, int steps) -> ()",
+    "decode_results": "(Tensor[] state, int fill)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 

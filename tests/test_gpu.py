@@ -1,7 +1,11 @@
 """What only a GPU shows: CUDA graphs, streams of several GPUs, memory, sizes beyond 32 bits."""
 
+import copy
+import threading
+
 import pytest
 import test_attention_decoder
+import test_decoding
 import torch
 from cuda_graphs import capture
 
@@ -175,3 +179,77 @@ class TestDecoder:
                     torch.cuda.synchronize()
             counts.append(sum(x.count for x in profile.key_averages() if x.device_time_total > 0))
         assert 6 <= (counts[1] - counts[0]) / 10 <= 9
+
+
+@pytest.mark.skipif(not s2s.library.HAS_KERNEL["decode_steps", "cuda"], reason="no such kernel")
+class TestDecoding:
+    """The model and its tokens on the CPU are what a GPU is held to."""
+
+    OPTIONS = {"bos": test_decoding.BOS, "eos": test_decoding.EOS}
+
+    @pytest.fixture(autouse=True)
+    def native(self, gpu):
+        if gpu.backend != "native":
+            pytest.skip("of the compiled kernels")
+
+    def found(self, model, src, **options):
+        on_cpu = copy.deepcopy(model).cpu().generate(src, **self.OPTIONS, **options)
+        on_gpu = model.generate(src.cuda(), backend="native", **self.OPTIONS, **options)
+        cpu = [None if x is None else x.cpu() for x in on_gpu]
+        return type(on_gpu)(*cpu), on_cpu
+
+    @pytest.mark.parametrize("kind", test_decoding.KINDS, ids=str)
+    @pytest.mark.parametrize("beam_size", [1, 4])
+    def test_replays_decode_as_the_cpu_does(self, kind, beam_size):
+        model = test_decoding.make(kind, V=600, H=40).cuda().prepare_inference()
+        options = {"max_length": 20, "beam_size": beam_size, "length_penalty": 0.7}
+        if kind[1]:
+            options |= {"coverage_penalty": 0.2, "return_weights": True}
+        for seed in range(5):  # launched, captured, replayed
+            src = test_decoding.sources(7, 9, seed)
+            on_gpu, on_cpu = self.found(model, src, **options)
+            test_decoding.check_same(copy.deepcopy(model).cpu(), src, on_gpu, on_cpu)
+        (loop,) = model.decoder.loops.kept.values()
+        assert loop.graph is not None
+
+    def test_many_rows_and_words(self):
+        model = test_decoding.make(V=10_000, H=256).cuda()
+        src = test_decoding.sources(64, 50)
+        for beam_size in (1, 5):
+            for _ in range(3):
+                on_gpu, on_cpu = self.found(model, src, max_length=30, beam_size=beam_size)
+                torch.testing.assert_close(on_gpu.scores, on_cpu.scores, rtol=1e-4, atol=1e-3)
+
+    def test_threads_with_streams_of_their_own(self):
+        model, src = test_decoding.make().cuda(), test_decoding.sources(5, 9).cuda()
+        options = self.OPTIONS | {"max_length": 20, "beam_size": 3}
+        want, found = model.generate(src, **options), []
+
+        def decode():
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found.extend(model.generate(src, **options) for _ in range(20))
+
+        threads = [threading.Thread(target=decode) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 80
+        for result in found:
+            assert torch.equal(result.tokens, want.tokens)
+            torch.testing.assert_close(result.scores, want.scores)
+
+    def test_inference_mode(self):
+        model, src = test_decoding.make().cuda(), test_decoding.sources(5, 9).cuda()
+        options = self.OPTIONS | {"max_length": 9}
+        want = model.generate(src, **options)
+        for _ in range(3):
+            with torch.inference_mode():
+                inside = model.generate(src, **options)
+            assert torch.equal(inside.tokens, want.tokens)
+            assert torch.equal(model.generate(src, **options).tokens, want.tokens)
+
+    def test_dtypes_of_the_weights(self):
+        model = test_decoding.make().cuda()
+        with pytest.raises(ValueError, match="dtype: got 'int8', expected 'float32' on cuda"):
+            model.prepare_inference("int8")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..library import use_backend
-from . import native, stepwise
+from . import graphed, native, stepwise
 from .options import DecodingOptions, check, token_ids
 from .packing import DTYPES, PackedDecoder, pack_decoder, state_of
 from .results import Generated, Scored
@@ -38,9 +38,10 @@ def generate(
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
         state: `DecoderState` before the first token.
-        backend: None for the best there is: on the CPU in float32 one compiled call that runs
-            without the GIL, for anything else PyTorch step by step; "native" for the former, else
-            an error; "reference" for plain PyTorch.
+        backend: None for the best there is: greedy decoding and beam search in float32 are one
+            compiled call on the CPU, which runs without the GIL, and CUDA graphs of fused kernels
+            on a GPU; anything else is PyTorch step by step. "native" for the former, else an
+            error; "reference" for plain PyTorch.
         options: of `DecodingOptions`; bos, eos and max_length must be given.
 
     Returns:
@@ -59,6 +60,8 @@ def generate(
         if B == 0:
             return _nothing(asked, prepared, state)
         if native.chosen(decoder, asked, backend):
+            if state.hidden.is_cuda:
+                return graphed.generate(decoder, prepared, state, asked)
             return native.generate(decoder, _packed(decoder), prepared, state, asked)
         with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
             return stepwise.generate(decoder, prepared, state, asked)
@@ -69,11 +72,16 @@ def prepare_inference(decoder: "Decoder", dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     weight = decoder.fc_out.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type not in native.OPS or weight.dtype != torch.float32:
         raise ValueError(
-            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU"
+            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU or a GPU"
         )
-    decoder.packed = pack_decoder(decoder, dtype)
+    if weight.is_cuda:
+        if dtype != "float32":
+            raise ValueError(f"dtype: got {dtype!r}, expected 'float32' on {weight.device}")
+        graphed.prepare(decoder)
+    else:
+        decoder.packed = pack_decoder(decoder, dtype)
 
 
 def _packed(decoder: "Decoder") -> PackedDecoder:

@@ -1,4 +1,5 @@
-"""The way to the compiled engine: one call runs the whole loop, without Python and the GIL."""
+"""The way to the compiled engines: on the CPU one call runs the whole loop, without Python and the
+GIL; on a GPU see graphed.py."""
 
 from typing import TYPE_CHECKING
 
@@ -15,24 +16,33 @@ if TYPE_CHECKING:
     from ..nn.decoder import Decoder, DecoderState
 
 
+OPS = {"cpu": "decode", "cuda": "decode_steps"}
+WIDEST = 4096  # attention that one block of a GPU has room for: kMostFeaturesInShared
+
+
 def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
-    """Why the engine cannot run this, or None."""
-    weight = decoder.fc_out.weight
-    if not HAS_KERNEL["decode", "cpu"]:
-        return "the compiled extension is not there"
-    if weight.device.type != "cpu":
+    """Why no engine can run this, or None."""
+    weight, attention = decoder.fc_out.weight, decoder.attention
+    device = weight.device.type
+    if device not in OPS:
         return f"the decoder is on {weight.device}"
+    if not HAS_KERNEL[OPS[device], device]:
+        return f"the compiled extension has none for {device}"
     if weight.dtype != torch.float32:
         return f"the decoder is {weight.dtype}, not float32"
+    if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
+        return f"the attention is wider than {WIDEST}"
     return "it does not sample" if options.sample else None
 
 
 def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) -> bool:
-    """Whether the engine decodes this; asked for and not able to, it raises."""
-    if backend == "native" and (why := refusal(decoder, options)) is not None:
+    """Whether an engine decodes this; asked for and not able to, it raises."""
+    weight = decoder.fc_out.weight
+    why = refusal(decoder, options)
+    if backend == "native" and why is not None:
         raise ValueError(f"backend: 'native' was asked for, but {why}")
-    plain = is_reference("decode", decoder.fc_out.weight, backend)
-    return not plain and refusal(decoder, options) is None
+    op = OPS.get(weight.device.type, "decode")
+    return not is_reference(op, weight, backend) and why is None
 
 
 def generate(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from . import checks
@@ -40,6 +41,7 @@ class Decoder(nn.Module):
     """
 
     packed: PackedDecoder | None = None  # what prepare_inference left
+    loops: Loops | None = None  # what decoding on a GPU left
 
     def __init__(
         self,

@@ -163,7 +163,8 @@ class Seq2Seq(nn.Module):
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
         made anew at the next call after they were changed in place or exchanged. (Changes through
-        `.data` are not seen.)
+        `.data` are not seen.) On a GPU `generate` keeps what it needs by itself, and this does no
+        more than make it ready.
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
@@ -173,7 +174,8 @@ class Seq2Seq(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: another dtype, or a decoder that is not float32 on the CPU.
+            ValueError: another dtype, or a decoder that is not float32 on the CPU or a GPU; on a
+                GPU any dtype but "float32".
         """
         decoding.prepare_inference(self.decoder, dtype)
         return self

@@ -89,8 +89,8 @@ class Forward {
     linear(query, at(run_.hiddens, L_ - 1, state), s.w_query, s.b_query);
     const Tensor one = view(query, {B_, 1, query.size(1)}, {query.size(1), 0, 1});
     one_query_attention(device_, one, s.keys, s.values, s.v, s.softmax, s.powers,
-                        at(run_.contexts, t + 1), weights, floats_of(operands_[0]),
-                        operands_[0].stride(0));
+                        at(run_.contexts, t + 1), weights,
+                        {floats_of(operands_[0]), operands_[0].stride(0)});
   }
 
   void advance(int64_t l, int64_t t) {

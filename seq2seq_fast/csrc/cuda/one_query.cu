@@ -48,7 +48,7 @@ void launch(const Device& device, const OneQueryArguments& a, int64_t rows) {
 void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
                          const Tensor& values, const Tensor& v, const Softmax& softmax,
                          const std::optional<Tensor>& powers, const Tensor& context,
-                         const Tensor& weights, float* also, int64_t ld_also) {
+                         const Tensor& weights, const OneQueryOptions& options) {
   OneQueryArguments a = arguments(device, query, keys, v);
   const int64_t rows = query.size(0) * a.T;
   a.values = view_of(values);
@@ -56,7 +56,7 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
   if (powers) a.powers = powers_of(*powers, keys);
   a.softmax = softmax;
   a.context = context.data_ptr(), a.weights = weights.data_ptr();
-  a.also = also, a.ld_also = ld_also;
+  a.also = options.also, a.ld_also = options.ld_also, a.live = options.live;
   a.D = size_of(values, 2);
   if (a.ranges == 1) return launch(device, a, rows);
   const int64_t of_parts = rows * a.ranges * (2 + a.D);

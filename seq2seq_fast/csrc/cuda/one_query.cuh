@@ -32,6 +32,7 @@ struct OneQueryArguments {
   Type type;
   float* also;  // (B T, D), ld_also apart: the context once more, or null
   int64_t ld_also;
+  const int* live;  // (B,), so many queries are wanted, the first ones; or null
   // Of a split source: exp(x - top) (B, T, S); top, sum and context of each part (B, T, ranges,
   // 2 + D); how many blocks of (b, t) have arrived (B, T), zero before.
   float *exponentials, *parts;
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
   const int range = blockIdx.x % a.ranges;
   const int64_t row = blockIdx.x / a.ranges;  // b T + t
   const int b = row / a.T, t = row % a.T;
+  if (a.live != nullptr && t >= a.live[b]) return;
   const int s0 = range * a.keys_of_range, n_s = min(a.keys_of_range, a.S - s0);
   const int Hp = static_cast<int>(round_up(a.H, kFeatures));
   const bool prepared = a.powers.data != nullptr;

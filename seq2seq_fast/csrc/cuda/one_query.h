@@ -16,12 +16,16 @@ inline bool goes_one_by_one(const Tensor& query) {
   return query.size(1) <= kFewQueries && query.size(2) <= kMostFeaturesInShared;
 }
 
-// Into context (B, T, D) and weights (B, T, S), contiguous, with a T axis or without;
-// the context also to rows of float32, ld_also apart, if there are some.
+// Into context (B, T, D) and weights (B, T, S), contiguous, with a T axis or without.
+struct OneQueryOptions {
+  float* also = nullptr;  // rows of float32, ld_also apart, that the context goes to as well
+  int64_t ld_also = 0;
+  const int* live = nullptr;  // (B,), so many queries of each source are wanted, the first ones
+};
 void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
                          const Tensor& values, const Tensor& v, const Softmax& softmax,
                          const std::optional<Tensor>& powers, const Tensor& context,
-                         const Tensor& weights, float* also = nullptr, int64_t ld_also = 0);
+                         const Tensor& weights, const OneQueryOptions& options = {});
 
 // Scores (B, T, S) alone.
 void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,

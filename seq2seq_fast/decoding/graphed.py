@@ -1,0 +1,344 @@
+"""Decoding on a GPU: blocks of steps in a CUDA graph, over buffers that stay where they are.
+
+The first call of its shapes launches the steps one by one, as does one that finds the buffers in
+use by another thread; those after it replay a graph. The host looks at which searches are over one
+block late, so that the GPU never waits for it.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.attention_decoder import _weights_of
+from . import stepwise
+from .options import DecodingOptions
+from .packing import state_of
+from .results import Generated
+
+if TYPE_CHECKING:
+    from ..nn.decoder import Decoder, DecoderState
+
+BLOCK = 8  # steps of a graph
+POSITIONS = 32  # sources are filled up to a multiple of it, so that lengths share their graphs
+MOST_LOOPS = 8  # kept of a decoder
+
+_ops = torch.ops.seq2seq_fast
+
+
+class Graph:
+    """A call's work on the GPU, to be done again by `replay`."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Not torch.cuda.graph, which collects garbage and returns memory first, and other
+            # threads may go on.
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                call()
+            finally:
+                self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class Watch:
+    """How many searches were over when the GPU came by, read when it has."""
+
+    def __init__(self, over: Tensor):
+        self.over = over
+        self.seen = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self.events = [torch.cuda.Event(), torch.cuda.Event()]
+        self.end = torch.cuda.Event()
+
+    def begin_run(self) -> None:
+        """Waits for the run before, which may have been on another stream."""
+        torch.cuda.current_stream().wait_event(self.end)
+
+    def end_run(self) -> None:
+        self.end.record()
+
+    def note(self, block: int) -> None:
+        self.seen[block % 2].copy_(self.over, non_blocking=True)
+        self.events[block % 2].record()
+
+    def read(self, block: int) -> int:
+        self.events[block % 2].synchronize()
+        return int(self.seen[block % 2])
+
+
+class Loop:
+    """The buffers of decoding sources of one shape with the same options, and a graph over them."""
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        weights: list[Tensor],
+        source: "stepwise.Source",
+        state: "DecoderState",
+        options: DecodingOptions,
+    ):
+        self.lock = threading.Lock()
+        self.graph: Graph | None = None
+        self.weights, self.options, self.runs = weights, options, 0
+        self.kind = decoder.cell_type, decoder.query_after
+        (L, B, H), K, N = state.hidden.shape, options.beam_size, options.n_best
+        M, T = B * K, _up(options.max_length, BLOCK)
+        like = weights[0]
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+
+        self.source: list[Tensor] = []
+        self.mask, S, D = None, 0, decoder.context_dim
+        if not isinstance(source, Tensor):
+            S, A = _positions(source), source.v.shape[0]
+            keys = new(B, S, A)
+            self.source = [keys, _ops.prepare_keys(keys), new(B, S, D), new(A)]
+            self.mask = new(B, S, dtype=torch.bool)
+        covers, keeps = options.coverage_penalty > 0, options.return_weights
+        lengths = torch.arange(T + 1, dtype=torch.float64, device=like.device)
+        self.penalties = ((5 + lengths) / 6) ** options.length_penalty
+        self.limits = new(B, dtype=torch.int64)
+        self.prefix = new(B, 0 if options.prefix is None else options.prefix.shape[-1],
+                          dtype=torch.int64)  # fmt: skip
+        # What csrc/cuda/decode_search.cuh calls Search, beside states and weights.
+        self.hidden = new(L, M, H)
+        self.cell = new(L, M, H) if decoder.cell_type == "lstm" else new(0)
+        self.context = new(M, D)
+        self.covered = new(M, S) if covers else new(0)
+        self.counters = new(2, dtype=torch.int32)
+        self.watch = Watch(self.counters[1])
+        self.counts = new(2, B, dtype=torch.int32)
+        self.rows = new(2, M, dtype=torch.int32)
+        self.log_probs = new(M, dtype=torch.float64)
+        self.nodes = new(2, T, M, dtype=torch.int32)
+        self.kept = new(T, M, S) if keeps else new(0)
+        self.state = [
+            self.hidden,
+            self.cell,
+            self.context,
+            self.covered,
+            self.counters,
+            self.counts,
+            self.rows,
+            self.log_probs,
+            self.nodes,
+            self.kept,
+            new(4, B, N, dtype=torch.int32),
+            new(2, B, N, dtype=torch.float64),
+        ]
+        first = torch.arange(B, dtype=torch.int32, device=like.device) * K
+        self.first_rows = torch.stack(
+            [torch.full_like(first, options.bos).repeat_interleave(K), first.repeat_interleave(K)]
+        )
+
+    def _steps(self) -> None:
+        o = self.options
+        _ops.decode_steps(
+            self.state,
+            self.weights,
+            *self.kind,
+            self.source,
+            self.mask,
+            self.limits,
+            self.prefix,
+            self.penalties,
+            _whole(o),
+            float(o.coverage_penalty),
+            BLOCK,
+        )
+
+    def _load(
+        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+    ) -> None:
+        """Puts a call's numbers where the steps read them."""
+        (_, B, _), K = state.hidden.shape, options.beam_size
+        self.hidden[:, ::K].copy_(state.hidden)
+        if state.cell is not None:
+            self.cell[:, ::K].copy_(state.cell)
+        context = source if isinstance(source, Tensor) else state.context
+        if context is None:
+            self.context.zero_()
+        else:
+            self.context.unflatten(0, (B, K)).copy_(context.unsqueeze(1))
+        if not isinstance(source, Tensor):
+            keys, powers, values, v = self.source
+            mask, S = self.mask, source.values.shape[1]
+            assert mask is not None
+            keys[:, :S].copy_(source.keys.keys)
+            values[:, :S].copy_(source.values)
+            keys[:, S:].zero_()
+            values[:, S:].zero_()  # nothing of an earlier call, which might not be finite
+            ready = source.keys.powers
+            powers.copy_(
+                ready if ready is not None and ready.shape == powers.shape
+                else _ops.prepare_keys(keys)
+            )  # fmt: skip
+            v.copy_(source.v)
+            mask[:, :S] = True if source.mask is None else source.mask
+            mask[:, S:] = False
+        self.limits.copy_(stepwise.row_limits(source, options, B))
+        if options.prefix is not None:
+            self.prefix.copy_(options.prefix)
+        self.covered.zero_()
+        self.counters[0] = -1
+        self.counters[1] = 0
+        self.counts[0] = 1
+        self.counts[1] = 0
+        self.rows.copy_(self.first_rows)
+        self.log_probs.zero_()
+
+    def run(
+        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+    ) -> Generated:
+        """`generate`, by who holds the lock."""
+        self.watch.begin_run()
+        self._load(source, state, options)
+        if self.runs == 1:
+            self.graph = Graph(self._steps)
+        self.runs += 1
+        advance = self._steps if self.graph is None else self.graph.replay
+        for block in range(-(-options.max_length // BLOCK)):
+            advance()
+            self.watch.note(block)
+            if block > 0 and self.watch.read(block - 1) == len(self.limits):
+                break
+        found = self._results(source)
+        self.watch.end_run()
+        return found
+
+    def _results(self, source: "stepwise.Source") -> Generated:
+        o = self.options
+        tokens, rows, *of_each = _ops.decode_results(self.state, o.fill)
+        n = int(of_each[0].max())
+        tokens, rows, weights = tokens[..., :n], rows[..., :n], None
+        if o.return_weights and not isinstance(source, Tensor):
+            steps = torch.arange(n, device=rows.device)
+            weights = self.kept[steps, rows.clamp_min(0), : source.values.shape[1]]
+            weights = weights * (rows >= 0)[..., None]
+        found = [tokens.contiguous(), *of_each, weights]
+        if o.beam_size == 1:
+            found = [None if x is None else x.squeeze(1) for x in found]
+        return Generated(*found)
+
+
+class Loops:
+    """Of a decoder, by shapes and options; forgotten when its weights change, and by copies."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.of: tuple = ()
+        self.weights: list[Tensor] = []
+        self.kept: OrderedDict[tuple, Loop] = OrderedDict()
+
+    def __reduce__(self):
+        return Loops, ()
+
+    def renew(self, decoder: "Decoder") -> None:
+        """Takes over a decoder's weights if they have changed."""
+        now = state_of(decoder)
+        if now != self.of:
+            self.of, self.weights = now, weights_of(decoder)
+            self.kept.clear()
+
+    def take(
+        self,
+        decoder: "Decoder",
+        source: "stepwise.Source",
+        state: "DecoderState",
+        options: DecodingOptions,
+    ) -> Loop:
+        """A loop of these shapes, locked."""
+        key = _key(source, state, options)
+        with self.lock:
+            self.renew(decoder)
+            loop = self.kept.get(key)
+            if loop is None:
+                loop = self.kept[key] = Loop(decoder, self.weights, source, state, options)
+                if len(self.kept) > MOST_LOOPS:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(key)
+            weights = self.weights
+        if not loop.lock.acquire(blocking=False):
+            loop = Loop(decoder, weights, source, state, options)
+            loop.lock.acquire()
+        return loop
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _whole(o: DecodingOptions) -> list[int]:
+    """The options that are whole numbers, in the order of both engines."""
+    return [o.bos, o.eos, o.fill, o.min_length, o.beam_size, o.n_best, o.no_repeat_ngram]
+
+
+def _positions(source: "stepwise.Source") -> int:
+    return (
+        0 if isinstance(source, Tensor) else max(POSITIONS, _up(source.values.shape[1], POSITIONS))
+    )
+
+
+def _key(source: "stepwise.Source", state: "DecoderState", o: DecodingOptions) -> tuple:
+    prefix = 0 if o.prefix is None else o.prefix.shape[-1]
+    shapes = (state.hidden.shape[1], _positions(source), _up(o.max_length, BLOCK), prefix)
+    return *shapes, *_whole(o), o.length_penalty, o.coverage_penalty, o.return_weights
+
+
+@torch.no_grad()
+def weights_of(decoder: "Decoder") -> list[Tensor]:
+    """A decoder's weights in the order of csrc/cuda/decode_steps.cu, the layers' side by side, and
+    the readout's over [context | hidden state]: what lies so in the buffer of a step."""
+    layers, w_context = _weights_of(
+        decoder.layers.all_weights, decoder.embedding.embedding_dim, decoder.cell_type
+    )
+    layers[0] = torch.cat([layers[0], w_context], 1)
+    weights = [decoder.embedding.weight.detach().contiguous()]
+    for w_input, w_hidden, bias in zip(*(layers[i::3] for i in range(3)), strict=True):
+        G = len(bias)
+        from_input = F.pad(w_input, (0, 0, 0, G - len(w_input)))
+        from_hidden = F.pad(w_hidden, (0, 0, G - len(w_hidden), 0))
+        weights += [torch.cat([from_input, from_hidden], 1), bias]
+    if decoder.attention is not None:
+        query = decoder.attention.Wa
+        weights += [query.weight.detach().contiguous(), query.bias.detach()]
+    H = decoder.layers.hidden_size
+    readout = decoder.fc_out.weight
+    return [*weights, torch.cat([readout[:, H:], readout[:, :H]], 1), decoder.fc_out.bias.detach()]
+
+
+def prepare(decoder: "Decoder") -> None:
+    """Makes the weights ready, so that the first call need not."""
+    if decoder.loops is None:
+        decoder.loops = Loops()
+    with torch.inference_mode(False), decoder.loops.lock:
+        decoder.loops.renew(decoder)
+
+
+def generate(
+    decoder: "Decoder",
+    source: "stepwise.Source",
+    state: "DecoderState",
+    options: DecodingOptions,
+) -> Generated:
+    """See `seq2seq_fast.generate`; arguments are checked already."""
+    if decoder.loops is None:
+        decoder.loops = Loops()
+    device = torch.cuda.device_of(decoder.fc_out.weight)
+    with torch.inference_mode(False), torch.no_grad(), device:
+        loop = decoder.loops.take(decoder, source, state, options)
+        try:
+            return loop.run(source, state, options)
+        finally:
+            loop.lock.release()

@@ -1,0 +1,213 @@
+"""Decoding's CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
+
+import copy
+import pickle
+import shutil
+import threading
+
+import cuda_on_cpu
+import pytest
+import test_decoding as plain
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seq2seq_fast.decoding import DecodingOptions, graphed, stepwise
+from seq2seq_fast.ops.additive_attention import PreparedKeys
+
+BOS, EOS = plain.BOS, plain.EOS
+pytestmark = [
+    pytest.mark.unsanitized,
+    pytest.mark.skipif(shutil.which(cuda_on_cpu.COMPILER) is None, reason="no host compiler here"),
+]
+
+
+class Again:
+    """In place of a graph, which only a GPU has: the call itself."""
+
+    captured = 0
+
+    def __init__(self, call):
+        Again.captured += 1
+        self.replay = call
+
+
+class Seen:
+    """In place of what watches a GPU: as late as that one."""
+
+    def __init__(self, over):
+        self.over, self.seen = over, {}
+
+    def begin_run(self):
+        self.seen.clear()
+
+    def end_run(self):
+        pass
+
+    def note(self, block):
+        self.seen[block] = int(self.over)
+
+    def read(self, block):
+        return self.seen.pop(block)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_cuda_kernels():
+    """New tensors are NaN until they are written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphed, "_ops", cuda_on_cpu.load())
+        patch.setattr(graphed, "Graph", Again)
+        patch.setattr(graphed, "Watch", Seen)
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def both(model, src, **options):
+    """What the kernels and what plain PyTorch make of it."""
+    source, state = model.encode(src)
+    if not isinstance(source, torch.Tensor):  # prepared for the kernels of the CPU
+        source = source._replace(keys=PreparedKeys(source.keys.keys))
+    o = DecodingOptions(bos=BOS, eos=EOS, **options)
+    return [f(model.decoder, source, state, o) for f in (graphed.generate, stepwise.generate)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(plain.KINDS),
+    options=plain.OPTIONS,
+    coverage_penalty=st.sampled_from([0.0, 0.0, 0.4]),
+    P=st.sampled_from([0, 0, 2]),
+    B=st.integers(1, 3),
+    S=st.sampled_from([1, 7, 33]),
+    H=st.sampled_from([1, 7, 20]),
+    layers=st.integers(1, 3),
+    V=st.sampled_from([5, 11, 600]),
+    seed=st.integers(0, 100),
+)
+def test_the_kernels_decode_as_plain_pytorch_does(
+    kind, options, coverage_penalty, P, B, S, H, layers, V, seed
+):
+    model, src = plain.make(kind, V, H, layers, seed), plain.sources(B, S, seed)
+    if not kind[1]:
+        coverage_penalty, options = 0.0, options | {"return_weights": False}
+    options = options | {
+        "n_best": min(options["beam_size"], 1 + seed % 3),
+        "coverage_penalty": coverage_penalty,
+        "prefix": torch.randint(3, V, (B, P)) if P else None,
+    }
+    plain.check_same(model, src, *both(model, src, **options))
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_later_calls_replay_a_graph_on_their_own_numbers(beam_size):
+    """Of one shape up to the rounding of the source's length; what is longer has another graph."""
+    model, captured = plain.make(), Again.captured
+    options = {"max_length": 20, "beam_size": beam_size, "return_weights": True}
+    for i, S in enumerate((9, 9, 30, 4, 33)):
+        src = plain.sources(3, S, seed=i)
+        plain.check_same(model, src, *both(model, src, **options))
+    assert Again.captured == captured + 1 and len(model.decoder.loops.kept) == 2
+
+
+def test_a_change_of_weights_is_seen():
+    model, src = plain.make(), plain.sources(3, 9)
+    for _ in range(3):
+        plain.check_same(model, src, *both(model, src, max_length=9))
+        with torch.no_grad():
+            model.decoder.fc_out.bias.copy_(torch.randn(11))
+            model.decoder.lstm.weight_hh_l0.mul_(-1)
+
+
+def test_copies_begin_anew():
+    model, src = plain.make(), plain.sources(2, 5)
+    both(model, src, max_length=9)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert model.decoder.loops.kept and not other.decoder.loops.kept
+        plain.check_same(other, src, *both(other, src, max_length=9))
+
+
+def test_no_more_than_a_few_shapes_are_kept():
+    model = plain.make(layers=1)
+    for B in range(1, graphed.MOST_LOOPS + 3):
+        both(model, plain.sources(B, 4), max_length=2)
+    assert len(model.decoder.loops.kept) == graphed.MOST_LOOPS
+
+
+def test_a_loop_in_use_is_not_shared():
+    model, src = plain.make(), plain.sources(2, 5)
+    both(model, src, max_length=9)
+    (loop,) = model.decoder.loops.kept.values()
+    with loop.lock:
+        runs = loop.runs
+        results = []
+        thread = threading.Thread(
+            target=lambda: results.extend(both(model, src, max_length=9)), daemon=True
+        )
+        thread.start()
+        thread.join(60)
+        assert loop.runs == runs
+    plain.check_same(model, src, *results)
+
+
+def test_it_stops_a_block_after_all_searches_are_over(monkeypatch):
+    model, src = plain.make(), plain.sources(3, 5)
+    with torch.no_grad():
+        model.decoder.fc_out.bias[EOS] += 100
+    steps, decode_steps = [], graphed._ops.decode_steps
+
+    class Counting:
+        prepare_keys, decode_results = graphed._ops.prepare_keys, graphed._ops.decode_results
+
+        def decode_steps(self, *args):
+            steps.append(args[-1])
+            decode_steps(*args)
+
+    monkeypatch.setattr(graphed, "_ops", Counting())
+    ours, theirs = both(model, src, max_length=80)
+    assert (ours.lengths == 1).all() and sum(steps) == 2 * graphed.BLOCK
+    plain.check_same(model, src, ours, theirs)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_where_no_token_is_left_eos_is_taken(beam_size):
+    model, src = plain.make(V=4), plain.sources(3, 4)
+    options = {"max_length": 9, "min_length": 9, "no_repeat_ngram": 1, "beam_size": beam_size}
+    found, _ = both(model, src, **options)
+    assert (found.lengths == 4).all() and found.finished.all()
+    assert (found.tokens.sort(-1).values == torch.tensor([0, 1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_logits_that_are_not_finite(beam_size):
+    src = plain.sources(3, 5)
+    for value, token in ((-torch.inf, 5), (torch.nan, 5), (1e30, 6)):
+        model = plain.make()
+        with torch.no_grad():
+            model.decoder.fc_out.bias[token] = value
+        ours, theirs = both(model, src, max_length=6, beam_size=beam_size)
+        native = model.generate(
+            src, bos=BOS, eos=EOS, max_length=6, beam_size=beam_size, backend="native"
+        )
+        assert torch.equal(ours.tokens, native.tokens), value
+        torch.testing.assert_close(ours.scores, native.scores, equal_nan=True)
+
+
+def test_the_first_of_equal_tokens_and_rows():
+    model, src = plain.make(V=600), plain.sources(2, 5)
+    with torch.no_grad():
+        model.decoder.fc_out.weight.zero_()
+        model.decoder.fc_out.bias.zero_()
+        model.decoder.fc_out.bias[[7, 9, 550]] = 3
+    ours, theirs = both(model, src, max_length=4, beam_size=3, n_best=3)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    ours, theirs = both(model, src, max_length=4)
+    assert (ours.tokens == 7).all() and torch.equal(ours.tokens, theirs.tokens)
+
+
+def test_a_source_that_is_all_padding():
+    model = plain.make()
+    src = torch.zeros(2, 5, dtype=torch.int64)
+    ours, theirs = both(model, src, max_length=5, return_weights=True)
+    assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
