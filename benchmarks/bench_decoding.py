@@ -65,7 +65,7 @@ def tutorial(decoder, values, hidden, cell, T):
 
     @torch.inference_mode()
     def call():
-        h, c, token = hidden, cell, torch.full((len(values),), BOS)
+        h, c, token = hidden, cell, torch.full((len(values),), BOS, device=values.device)
         for _ in range(T):
             logits, h, c = decoder(token, h, c, values)
             token = logits.argmax(-1)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import gpu_decoder  # noqa: E402
+import gpu_decoding  # noqa: E402
 import gpu_report  # noqa: E402
 import torch  # noqa: E402
 from bench_additive_attention import plain, plain_linear  # noqa: E402
@@ -152,33 +153,48 @@ def rows(jobs, deadline, results, run):
     results.put("not_measured", [])
 
 
-def step_times(found, goal):
-    """What the decoder's contenders take and the library's ratios to the others, with the goals."""
+def step_times(found, goal, others):
+    """What a step takes each contender and the library's ratios to the others, with the goals."""
     times = {name: x for name, x in found.items() if isinstance(x, float)}
     ratios = {
         f"{other} over {own}": times[other] / times[own]
         for own in times
-        for other in gpu_decoder.RATIOS
+        for other in others
         if own.startswith("library") and other in times
     }
     shown = {f"{name}, us a step": 1e6 * x for name, x in times.items()}
     failed = {name: x for name, x in found.items() if name not in times}
-    goals = {f"{other} over library": x for other, x in gpu_decoder.RATIOS.items()}
+    goals = {f"{other} over library": x for other, x in others.items()}
     return shown | ratios | failed | {"goal": {"us a step": goal, **goals}}
 
 
-def decoder(deadline, results, case=gpu_decoder.LETTERS, device="cuda", **options):
-    jobs = {"largest error": lambda: gpu_decoder.errors(case, device)}
-    for mode, goal in gpu_decoder.GOALS.items():
-        jobs[mode] = lambda mode=mode, goal=goal: step_times(
-            gpu_decoder.measure(mode, case, device, **options), goal
-        )
+def put_all(deadline, results, jobs):
+    """What each job finds, or why it finds nothing."""
     for name, job in jobs.items():
         try:
             found = job() if deadline.left() > 0 else {"skipped": "time was up"}
-        except Exception as error:  # the workloads can be measured still
+        except Exception as error:  # the others can be measured still
             found = {"skipped": f"{type(error).__name__}: {error}"}
-        results.put(f"decoder, {name}", found)
+        results.put(name, found)
+
+
+def decoder(deadline, results, case=gpu_decoder.LETTERS, device="cuda", **options):
+    jobs = {"decoder, largest error": lambda: gpu_decoder.errors(case, device)}
+    for mode, goal in gpu_decoder.GOALS.items():
+        jobs[f"decoder, {mode}"] = lambda mode=mode, goal=goal: step_times(
+            gpu_decoder.measure(mode, case, device, **options), goal, gpu_decoder.RATIOS
+        )
+    put_all(deadline, results, jobs)
+
+
+def decoding(deadline, results, models=gpu_decoding.MODELS, device="cuda", **options):
+    jobs = {}
+    for model in models:
+        for B, goal in model.goals.items():
+            jobs[f"decoding, {model.name}, B {B}"] = lambda at=(model, B), goal=goal: step_times(
+                gpu_decoding.measure(*at, device, **options), goal, gpu_decoding.RATIOS
+            )
+    put_all(deadline, results, jobs)
 
 
 def machine():
@@ -274,12 +290,11 @@ def main(argv=None):
     if "triton" in backends:
         import gpu_ceilings
 
-        for name, function in gpu_ceilings.ceilings().items():
-            try:
-                results.put(name, function(results.data))
-            except Exception as error:  # the workloads can be measured still
-                results.put(name, {"skipped": f"{type(error).__name__}: {error}"})
+        ceilings = gpu_ceilings.ceilings().items()
+        jobs = {name: lambda f=function: f(results.data) for name, function in ceilings}
+        put_all(Deadline(float("inf")), results, jobs)
     decoder(deadline, results)
+    decoding(deadline, results)
     rows(plan(), deadline, results, measure)
     print(gpu_report.markdown(results.data))
     return int(not results.data["tests"].startswith("passed"))
