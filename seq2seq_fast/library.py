@@ -31,6 +31,8 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # a b; `blas` names what computes it, None is the faster one.
+    "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
     "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
     " int ignore_index, bool mean, bool need_input, bool need_weight, bool need_bias)"
@@ -75,6 +77,10 @@ def _attention_backward(
     return _needed(grads, needs)
 
 
+def _product(a, b, blas=None):
+    return a @ b
+
+
 def _needed(grads, needs):
     """What is not needed is an empty tensor: the number of outputs of a schema is fixed."""
     return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
@@ -88,6 +94,7 @@ _FALLBACKS = {
     "additive_attention_backward": _attention_backward,
     "attention_decoder": reference_decoder.attention_decoder,
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
+    "product": _product,
     "linear_cross_entropy": reference.linear_cross_entropy,
 }
 

@@ -53,8 +53,8 @@ struct Feedback {
     const int64_t V = weight.size(0), ld = logits.stride(0);
     const Tensor rows = view(logits, {B, V}, {ld, 1}, t * V);
     fill(rows, bias);
-    add_product(rows, hidden, transposed(columns(weight, 0, H)));
-    add_product(rows, context, transposed(columns(weight, H, context.size(1))));
+    product(rows, hidden, transposed(columns(weight, 0, H)), true);
+    product(rows, context, transposed(columns(weight, H, context.size(1))), true);
     int64_t* ids = data<int64_t>(tokens) + static_cast<int64_t>(i) * B;
     const Rows<A> table(embedding);
     const A* factors = dropout ? data<A>(*dropout) + t * B * E : nullptr;
@@ -131,7 +131,7 @@ class Forward {
  private:
   void add_to_gates(int64_t t, int64_t steps, const Tensor& x) {
     const Tensor w = transposed(layers_[0].w_input);
-    add_product(view(run_.gates, {steps * B_, w.size(1)}, {G_, 1}, t * B_ * G_), x, w);
+    product(view(run_.gates, {steps * B_, w.size(1)}, {G_, 1}, t * B_ * G_), x, w, true);
   }
 
   // The input's part of gates of the steps [t, the next one fed back), as one product.

@@ -1,8 +1,6 @@
 // Products and the source, for the attention decoder.
 #include "decoder.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <cmath>
 
 namespace seq2seq_fast::decoder {
@@ -19,11 +17,6 @@ void fill(const Tensor& out, const Tensor& bias) {
   const int64_t W = bias.size(bias.dim() - 1), stride = bias.stride(bias.dim() - 1);
   copy(out, view(bias, {out.size(0), W}, {bias.dim() == 1 ? 0 : bias.stride(0), stride}));
 }
-void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
 std::vector<Layer> layers_of(const std::vector<Tensor>& x) {
   std::vector<Layer> layers;
   for (size_t i = 0; i + 2 < x.size(); i += 3)

@@ -5,6 +5,7 @@
 
 #include "../decoder_run.h"
 #include "additive_scores.h"
+#include "product.h"
 
 namespace seq2seq_fast::decoder {
 
@@ -15,8 +16,6 @@ A* data(const Tensor& x) {
 
 // Each row becomes the bias, (W,) or (B, W).
 void fill(const Tensor& out, const Tensor& bias);
-// out += a b, by the BLAS behind torch
-void add_product(const Tensor& out, const Tensor& a, const Tensor& b);
 
 struct Layer {
   Tensor w_input, w_hidden, bias;

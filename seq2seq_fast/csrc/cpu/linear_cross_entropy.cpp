@@ -7,7 +7,6 @@
 // factor
 //   loss = (1 - s) w[y] (-log p[y]) + s / V sum_j w[j] (-log p[j])
 //   d logits[j] = p[j] ((1 - s) w[y] + s / V sum w) - s / V w[j] - [j = y] (1 - s) w[y]
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -18,6 +17,7 @@
 
 #include "../common.h"
 #include "loops.h"
+#include "product.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -57,12 +57,6 @@ void logit_gradients(double* x, double factor, const double* subtrahend, int64_t
     x[i] = factor * x[i] - (subtrahend ? subtrahend[i] : 0);
     if (sums) sums[i] = first ? x[i] : sums[i] + x[i];
   }
-}
-
-void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-          : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 Tensor first_rows(const Tensor& x, int64_t n) {

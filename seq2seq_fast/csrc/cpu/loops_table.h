@@ -4,6 +4,7 @@
 #include "cross_entropy_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
+#include "product_loops.h"
 #include "quantised_loops.h"
 #include "scores_loops.h"
 
@@ -25,6 +26,8 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          logit_gradients,
                          panel,
                          panel_double,
+                         product_panel,
+                         transpose,
                          advance_cell,
                          retreat_cell,
                          packed_panel,
