@@ -131,15 +131,24 @@ TRITON_OPS: dict[str, str] = {}  # name of an op: name of its Triton kernels' op
 TRITON_DEVICE = ""
 
 
+def _sizes(name: str, args: tuple) -> tuple[int, ...]:
+    """What must not be 0 where an op's Triton kernels are launched."""
+    if name == "attention_decoder":
+        (T, B, _), attention = args[0].shape, args[4]
+    elif name == "attention_decoder_backward":
+        (_, T, B, _), attention = args[7].shape, args[11]
+    else:
+        return tuple(x.numel() for x in args if isinstance(x, torch.Tensor))
+    return T, B, *(keys.shape[1] for keys in attention[3:4])
+
+
 def _in_triton(name: str, launch: Callable) -> None:
     """Registers the launcher of an op's Triton kernels as an op of its own."""
     fallback = _FALLBACKS[name]
 
     def on_device(*args):
         first = args[0]
-        if first.dtype == torch.float64 or any(
-            isinstance(x, torch.Tensor) and x.numel() == 0 for x in args
-        ):
+        if first.dtype == torch.float64 or 0 in _sizes(name, args):
             return fallback(*args)
         with torch.cuda.device_of(first):
             return launch(*args)

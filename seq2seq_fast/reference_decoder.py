@@ -10,7 +10,6 @@ w_input (I, its input's width), w_hidden (J, H) and bias (G,) or (B, G), over th
 where GRU's m is the hidden state's part of n, which r multiplies: that is why it stands alone.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -93,7 +92,6 @@ def attention_decoder(
     feedback: list[int],
     readout: list[Tensor],
     input_dropout: Tensor | None,
-    attend_to: Callable = plain_attention,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -112,7 +110,6 @@ def attention_decoder(
         feedback: the steps whose input is the argmax of the step before, read out by
             readout = [embedding (V, E), weight (V, H + D), bias (V,)] and multiplied by
             input_dropout (T, B, E).
-        attend_to: what computes context and weights, as `plain_attention` does.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -131,7 +128,7 @@ def attention_decoder(
 
     def attend():
         queries.append(F.linear(hiddens[-1][-1], w_query, b_query))
-        c, w = attend_to(queries[-1], keys, values, v, mask)
+        c, w = plain_attention(queries[-1], keys, values, v, mask)
         contexts.append(c)
         weights.append(w)
 

@@ -574,23 +574,3 @@ BAD = {
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_without_a_kernel_of_its_own_the_decoder_attends_with_those_of_attention(monkeypatch):
-    """As on a GPU: the loop is the plain one, its attention is not."""
-    from seq2seq_fast.ops import attention_decoder as op
-
-    calls = []
-
-    def spy(*args, **options):
-        calls.append(args)
-        return s2s.additive_attention(*args, **options)
-
-    args = good()
-    want = s2s.attention_decoder(**args)
-    monkeypatch.setattr(op, "is_reference", lambda name, x, backend: name == "attention_decoder")
-    monkeypatch.setattr(op, "additive_attention", spy)
-    got = s2s.attention_decoder(**args)
-    assert len(calls) == args["inputs"].shape[1]
-    for a, b in zip(want, got, strict=True):
-        assert a is b is None or torch.allclose(a, b, atol=1e-6)

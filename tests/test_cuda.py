@@ -30,9 +30,7 @@ def ops():
 def on_cuda_kernels(ops, monkeypatch):
     """The public functions run on them, and new tensors are NaN until they are written."""
     monkeypatch.setattr(module, "_ops", ops)  # prepare_keys
-    for name, backend in module._OPS:
-        if backend == "native":
-            monkeypatch.setitem(module._OPS, (name, backend), getattr(ops, name))
+    cuda_on_cpu.become_native(ops, monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

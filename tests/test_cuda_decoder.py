@@ -9,7 +9,7 @@ import test_attention_decoder as plain
 import torch
 
 import seq2seq_fast as s2s
-from seq2seq_fast.ops import attention_decoder as module
+from seq2seq_fast.ops.kernels import OPS
 
 pytestmark = [
     pytest.mark.unsanitized,
@@ -20,8 +20,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def on_cuda_kernels(monkeypatch):
     """The public function runs on them, and new tensors are NaN until they are written."""
-    ops = cuda_on_cpu.load()
-    monkeypatch.setattr(module, "_ops", ops)
+    cuda_on_cpu.become_native(cuda_on_cpu.load(), monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -89,7 +88,7 @@ def test_what_is_not_finite_is_as_on_the_cpu(where, bad, monkeypatch):
     with torch.no_grad():
         args[where].view(-1)[-1] = bad
     ours, _ = plain.results(args)
-    monkeypatch.setattr(module, "_ops", torch.ops.seq2seq_fast)
+    cuda_on_cpu.become_native(torch.ops.seq2seq_fast, monkeypatch)
     want, _ = plain.results(args)
     for name, x in want.items():
         torch.testing.assert_close(
@@ -158,4 +157,4 @@ def test_float64_is_refused():
     x = torch.zeros(1, 1, 1, dtype=torch.float64)
     args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None)
     with pytest.raises(RuntimeError, match="expected float32"):
-        module._ops.attention_decoder(*args)
+        OPS["attention_decoder", "native"](*args)

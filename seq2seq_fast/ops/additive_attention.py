@@ -6,37 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..library import HAS_KERNEL, TRITON_OPS, choose
+from ..library import HAS_KERNEL, choose
 from . import checks
+from .kernels import OPS, fake
 
 _ops = torch.ops.seq2seq_fast
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-# The op of each backend that has kernels.
-_OPS = {
-    (name, backend): getattr(_ops, op)
-    for name in (
-        "additive_scores",
-        "additive_scores_backward",
-        "additive_attention",
-        "additive_attention_backward",
-    )
-    for backend, op in (("native", name), ("triton", TRITON_OPS.get(name)))
-    if op
-}
-
-
-def _fake(name):
-    """Registers what an op makes of shapes, whatever the backend."""
-
-    def register(function):
-        for (of, _), op in _OPS.items():
-            if of == name:
-                torch.library.register_fake(op._qualified_op_name, function)
-        return function
-
-    return register
 
 
 @torch.library.register_fake("seq2seq_fast::prepare_keys")
@@ -46,7 +21,7 @@ def _(keys):
     return keys.new_empty(checks.powers_shape(keys), dtype=torch.float32)
 
 
-@_fake("additive_scores")
+@fake("additive_scores")
 def _(query, keys, v):
     return query.new_empty(query.shape[0], query.shape[1], keys.shape[1])
 
@@ -55,18 +30,18 @@ def _empty_gradients(tensors, needs):
     return tuple(x.new_empty(x.shape if n else 0) for x, n in zip(tensors, needs, strict=True))
 
 
-@_fake("additive_scores_backward")
+@fake("additive_scores_backward")
 def _(grad, query, keys, v, *needs):
     return _empty_gradients((query, keys, v), needs)
 
 
-@_fake("additive_attention")
+@fake("additive_attention")
 def _(query, keys, values, v, mask, score_bias, scale, powers):
     rows = query.shape[:-1]  # (B, T), or (B,): one query has no T axis in the results either
     return query.new_empty(*rows, values.shape[2]), query.new_empty(*rows, keys.shape[1])
 
 
-@_fake("additive_attention_backward")
+@fake("additive_attention_backward")
 def _(grad_context, grad_weights, query, keys, values, v, weights, scale, powers, *needs):
     return _empty_gradients((query, keys, values, v, weights), needs)
 
@@ -107,20 +82,20 @@ class _Scores(torch.autograd.Function):
     def forward(ctx, backend, query, keys, v):
         ctx.backend = backend
         ctx.save_for_backward(query, keys, v)
-        return _OPS["additive_scores", backend](query, keys, v)
+        return OPS["additive_scores", backend](query, keys, v)
 
     @staticmethod
     def backward(ctx, grad):
         inputs, needs = (grad, *ctx.saved_tensors), ctx.needs_input_grad[1:]
         with torch.no_grad():
-            grads = _OPS["additive_scores_backward", ctx.backend](*inputs, *needs)
+            grads = OPS["additive_scores_backward", ctx.backend](*inputs, *needs)
         return None, *_once(_wanted(grads, needs), inputs)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, query, keys, values, v, mask, score_bias, scale, powers):
-        context, weights = _OPS["additive_attention", backend](
+        context, weights = OPS["additive_attention", backend](
             query, keys, values, v, mask, score_bias, scale, powers
         )
         ctx.save_for_backward(query, keys, values, v, weights, powers)
@@ -133,7 +108,7 @@ class _Attention(torch.autograd.Function):
         need_q, need_k, need_values, need_v, _, need_bias = ctx.needs_input_grad[1:7]
         needs = (need_q, need_k, need_values, need_v, need_bias)
         with torch.no_grad():
-            grads = _OPS["additive_attention_backward", ctx.backend](
+            grads = OPS["additive_attention_backward", ctx.backend](
                 grad_context, grad_weights, *inputs, weights, ctx.scale, powers, *needs
             )
         *grads, grad_bias = _once(_wanted(grads, needs), (grad_context, grad_weights, *inputs))
@@ -195,7 +170,7 @@ def additive_scores(
     elif _needs_grad(query, keys, v):
         out = _Scores.apply(backend, q, keys, v)
     else:
-        out = _OPS["additive_scores", backend](q, keys, v)
+        out = OPS["additive_scores", backend](q, keys, v)
     return out.squeeze(1) if single else out
 
 
@@ -269,7 +244,7 @@ def additive_attention(
         score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
     backend = choose("additive_attention", query, backend)
     if backend != "reference" and not _needs_grad(query, k, values, v, score_bias):
-        op = _OPS["additive_attention", backend]
+        op = OPS["additive_attention", backend]
         return op(query, k, values, v, mask, score_bias, scale, powers)
     q = query.unsqueeze(1) if single else query
     if backend == "reference":

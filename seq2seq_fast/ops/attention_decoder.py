@@ -11,22 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference_decoder as reference
-from ..library import is_reference
-from ..reference_decoder import BLOCKS, Run, plain_attention
+from ..library import choose
+from ..reference_decoder import BLOCKS, Run
 from . import decoder_checks as checks
-from .additive_attention import (
-    PreparedKeys,
-    _autocast_on,
-    _needs_grad,
-    _once,
-    _wanted,
-    additive_attention,
-)
-
-_ops = torch.ops.seq2seq_fast
+from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
+from .kernels import OPS, fake
 
 
-@torch.library.register_fake("seq2seq_fast::attention_decoder")
+@fake("attention_decoder")
 def _(
     inputs,
     hidden,
@@ -63,7 +55,7 @@ def _(
     )
 
 
-@torch.library.register_fake("seq2seq_fast::attention_decoder_backward")
+@fake("attention_decoder_backward")
 def _(
     grad_outputs,
     grad_contexts,
@@ -112,8 +104,8 @@ class _Decoder(torch.autograd.Function):
     def forward(ctx, inputs, hidden, cell, context, mask, powers, dropout, options, run, *weights):
         layers, attention = _split(weights, hidden)
         if run is None:
-            run = _run(inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
-                       *options[:2], [], [], None)  # fmt: skip
+            run = _run(options.backend, inputs, hidden, cell, layers, attention, mask, powers,
+                       context, dropout, *options[:2], [], [], None)  # fmt: skip
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
@@ -140,10 +132,11 @@ class _Options(NamedTuple):
     cell_type: str
     query_after: bool
     recompute: bool
+    backend: str
 
 
-def _run(*args) -> Run:
-    return Run(*_ops.attention_decoder(*args))
+def _run(backend: str, *args) -> Run:
+    return Run(*OPS["attention_decoder", backend](*args))
 
 
 def _split(weights, hidden):
@@ -190,7 +183,7 @@ def _backward(
     options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, powers, dropout,
     *weights,
 ):  # fmt: skip
-    cell_type, query_after, _ = options
+    cell_type, query_after, _, backend = options
     layers, attention = _split(weights, hiddens)
     L = hiddens.shape[0]
     fed = contexts[:-1] if query_after else contexts[1:]
@@ -201,7 +194,8 @@ def _backward(
         return torch.zeros_like(like) if grad is None else grad.contiguous()
 
     outputs, steps, rows, last, last_cell = grads
-    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = _ops.attention_decoder_backward(
+    backward = OPS["attention_decoder_backward", backend]
+    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = backward(
         dense(outputs, hiddens[-1, 1:]),
         dense(steps, contexts[1:]),
         dense(rows, w),
@@ -227,7 +221,7 @@ def _backward(
         found.append(_product(dx[0], fed))
         found.append(_product(dq, state) if need_query else None)
         found.append(dq.sum((0, 1)))
-        _, dkeys, dv = _ops.additive_scores_backward(
+        _, dkeys, dv = OPS["additive_scores_backward", backend](
             ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
         )
         found.append(dkeys)
@@ -298,7 +292,7 @@ def attention_decoder(
         dropout: between layers; the probability, or factors (L - 1, B, T, H).
         feedback: the steps whose input is the argmax of the step before in place of inputs.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
-        backend: None for the best there is, "native", or "reference".
+        backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
         `DecoderOutput`. Gradients flow to all floating-point arguments, factors of dropout aside.
@@ -319,6 +313,7 @@ def attention_decoder(
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
+    backend = choose("attention_decoder", inputs, backend)
 
     def cast(x):
         return None if x is None else x.to(within)
@@ -334,9 +329,10 @@ def attention_decoder(
             powers,
             cast(context),
             _factors(dropout, inputs, hidden, within),
-            _Options(cell_type, query_after, recompute),
+            _Options(
+                cell_type, query_after, recompute, choose("attention_decoder", inputs, backend)
+            ),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
-            backend,
         )
     return DecoderOutput(
         *(x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in found)
@@ -354,22 +350,19 @@ def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, dtype: tor
     return F.dropout(ones, dropout)
 
 
-def _attend(inputs: Tensor, powers: Tensor | None, backend: str | None):
-    """What the plain loop attends with: kernels, where there are some for attention alone."""
-    if is_reference("additive_attention", inputs, backend):
-        return plain_attention
+def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
+    """inputs (T, B, E) with rows (F, B, E) at steps.
 
-    def attend(query, keys, values, v, mask):
-        return additive_attention(
-            query, PreparedKeys(keys, powers), values, v, mask=mask, backend=backend
-        )
-
-    return attend
+    Stacked, since an index would have to be copied to a GPU, which no CUDA graph can hold.
+    """
+    stacked = list(inputs.unbind())
+    for t, row in zip(steps, rows.unbind(), strict=True):
+        stacked[t] = row
+    return torch.stack(stacked)
 
 
 def _decode(
-    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback,
-    backend,
+    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback
 ):  # fmt: skip
     layers, w_context = _weights_of(layers, inputs.shape[2], options.cell_type)
     if attention:
@@ -383,25 +376,24 @@ def _decode(
         if input_dropout is not None:
             input_dropout = input_dropout.transpose(0, 1).contiguous()
     source = (mask, powers, context, dropout)
-    plain = is_reference("attention_decoder", inputs, backend)
     args = (*source, *options[:2], steps, readout, input_dropout)
     grad = _needs_grad(inputs, hidden, cell, context, *layers, *attention, *readout)
-    if plain:
-        attend = _attend(inputs, powers, backend)
-        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args, attend)
+    if options.backend == "reference":
+        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args)
         results = _results(run)
     elif not grad:
-        run = _run(inputs, hidden, cell, layers, attention, *args)
+        run = _run(options.backend, inputs, hidden, cell, layers, attention, *args)
         results = _results(run)
     else:
         run = None
         if steps:
             with torch.no_grad():
-                run = _run(inputs, hidden, cell, layers, attention, *args)
+                run = _run(options.backend, inputs, hidden, cell, layers, attention, *args)
             fed = F.embedding(run.tokens, readout[0])
             if input_dropout is not None:
-                fed = fed * input_dropout[steps]
-            inputs = inputs.index_copy(0, torch.tensor(steps, device=inputs.device), fed)
+                factors = input_dropout.unbind()
+                fed = fed * torch.stack([factors[t] for t in steps])
+            inputs = _replaced(inputs, steps, fed)
         results = _Decoder.apply(
             inputs, hidden, cell, context if attention else None, mask, powers, dropout, options,
             run, *layers, *attention,

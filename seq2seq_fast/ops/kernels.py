@@ -1,0 +1,33 @@
+"""The op of each backend that has kernels, and what it makes of shapes."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..library import TRITON_OPS
+
+OPS = {
+    (name, backend): getattr(torch.ops.seq2seq_fast, op)
+    for name in (
+        "additive_scores",
+        "additive_scores_backward",
+        "additive_attention",
+        "additive_attention_backward",
+        "attention_decoder",
+        "attention_decoder_backward",
+    )
+    for backend, op in (("native", name), ("triton", TRITON_OPS.get(name)))
+    if op
+}
+
+
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """Registers what an op makes of shapes, whatever the backend."""
+
+    def register(function):
+        for (of, _), op in OPS.items():
+            if of == name:
+                torch.library.register_fake(op._qualified_op_name, function)
+        return function
+
+    return register
