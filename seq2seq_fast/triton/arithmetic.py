@@ -95,6 +95,14 @@ def exp_negative(x):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) to a few units in the last place; zero below -87, NaN for NaN."""
+    e = exp_negative(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * r, r)
+
+
+@triton.jit
 def exp2_fast(x):
     """2^x to 2^-22: a single instruction on NVIDIA GPUs."""
     if _PTX:

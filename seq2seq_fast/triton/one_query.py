@@ -2,6 +2,7 @@
 
 Keys and values are read once, as they are, and that is what it takes: an exponential per key made
 on the way (one special function, beside half a reciprocal) costs less than reading a stored one.
+Where one source is attended to many times, its keys' exponentials may be given in place of them.
 Where batches are few and sources long, parts of a source go to several programs, whose results a
 second launch combines.
 """
@@ -29,7 +30,11 @@ FEATURES = 128  # of keys that a program has in hand, at most
 COLUMNS = 64  # of values that a program has in hand
 
 # Sizes and strides for which no kernel of their own is compiled.
-NUMBERS = ("S splits stride_qb stride_qh stride_v stride_mb stride_ms stride_bb stride_bs").split()
+NUMBERS = (
+    "S splits stride_qb stride_qh stride_v stride_mb stride_ms stride_bb stride_bs stride_also"
+).split()
+# What a decoder has at another place in every step, aligned or not.
+PLACES = ["query", "weights", "context", "also"]
 
 _ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
 
@@ -41,7 +46,16 @@ _SMALL, _LARGE = tl.constexpr(10.0), tl.constexpr(1e28)
 
 @triton.jit
 def _scores_fast(
-    keys, factors, s, S, H, stride_ks, stride_kh, WIDTH: tl.constexpr, EVEN: tl.constexpr
+    keys,
+    factors,
+    s,
+    S,
+    H,
+    stride_ks,
+    stride_kh,
+    ARE_POWERS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Scores of the keys at s (ROWS, 1), and the largest denominator that they met.
 
@@ -64,8 +78,11 @@ def _scores_fast(
         vq0, vq1 = tl.load(factors + WIDTH + i), tl.load(factors + WIDTH + half + i)
         minus_v0 = tl.load(factors + 2 * WIDTH + i)
         minus_v1 = tl.load(factors + 2 * WIDTH + half + i)
-        x0 = exp2_fast(k0.to(tl.float32) * 2.8853900817779268)
-        x1 = exp2_fast(k1.to(tl.float32) * 2.8853900817779268)
+        if ARE_POWERS:
+            x0, x1 = k0, k1
+        else:
+            x0 = exp2_fast(k0.to(tl.float32) * 2.8853900817779268)
+            x1 = exp2_fast(k1.to(tl.float32) * 2.8853900817779268)
         d0, d1 = tl.fma(q0, x0, 1.0), tl.fma(q1, x1, 1.0)
         n0, n1 = tl.fma(vq0, x0, minus_v0), tl.fma(vq1, x1, minus_v1)
         d = d0 * d1
@@ -90,10 +107,11 @@ def _scores_exact(query, keys, v, s, S, H, stride_qh, stride_ks, stride_kh, stri
     return tl.sum(total, axis=1, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS + PLACES)
 def one_query_kernel(
     query,  # (B, H)
     keys,  # (B, S, H)
+    powers,  # (B, S, H) float32, exp(2 keys) with their strides; or None
     values,  # (B, S, D)
     v,  # (H,)
     mask,  # (B, S) uint8
@@ -103,6 +121,7 @@ def one_query_kernel(
     logits,  # (B, S) float32: scale scores + bias
     weights,  # (B, S)
     context,  # (B, D)
+    also,  # (B, D), stride_also apart: the context once more; or None
     tops,  # (B, splits) float32, as are the next two: largest logit of a part of the source,
     totals,  # (B, splits) sum of exp(logit - top),
     contexts,  # (B, splits, D) and the context by those weights; unused where splits = 1
@@ -124,6 +143,7 @@ def one_query_kernel(
     stride_ms,
     stride_bb,
     stride_bs,
+    stride_also,
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -163,7 +183,14 @@ def one_query_kernel(
     attends = 0
     for first in range(start, stop, _ROWS):
         s = first + row
-        score, d = _scores_fast(keys, factors, s, S, H, stride_ks, stride_kh, WIDTH, EVEN)
+        if powers is not None:
+            score, d = _scores_fast(
+                powers + b * stride_kb, factors, s, S, H, stride_ks, stride_kh, True, WIDTH, EVEN
+            )
+        else:
+            score, d = _scores_fast(
+                keys, factors, s, S, H, stride_ks, stride_kh, False, WIDTH, EVEN
+            )
         finite = tl.max(tl.where(score - score == 0.0, 0, 1)) == 0
         if not (moderate & finite & (d > _SMALL) & (d < _LARGE)):
             score = _scores_exact(
@@ -207,9 +234,11 @@ def one_query_kernel(
             tl.store(contexts + wide(tl.program_id(0)) * D + d, sum_d, mask=d < D)
         else:
             tl.store(context + b * D + d, sum_d, mask=d < D)
+            if also is not None:
+                tl.store(also + b * stride_also + d, sum_d, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["S", "D", "splits", "stride_mb"])
+@triton.jit(do_not_specialize=["S", "D", "splits", "stride_mb", "stride_also", *PLACES[1:]])
 def combine_kernel(
     logits,  # as in one_query_kernel
     mask,
@@ -218,11 +247,13 @@ def combine_kernel(
     contexts,
     weights,
     context,
+    also,
     S,
     D,
     splits,
     stride_mb,
     stride_ms,
+    stride_also,
     HAS_MASK: tl.constexpr,
     SPLITS: tl.constexpr,  # power of two that holds splits
     WIDTH: tl.constexpr,
@@ -250,6 +281,77 @@ def combine_kernel(
         sums = tl.sum(factor * sums, axis=0, keep_dims=True)
         sums = tl.where(top == float("-inf"), sums, sums / total)
         tl.store(context + b * D + d, sums, mask=d < D)
+        if also is not None:
+            tl.store(also + b * stride_also + d, sums, mask=d < D)
+
+
+class OneQuery:
+    """Attends to a source with one query at a time; what its calls share is made once."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        powers: Tensor | None = None,
+    ):
+        """mask (B, 1, S) and bias (B, 1, S), or None; powers as in one_query_kernel."""
+        B, S, H = keys.shape
+        D = values.shape[2]
+        splits = parts(triton.cdiv(S, ROWS), 2 * multiprocessors(keys) // B)
+
+        def new(*shape: int) -> Tensor:
+            return keys.new_empty(shape, dtype=torch.float32)
+
+        width = FEATURES // 2 if H % FEATURES else FEATURES
+        factors = new(B * splits, 3 * triton.cdiv(H, width) * width)
+        self.logits = new(B, S)  # scaled and biased scores of the last call
+        self.split = splits > 1
+        tops, totals, contexts = (
+            new(B, splits, n) if self.split else self.logits for n in (1, 1, D)
+        )
+        mask_, (stride_mb, _, stride_ms) = mask_bytes(mask, keys)
+        stride_bb, _, stride_bs = (0, 0, 0) if bias is None else bias.stride()
+        self.grid = (B * splits,)
+        self.source = (
+            *(keys, powers, values, v, mask_, keys if bias is None else bias),
+            *(factors, self.logits),
+        )
+        self.joined = (tops, totals, contexts)
+        self.sizes = (S, H, D, splits, scale)
+        self.strides = (
+            *(*keys.stride(), *values.stride(), v.stride(0)),
+            *(stride_mb, stride_ms, stride_bb, stride_bs),
+        )
+        self.options = dict(
+            HAS_MASK=mask is not None, HAS_BIAS=bias is not None, WIDTH=width, EVEN=H % width == 0,
+            SPLIT=self.split,
+        )  # fmt: skip
+        self.combine_grid = (B * (triton.cdiv(S, FEATURES) + triton.cdiv(D, FEATURES)),)
+        self.combined = (self.logits, mask_, *self.joined)
+        self.combine_sizes = (S, D, splits, stride_mb, stride_ms)
+        self.combine_options = dict(
+            HAS_MASK=mask is not None, SPLITS=triton.next_power_of_2(splits), WIDTH=FEATURES
+        )
+
+    def __call__(
+        self, query: Tensor, context: Tensor, weights: Tensor, also: Tensor | None = None
+    ) -> None:
+        """query (B, H) to context (B, D), once more to also, which rows lie apart, and weights
+        (B, S); the first two of them contiguous."""
+        stride_also = 0 if also is None else also.stride(0)
+        one_query_kernel[self.grid](
+            query, *self.source, weights, context, also, *self.joined, *self.sizes,
+            *query.stride(), *self.strides, stride_also, **self.options,
+        )  # fmt: skip
+        if self.split:
+            combine_kernel[self.combine_grid](
+                *self.combined, weights, context, also, *self.combine_sizes, stride_also,
+                **self.combine_options,
+            )  # fmt: skip
 
 
 def one_query(
@@ -265,72 +367,8 @@ def one_query(
 
     query (B, H); mask (B, 1, S) and bias (B, 1, S), or None.
     """
-    B, S, H = keys.shape
-    D = values.shape[2]
-    splits = parts(triton.cdiv(S, ROWS), 2 * multiprocessors(query) // B)
-
-    def new(*shape: int) -> Tensor:
-        return query.new_empty(shape, dtype=torch.float32)
-
+    (B, S, _), D = keys.shape, values.shape[2]
     context, weights = query.new_empty((B, D)), query.new_empty((B, S))
-    width = FEATURES // 2 if H % FEATURES else FEATURES
-    factors = new(B * splits, 3 * triton.cdiv(H, width) * width)
-    logits = new(B, S)
-    split = splits > 1
-    tops, totals, contexts = (new(B, splits, n) if split else logits for n in (1, 1, D))
-    mask_, (stride_mb, _, stride_ms) = mask_bytes(mask, query)
-    bias_ = query if bias is None else bias
-    stride_bb, _, stride_bs = (0, 0, 0) if bias is None else bias.stride()
-    one_query_kernel[(B * splits,)](
-        query,
-        keys,
-        values,
-        v,
-        mask_,
-        bias_,
-        factors,
-        logits,
-        weights,
-        context,
-        tops,
-        totals,
-        contexts,
-        S,
-        H,
-        D,
-        splits,
-        scale,
-        *query.stride(),
-        *keys.stride(),
-        *values.stride(),
-        v.stride(0),
-        stride_mb,
-        stride_ms,
-        stride_bb,
-        stride_bs,
-        HAS_MASK=mask is not None,
-        HAS_BIAS=bias is not None,
-        WIDTH=width,
-        EVEN=H % width == 0,
-        SPLIT=split,
-    )
-    if split:
-        programs = triton.cdiv(S, FEATURES) + triton.cdiv(D, FEATURES)
-        combine_kernel[(B * programs,)](
-            logits,
-            mask_,
-            tops,
-            totals,
-            contexts,
-            weights,
-            context,
-            S,
-            D,
-            splits,
-            stride_mb,
-            stride_ms,
-            HAS_MASK=mask is not None,
-            SPLITS=triton.next_power_of_2(splits),
-            WIDTH=FEATURES,
-        )
-    return context, weights, logits
+    attend = OneQuery(keys, values, v, mask, bias, scale)
+    attend(query, context, weights)
+    return context, weights, attend.logits

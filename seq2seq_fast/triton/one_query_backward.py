@@ -1,0 +1,226 @@
+"""Attention of one query backward, the step of a decoder. With dcontext and dweights given,
+
+    dw[s] = sum_d values[s,d] dcontext[d] + dweights[s]
+    ds[s] = w[s] (dw[s] - sum_s w dw)
+    dq[h] = v[h] sum_s ds[s] (1 - tanh²(q[h] + k[s,h]))
+
+where features h and h + WIDTH / 2 share a reciprocal, as source positions do in
+additive_scores_backward.py, whose sums these are. What is derived from the keys is made once for
+all steps.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import arithmetic
+from .arithmetic import exp_2x, expm1_2x, magnitude, reciprocal, tanh, wide
+
+ROWS = 32  # source positions that a program has in hand
+FEATURES = 128  # of keys that a program has in hand, at most
+COLUMNS = 64  # of values that a program has in hand
+WARPS = 8
+
+# Sizes, strides and what lies at another place in every step: nothing is compiled for some of them.
+ANY = (
+    "grad_context carried grad_weights weights query to_context to_scores to_query"
+    " S D stride_carried stride_v"
+).split()
+
+_ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
+
+
+@triton.jit
+def _slopes(
+    q0,  # (1, WIDTH / 2) queries, as are q1's
+    q1,
+    powers,  # exp(2 keys), or with SMALL that minus one, at feature h0 of the first position
+    ds,  # (S,)
+    h0,
+    S,
+    H,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    SMALL: tl.constexpr,
+):
+    """sum_s ds (1 - tanh²) of the features h0 and h0 + WIDTH / 2."""
+    half: tl.constexpr = WIDTH // 2
+    row = tl.arange(0, _ROWS)[:, None]
+    x0, x1 = exp_2x(q0), exp_2x(q1)
+    e0, e1 = expm1_2x(q0), expm1_2x(q1)
+    sum0 = tl.zeros((_ROWS, half), tl.float32)
+    sum1 = tl.zeros((_ROWS, half), tl.float32)
+    for first in range(0, S, _ROWS):
+        s = first + row
+        g = tl.load(ds + s, mask=s < S, other=0.0)
+        at = powers + tl.minimum(s, S - 1).to(tl.int64) * H
+        if EVEN:
+            k0, k1 = tl.load(at), tl.load(at + half)
+        else:
+            k0 = tl.load(at, mask=h0 < H, other=0.0)
+            k1 = tl.load(at + half, mask=h0 + half < H, other=0.0)
+        if SMALL:
+            y0, y1 = tl.fma(x0, k0, e0), tl.fma(x1, k1, e1)
+            d0, d1 = y0 + 2.0, y1 + 2.0
+            r = reciprocal(d0 * d1)
+            tanh0, tanh1 = y0 * (r * d1), y1 * (r * d0)
+            sum0 += tl.fma(-(g * tanh0), tanh0, g)
+            sum1 += tl.fma(-(g * tanh1), tanh1, g)
+        else:
+            d0, d1 = tl.fma(x0, k0, 1.0), tl.fma(x1, k1, 1.0)
+            r = reciprocal(d0 * d1)
+            r0, r1 = r * d1, r * d0
+            sum0 = tl.fma((g * r0) * r0, k0, sum0)
+            sum1 = tl.fma((g * r1) * r1, k1, sum1)
+    dq0 = tl.sum(sum0, axis=0, keep_dims=True)
+    dq1 = tl.sum(sum1, axis=0, keep_dims=True)
+    if SMALL:
+        return dq0, dq1
+    else:
+        return 4.0 * (dq0 * x0), 4.0 * (dq1 * x1)
+
+
+@triton.jit
+def _slopes_exact(q, w, keys, ds, h, S, H):
+    """v sum_s ds (1 - tanh²) of the features h (1, n), by tanh itself."""
+    row = tl.arange(0, _ROWS)[:, None]
+    total = tl.zeros((_ROWS, h.shape[1]), tl.float32)
+    for first in range(0, S, _ROWS):
+        s = first + row
+        g = tl.load(ds + s, mask=s < S, other=0.0)
+        k = tl.load(keys + s.to(tl.int64) * H + h, mask=(s < S) & (h < H), other=0.0)
+        y = tanh(q + k)
+        total += tl.where(s < S, g * w * ((1.0 - y) * (1.0 + y)), 0.0)
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=ANY)
+def one_query_backward_kernel(
+    grad_context,  # (B, D), to which is added
+    carried,  # (B, D), stride_carried apart
+    grad_weights,  # (B, S)
+    weights,  # (B, S)
+    query,  # (B, H)
+    keys,  # (B, S, H), as are the next two
+    powers,  # exp(2 keys)
+    minus_one,  # exp(2 keys) - 1
+    maxima,  # (B,) max|keys|, NaN where one is
+    values,  # (B, S, D)
+    v,  # (H,)
+    to_context,  # (B, D)
+    to_scores,  # (B, S)
+    to_query,  # (B, H)
+    S,
+    H,
+    D,
+    stride_carried,
+    stride_vb,
+    stride_vs,
+    stride_vd,
+    stride_v,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,  # H is a multiple of WIDTH
+):
+    """Grid (B,): a program has a row."""
+    BLOCK: tl.constexpr = _ROWS * _COLUMNS // 4
+    b = wide(tl.program_id(0))
+    i = tl.arange(0, BLOCK)
+    to_context += b * D
+    to_scores += b * S
+    weights += b * S
+    values += b * stride_vb
+    for first in range(0, D, BLOCK):
+        d = first + i
+        c = tl.load(grad_context + b * D + d, mask=d < D)
+        c += tl.load(carried + b * stride_carried + d, mask=d < D)
+        tl.store(to_context + d, c, mask=d < D)
+    tl.debug_barrier()  # what is read now was written by other threads, and so below
+
+    row = tl.arange(0, _ROWS)[:, None]
+    dot = 0.0
+    for first in range(0, S, _ROWS):
+        s = first + row
+        sums = tl.zeros((_ROWS, _COLUMNS), tl.float32)
+        for first_d in range(0, D, _COLUMNS):
+            d = first_d + tl.arange(0, _COLUMNS)[None, :]
+            c = tl.load(to_context + d, mask=d < D, other=0.0)
+            at = values + s.to(tl.int64) * stride_vs + d.to(tl.int64) * stride_vd
+            sums = tl.fma(tl.load(at, mask=(s < S) & (d < D), other=0.0), c, sums)
+        dw = tl.sum(sums, axis=1, keep_dims=True)
+        dw += tl.load(grad_weights + b * S + s, mask=s < S, other=0.0)
+        dot += tl.sum(tl.where(s < S, tl.load(weights + s, mask=s < S, other=0.0) * dw, 0.0))
+        tl.store(to_scores + s, dw, mask=s < S)
+    tl.debug_barrier()
+
+    largest = tl.load(maxima + b)
+    finite = 1
+    for first in range(0, S, BLOCK):
+        s = first + i
+        dw = tl.load(to_scores + s, mask=s < S, other=0.0)
+        ds = tl.load(weights + s, mask=s < S, other=0.0) * (dw - dot)
+        tl.store(to_scores + s, ds, mask=s < S)
+        finite = tl.minimum(finite, tl.min(tl.where((ds - ds == 0.0) | (s >= S), 1, 0)))
+    largest_q = 0.0
+    for first in range(0, H, BLOCK):
+        h = first + i
+        q = tl.load(query + b * H + h, mask=h < H, other=0.0)
+        largest_q = tl.maximum(largest_q, tl.max(magnitude(q)))
+        w = tl.load(v + h.to(tl.int64) * stride_v, mask=h < H, other=0.0)
+        finite = tl.minimum(finite, tl.min(tl.where(w - w == 0.0, 1, 0)))
+    tl.debug_barrier()
+    largest += largest_q
+    moderate = (largest < arithmetic._LARGE) & (finite == 1)  # no: NaN is not
+
+    half: tl.constexpr = WIDTH // 2
+    for first in range(0, H, WIDTH):
+        h0 = first + tl.arange(0, half)[None, :]
+        h1 = h0 + half
+        q0 = tl.load(query + b * H + h0, mask=h0 < H, other=0.0)
+        q1 = tl.load(query + b * H + h1, mask=h1 < H, other=0.0)
+        w0 = tl.load(v + h0.to(tl.int64) * stride_v, mask=h0 < H, other=0.0)
+        w1 = tl.load(v + h1.to(tl.int64) * stride_v, mask=h1 < H, other=0.0)
+        at = b * S * H
+        if moderate & (largest < arithmetic._SMALL):
+            dq0, dq1 = _slopes(q0, q1, minus_one + at + h0, to_scores, h0, S, H, WIDTH, EVEN, True)
+            dq0, dq1 = dq0 * w0, dq1 * w1
+        elif moderate:
+            dq0, dq1 = _slopes(q0, q1, powers + at + h0, to_scores, h0, S, H, WIDTH, EVEN, False)
+            dq0, dq1 = dq0 * w0, dq1 * w1
+        else:
+            dq0 = _slopes_exact(q0, w0, keys + at, to_scores, h0, S, H)
+            dq1 = _slopes_exact(q1, w1, keys + at, to_scores, h1, S, H)
+        tl.store(to_query + b * H + h0, dq0, mask=h0 < H)
+        tl.store(to_query + b * H + h1, dq1, mask=h1 < H)
+
+
+class OneQueryBackward:
+    """The backward of one_query.OneQuery on a source in float32."""
+
+    def __init__(self, keys: Tensor, values: Tensor, v: Tensor):
+        B, S, H = keys.shape
+        keys = keys.contiguous()
+        twice = 2 * keys
+        maxima = keys.abs().amax((1, 2))
+        width = FEATURES // 2 if H % FEATURES else FEATURES
+        self.grid = (B,)
+        self.source = (keys, twice.exp(), twice.expm1_(), maxima, values, v)
+        self.sizes = (S, H, values.shape[2])
+        self.strides = (*values.stride(), v.stride(0))
+        self.options = dict(WIDTH=width, EVEN=H % width == 0, num_warps=WARPS)
+
+    def __call__(
+        self,
+        grad_context: Tensor,
+        carried: Tensor,
+        grad_weights: Tensor,
+        weights: Tensor,
+        query: Tensor,
+        to_context: Tensor,
+        to_scores: Tensor,
+        to_query: Tensor,
+    ) -> None:
+        """See one_query_backward_kernel; but for carried, whose rows may lie apart, contiguous."""
+        one_query_backward_kernel[self.grid](
+            grad_context, carried, grad_weights, weights, query, *self.source, to_context,
+            to_scores, to_query, *self.sizes, carried.stride(0), *self.strides, **self.options,
+        )  # fmt: skip
