@@ -19,7 +19,9 @@ class Budget:
 BUDGETS = {
     "forward": Budget(4.4, 0.5),
     "forward, one query": Budget(10, None),
+    "forward, one query, prepared": Budget(7, 0.5),
     "backward": Budget(11, 0.5),
+    "backward, one query": Budget(9, 0.5),
     "forward, C++": Budget(4.2, 0.5),
     "forward, one query, C++": Budget(8, None),
     "backward, C++": Budget(10, 0.5),
@@ -71,7 +73,7 @@ def measure(
 
 
 def table(rows: list[Measured]) -> str:
-    form = "{:24} {:8} {:34} {:>8} {:>8} {:>8} {:>8} {:>10} {:>7}"
+    form = "{:28} {:8} {:34} {:>8} {:>8} {:>8} {:>8} {:>10} {:>7}"
     head = ("kernel", "backend", "variant", "slots", "at most", "MUFU", "at most", "registers")
     lines = [form.format(*head, "spills")]
     for r in sorted(rows, key=lambda r: (list(BUDGETS).index(r.kernel), r.backend)):

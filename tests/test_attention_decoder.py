@@ -411,10 +411,10 @@ def test_opcheck(cell_type, options):
                 called.append((function, args))
             return function(*args, **(kwargs or {}))
 
-    args = cast(problem(cell_type, feedback=[2, 3], **options), torch.float32)
+    args = cast(problem(cell_type, feedback=[2], **options), torch.float32)
     with Record():
         results(args)
-    assert {f.name() for f, _ in called} == {
+    assert {f.name().removesuffix("_triton") for f, _ in called} == {
         "seq2seq_fast::attention_decoder",
         "seq2seq_fast::attention_decoder_backward",
     }

@@ -65,9 +65,9 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, opt
 
 @pytest.mark.parametrize("size", [1e-3, 0.3, 6.0, 40.0, 1e4])
 @pytest.mark.parametrize("after", [False, True])
-def test_queries_and_keys_of_every_magnitude(size, after):
+def test_queries_and_keys_of_every_magnitude(size, after, **options):
     """All paths of attention backward. Score gradients cancel: rounding is of the terms' size."""
-    args = plain.problem(after=after, S=37, A=20)
+    args = plain.problem(after=after, S=37, A=20, **options)
     with torch.no_grad():
         args["keys"].mul_(size)
         args["query"][1].mul_(size)

@@ -242,7 +242,7 @@ def test_autocast_casts_every_argument_to_its_dtype(dtype):
 
 
 def test_backends_and_their_names():
-    for op in ("additive_scores", "additive_attention"):
+    for op in ("additive_scores", "additive_attention", "attention_decoder"):
         assert s2s.backends()[op]["cpu"] == ("native", "reference")
     q, k, values, v = inputs(grad=False)
     with s2s.use_backend("reference"):

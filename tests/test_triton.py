@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 
 import seq2seq_fast as s2s
@@ -19,13 +20,18 @@ from seq2seq_fast.triton import (  # noqa: E402
     INTERPRETED,
     additive_scores,
     additive_scores_backward,
+    cells,
     launch,
     one_query,
+    one_query_backward,
     softmax,
 )
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where TRITON_INTERPRET=1")
+
+
+INTERPRETED_TESTS = ("test_additive_attention.py", "test_triton.py", "test_triton_decoder.py")
 
 
 @compiled
@@ -37,7 +43,7 @@ def test_kernels_in_the_interpreter():
     few = "not float64 and not bad_input and (not parity or float32 or (bfloat16 and 1.0))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--on", "cpu:triton"]
     command += ["-m", "not large", "-k", few, "-W", "ignore::RuntimeWarning"]
-    command += [str(tests / name) for name in ("test_additive_attention.py", "test_triton.py")]
+    command += [str(tests / name) for name in INTERPRETED_TESTS]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -96,10 +102,11 @@ def test_a_source_split_keeps_what_masks_and_infinities_mean(monkeypatch):
 
 @interpreted
 def test_the_interpreter_is_taken_only_by_name():
-    names = s2s.backends()
-    assert names["additive_attention"]["cpu"][0] == "native"
-    assert "triton" in names["additive_attention"]["cpu"]
-    assert "triton" not in names["additive_attention"]["cuda"]
+    for name in ("additive_attention", "attention_decoder", "attention_decoder_backward"):
+        usable = s2s.backends()[name]
+        assert usable["cpu"][0] == "native" and "triton" in usable["cpu"]
+        assert "triton" not in usable["cuda"]
+    assert "triton" not in s2s.backends()["linear_cross_entropy"]["cpu"]
     q, k, values, v = tensors(1, 2, 3, 4, 5)
     with s2s.use_backend("triton"):
         got = s2s.additive_attention(q, k, values, v)
@@ -127,8 +134,11 @@ def test_parts_are_none_of_them_empty(n, wanted):
 
 
 FLOAT32 = ("q_factors k_factors v_pairs q_maxima k_maxima maxima powers g dq dk dv logits tops "
-           "totals contexts scores factors").split()  # fmt: skip
+           "totals contexts scores factors also").split()  # fmt: skip
 INPUTS = "query keys values v x bias weights context grad grad_bias".split()
+# Of the decoder's kernels, which know float32 alone.
+FLOAT32 += cells.ADVANCE_ARGUMENTS[:10] + cells.RETREAT_ARGUMENTS[:12]
+FLOAT32 += "carried grad_context grad_weights minus_one to_context to_scores to_query".split()
 # Kernel: what its arguments are where they are no numbers, and which numbers 16 divides.
 KERNELS = {
     "prepare": (additive_scores.prepare_kernel, dict(IS_KEYS=True, PAIRS=additive_scores.PAIRS)),
@@ -149,12 +159,36 @@ KERNELS = {
     **{
         f"one_query {width}": (
             one_query.one_query_kernel,
-            dict(HAS_MASK=True, HAS_BIAS=True, WIDTH=width, EVEN=True, SPLIT=width == 64),
+            dict(HAS_MASK=True, HAS_BIAS=True, WIDTH=width, EVEN=True, SPLIT=width == 64)
+            | dict(powers=None, also=None),
         )
         for width in (64, 128)
     },
+    **{
+        f"one_query_powers {width}": (
+            one_query.one_query_kernel,
+            dict(HAS_MASK=True, HAS_BIAS=False, WIDTH=width, EVEN=True, SPLIT=False),
+        )
+        for width in (64, 128)
+    },
+    **{
+        f"one_query_backward {width}{' ragged' * (not even)}": (
+            one_query_backward.one_query_backward_kernel,
+            dict(WIDTH=width, EVEN=even),
+        )
+        for width, even in ((64, True), (64, False), (128, True), (128, False))
+    },
+    **{
+        f"advance {cell}": (cells.advance_kernel, dict(CELL=cell, HAS_INPUT=True, BLOCK=128))
+        for cell in ("lstm", "gru", "rnn")
+    },
+    **{
+        f"retreat {cell}": (cells.retreat_kernel, dict(CELL=cell, BLOCK=128))
+        for cell in ("lstm", "gru", "rnn")
+    },
     "combine": (one_query.combine_kernel, dict(HAS_MASK=True, SPLITS=4, WIDTH=64)),
 }
+WARPS = {f"one_query_backward {x}": n for x, n in one_query_backward.SHAPES.items()}
 UNIT_STRIDES = ("stride_h", "stride_qh", "stride_kh", "stride_vd", "stride_v", "stride_bs",
                 "stride_ms", "stride_gs", "stride_ws")  # fmt: skip
 DIVISIBLE = ("H", "D", "S", "stride_n", "stride_qt", "stride_ks", "stride_vs", "stride_b",
@@ -171,17 +205,26 @@ def compile_for(capability, name, dtype):
     types |= {"out": "*fp32"} if "out" in types else {}
     types |= {"scale": "fp32"} if "scale" in types else {}
     types |= {"mask": "*u8"} if "mask" in types else {}
-    aligned = [x for x in types if types[x].startswith("*") or x in DIVISIBLE and x in special]
+    aligned = [x for x in special if types[x].startswith("*") or x in DIVISIBLE]
     places = {(kernel.arg_names.index(x),): [["tt.divisibility", 16]] for x in aligned}
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=places)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"]
+    return triton.compile(
+        source, target=target, options={"num_warps": WARPS.get(name.removesuffix(" ragged"), 4)}
+    ).asm["cubin"]
+
+
+# For sm_90, beside one that is much the same.
+COMPILED_ELSEWHERE = (
+    *("backward 3 16", "one_query 64", "one_query_powers 64"),
+    *(x for x in KERNELS if x.startswith("one_query_backward") and x != "one_query_backward 128"),
+)
 
 
 @compiled
 @pytest.mark.unsanitized
 @pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize("name", [x for x in KERNELS if x not in ("backward 3 16", "one_query 64")])
+@pytest.mark.parametrize("name", [x for x in KERNELS if x not in COMPILED_ELSEWHERE])
 def test_kernels_compile(name, capability):
     assert compile_for(capability, name, "fp32")[:4] == b"\x7fELF"
 
@@ -191,6 +234,8 @@ BUDGETED = {
     "forward": ("forward", 2 * additive_scores.ROWS * additive_scores.COLUMNS * 2),
     "backward": ("backward", additive_scores_backward.ROWS * additive_scores_backward.COLUMNS),
     "one_query": ("forward, one query", 2),
+    "one_query_powers": ("forward, one query, prepared", 2),
+    "one_query_backward": ("backward, one query", 2),
 }
 
 
@@ -201,7 +246,7 @@ BUDGETED = {
     [
         *((x, "fp32") for x in KERNELS if x.split()[0] in BUDGETED),
         # The other kernels have numbers of the inputs' dtype nowhere in their main loops.
-        *((x, "bf16") for x in KERNELS if x.startswith("one_query")),
+        *((x, "bf16") for x in KERNELS if x.split()[0] == "one_query"),
     ],
 )
 def test_instruction_budgets(name, dtype, within_budget):
@@ -214,3 +259,11 @@ def test_instruction_budgets(name, dtype, within_budget):
         per_reciprocal=2,
         per_iteration=per_iteration,
     )
+
+
+@compiled
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("name", [x for x in KERNELS if x.split()[0] in ("advance", "retreat")])
+def test_cells_keep_all_in_registers(name):
+    code = sass.kernel(compile_for(90, name, "fp32"))
+    assert code.spills == 0 and code.registers <= 40

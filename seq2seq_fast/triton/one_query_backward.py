@@ -17,9 +17,8 @@ from . import arithmetic
 from .arithmetic import exp_2x, expm1_2x, magnitude, reciprocal, tanh, wide
 
 ROWS = 32  # source positions that a program has in hand
-FEATURES = 128  # of keys that a program has in hand, at most
 COLUMNS = 64  # of values that a program has in hand
-WARPS = 8
+SHAPES = {64: 4, 128: 8}  # features of keys that a program has in hand, and its warps
 
 # Sizes, strides and what lies at another place in every step: nothing is compiled for some of them.
 ANY = (
@@ -201,12 +200,12 @@ class OneQueryBackward:
         keys = keys.contiguous()
         twice = 2 * keys
         maxima = keys.abs().amax((1, 2))
-        width = FEATURES // 2 if H % FEATURES else FEATURES
+        width = min(SHAPES, key=lambda width: (H > width, width))
         self.grid = (B,)
         self.source = (keys, twice.exp(), twice.expm1_(), maxima, values, v)
         self.sizes = (S, H, values.shape[2])
         self.strides = (*values.stride(), v.stride(0))
-        self.options = dict(WIDTH=width, EVEN=H % width == 0, num_warps=WARPS)
+        self.options = dict(WIDTH=width, EVEN=H % width == 0, num_warps=SHAPES[width])
 
     def __call__(
         self,
