@@ -122,23 +122,37 @@ def test_tensors_of_several_devices_are_refused(gpu):
             s2s.additive_attention(*x[:4], mask=x[4], backend=gpu.backend)
 
 
-def decoder_arguments(T=5):
+DECODERS = {
+    "gru, query after": dict(cell_type="gru", after=True),
+    "rnn, one layer": dict(cell_type="rnn", L=1),
+    "no attention": dict(attention=False),
+    "a long source": dict(B=1, S=400, A=150, D=70, H=130),
+    "wide": dict(B=5, S=50, A=256, D=256, H=256),
+}
+
+
+def decoder_arguments(T=5, **options):
     """On the CPU, and the same on the GPU."""
-    args = test_attention_decoder.problem(T=T, dropout=True, feedback=[2])
+    args = test_attention_decoder.problem(**dict(T=T, dropout=True, feedback=[2]) | options)
     args = test_attention_decoder.cast(args, torch.float32)
     return args, torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda x: x.detach().cuda().requires_grad_(x.requires_grad), args
     )
 
 
-@pytest.mark.skipif(
-    not s2s.library.HAS_KERNEL["attention_decoder", "cuda"], reason="no such kernel here"
-)
 class TestDecoder:
     @pytest.fixture(autouse=True)
-    def native(self, gpu):
-        if gpu.backend != "native":
-            pytest.skip("of the compiled kernels")
+    def kernels(self, gpu):
+        if gpu.backend == "reference":
+            pytest.skip("of kernels")
+
+    @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
+    def test_of_every_kind_it_is_the_reference(self, options, gpu):
+        args, on_gpu = decoder_arguments(**options)
+        want, _ = test_attention_decoder.results(args, backend="reference")
+        found, _ = test_attention_decoder.results(on_gpu, backend=gpu.backend)
+        for name, x in want.items():
+            torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
 
     def test_it_is_the_reference(self, gpu):
         args, on_gpu = decoder_arguments()
@@ -162,6 +176,21 @@ class TestDecoder:
         graph.replay()
         for a, b in zip(captured, call(), strict=True):
             assert torch.equal(a, b)
+
+    def test_a_captured_training_step_is_fed_its_own_tokens(self, gpu):
+        _, on_gpu = decoder_arguments()
+        leaves = list(test_attention_decoder.tensors(on_gpu).values())
+
+        def call():
+            out = s2s.attention_decoder(**on_gpu, backend=gpu.backend)
+            return out.tokens, *torch.autograd.grad(out.outputs.square().sum(), leaves)
+
+        graph, captured = capture(call)
+        with torch.no_grad():
+            on_gpu["inputs"].copy_(torch.randn_like(on_gpu["inputs"]))
+        graph.replay()
+        for a, b in zip(captured, call(), strict=True):
+            torch.testing.assert_close(a, b)  # an embedding's gradient is summed in any order
 
     def test_launches_of_a_step(self, gpu):
         """Six of two layers: query, attention, and for each layer a product and its cell. A product

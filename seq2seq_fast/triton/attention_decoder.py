@@ -33,7 +33,7 @@ def split(rows: list[Tensor], H: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def by_step(x: Tensor) -> list[tuple[Tensor, ...]]:
-    """[layer][step] of x (L, T, B, width): views, made all at once, which costs the host least."""
+    """[layer][step] of x (L, T, B, width): views, made at once, which costs the host least."""
     return [y.unbind() for y in x.unbind()]
 
 
@@ -44,7 +44,7 @@ class _Forward:
     ):  # fmt: skip
         (T, B, _), (L, _, H), new = inputs.shape, hidden.shape, inputs.new_empty
         G = layers[2].shape[-1]
-        self.inputs, self.w_input, self.L = inputs, layers[0], L
+        self.inputs, self.w_input, self.L = inputs, layers[0].T, L
         self.cell_type, self.query_after = cell_type, query_after
 
         self.hiddens, self.gates, self.cells = new(L, T + 1, B, H), new(L, T, B, G), new(0)
@@ -54,9 +54,10 @@ class _Forward:
             self.cells = new(L, T + 1, B, H)
             self.cells[:, 0] = cell
             self.cell = by_step(self.cells)
-        self.weights = side_by_side(layers, attention, G)
+        weights = side_by_side(layers, attention, G)
+        self.weights = [w.T for w in weights]
         self.biases = [x.contiguous() for x in layers[2::3]]
-        self.operands = [new(B, w.shape[1]) for w in self.weights]
+        self.operands = [new(B, w.shape[1]) for w in weights]
         self.to_x, self.to_self = split(self.operands, H)
         self.product = new(B, G)
         for n in range(L):
@@ -64,16 +65,16 @@ class _Forward:
         self.factors = None if dropout is None else by_step(dropout.contiguous())
 
         self.queries, self.contexts, self.attended = new(0), new(0), new(0)
-        self.source, self.context = attention[1:], context
+        self.context, self.attends = context, bool(attention)
         if attention:
-            self._attend_to(*attention[3:], mask)
+            self._attend_to(*attention[1:], mask)
         self.tokens, self.logits = new(0, dtype=torch.int64), new(0)
         self.feedback, self.readout, self.input_dropout = feedback, readout, input_dropout
         if feedback:
             self.tokens = new(len(feedback), B, dtype=torch.int64)
             self.logits, self.fed = new(B, T + 1, len(readout[1])), new(B, inputs.shape[2])
 
-    def _attend_to(self, keys, values, v, mask):
+    def _attend_to(self, w_query, b_query, keys, values, v, mask):
         (T, B, _), new = self.inputs.shape, self.inputs.new_empty
         keys = keys.contiguous()
         self.queries, self.attended = new(T, B, v.shape[0]), new(T, B, keys.shape[1])
@@ -84,24 +85,26 @@ class _Forward:
             self.contexts[0].copy_(self.context)
         if self.query_after:
             self.to_x[0].copy_(self.contexts[0])
+        self.w_query, self.b_query = w_query.T, b_query
+        self.steps = [x.unbind() for x in (self.queries, self.contexts[1:], self.attended)]
         rows = None if mask is None else mask.unsqueeze(1)
         self.one_query = OneQuery(keys, values, v, rows, None, 1.0, (2 * keys).exp_())
 
     def run(self):
         T, B, E = self.inputs.shape
         # The input's part of all gates, where the gates themselves will lie.
-        of_input = self.gates[0].view(T * B, -1)[:, : len(self.w_input)]
-        torch.mm(self.inputs.reshape(T * B, E), self.w_input.T, out=of_input)
+        of_input = self.gates[0].view(T * B, -1)[:, : self.w_input.shape[1]]
+        torch.mm(self.inputs.reshape(T * B, E), self.w_input, out=of_input)
         fed_back = 0
         for t in range(T):
             if fed_back < len(self.feedback) and t == self.feedback[fed_back]:
                 self.feed(t, self.tokens[fed_back])
                 fed_back += 1
-            if self.source and not self.query_after:
+            if self.attends and not self.query_after:
                 self.attend(t, t)
             for n in range(self.L):
                 self.advance(n, t)
-            if self.source and self.query_after:
+            if self.attends and self.query_after:
                 self.attend(t, t + 1)
         return (
             self.hiddens, self.cells, self.gates, self.queries, self.contexts, self.attended,
@@ -111,23 +114,23 @@ class _Forward:
     def feed(self, t, token):
         """The argmax of what step t - 1 made in place of step t's input."""
         embedding, weight, bias = self.readout
-        context = self.contexts[t] if self.source else self.context
+        context = self.contexts[t] if self.attends else self.context
         features = torch.cat([self.hidden[-1][t], context], 1)
         torch.addmm(bias, features, weight.T, out=self.logits[:, t])
         torch.argmax(self.logits[:, t], 1, out=token)
         torch.index_select(embedding, 0, token, out=self.fed)
         if self.input_dropout is not None:
             self.fed.mul_(self.input_dropout[t])
-        torch.mm(self.fed, self.w_input.T, out=self.gate[0][t][:, : len(self.w_input)])
+        torch.mm(self.fed, self.w_input, out=self.gate[0][t][:, : self.w_input.shape[1]])
 
     def attend(self, t, state):
         """Step t's query is the top layer's hidden state `state`."""
-        w_query, b_query, *_ = self.source
-        torch.addmm(b_query, self.hidden[-1][state], w_query.T, out=self.queries[t])
-        self.one_query(self.queries[t], self.contexts[t + 1], self.attended[t], self.to_x[0])
+        query, context, weights = (x[t] for x in self.steps)
+        torch.addmm(self.b_query, self.hidden[-1][state], self.w_query, out=query)
+        self.one_query(query, context, weights, self.to_x[0])
 
     def advance(self, n, t):
-        torch.mm(self.operands[n], self.weights[n].T, out=self.product)
+        torch.mm(self.operands[n], self.weights[n], out=self.product)
         lstm, last = self.cell_type == "lstm", n + 1 == self.L
         cells.advance(
             self.cell_type,

@@ -18,9 +18,8 @@ class _Backward:
         gates, queries, weights, layers, attention, dropout, cell_type, query_after,
     ):  # fmt: skip
         (self.L, self.T, B, G), H = gates.shape, hiddens.shape[3]
-        self.given = grad_outputs, grad_contexts, grad_weights
-        self.queries, self.attended = queries, weights
         self.cell_type, self.query_after = cell_type, query_after
+        self.grad_outputs = grad_outputs.unbind()
         self.d_gates, self.d_queries, self.d_scores, self.d_contexts, self.d_hidden, self.d_cell = (
             torch.empty_like(x)
             for x in (gates, queries, weights, grad_contexts, grad_hidden, grad_cell)
@@ -41,6 +40,9 @@ class _Backward:
         self.of_query = None
         if attention:
             self.of_query, self.w_query = gates.new_zeros(B, H), attention[1]
+            given, kept = (grad_contexts, grad_weights), (weights, queries)
+            found = (self.d_contexts, self.d_scores, self.d_queries)
+            self.steps = [x.unbind() for x in (*given, *kept, *found)]
             self.one_query_backward = OneQueryBackward(*attention[3:])
 
     def run(self):
@@ -75,7 +77,7 @@ class _Backward:
             None if top else self.of_x[n + 1],
             None if top or self.factors is None else self.factors[n][t],
             self.of_query if top else None,
-            self.given[0][t] if top else None,
+            self.grad_outputs[t] if top else None,
             self.d_hidden[n] if self.cell_type == "gru" else None,
             self.gate[n][t],
             (self.hidden[n][t], self.cell[n][t] if lstm else None),
@@ -87,18 +89,9 @@ class _Backward:
 
     def attend(self, t):
         """From the context's gradient to the query's, and on to the top layer's hidden state."""
-        _, of_contexts, of_weights = self.given
-        self.one_query_backward(
-            of_contexts[t],
-            self.of_x[0],
-            of_weights[t],
-            self.attended[t],
-            self.queries[t],
-            self.d_contexts[t],
-            self.d_scores[t],
-            self.d_queries[t],
-        )
-        torch.mm(self.d_queries[t], self.w_query, out=self.of_query)
+        of_context, *others, d_query = (x[t] for x in self.steps)
+        self.one_query_backward(of_context, self.of_x[0], *others, d_query)
+        torch.mm(d_query, self.w_query, out=self.of_query)
 
 
 def attention_decoder_backward(
