@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: interpreted, compiled, and their instructions counted."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -172,11 +173,11 @@ KERNELS = {
         for width in (64, 128)
     },
     **{
-        f"one_query_backward {width}{' ragged' * (not even)}": (
+        f"one_query_backward {S} {H}": (
             one_query_backward.one_query_backward_kernel,
-            dict(WIDTH=width, EVEN=even),
+            one_query_backward.shape_of_program(S, H, H) | dict(EVEN=H % 64 == 0),
         )
-        for width, even in ((64, True), (64, False), (128, True), (128, False))
+        for S, H in itertools.product((32, 64), (48, 64, 112, 128))
     },
     **{
         f"advance {cell}": (cells.advance_kernel, dict(CELL=cell, HAS_INPUT=True, BLOCK=128))
@@ -188,7 +189,6 @@ KERNELS = {
     },
     "combine": (one_query.combine_kernel, dict(HAS_MASK=True, SPLITS=4, WIDTH=64)),
 }
-WARPS = {f"one_query_backward {x}": n for x, n in one_query_backward.SHAPES.items()}
 UNIT_STRIDES = ("stride_h", "stride_qh", "stride_kh", "stride_vd", "stride_v", "stride_bs",
                 "stride_ms", "stride_gs", "stride_ws")  # fmt: skip
 DIVISIBLE = ("H", "D", "S", "stride_n", "stride_qt", "stride_ks", "stride_vs", "stride_b",
@@ -197,6 +197,8 @@ DIVISIBLE = ("H", "D", "S", "stride_n", "stride_qt", "stride_ks", "stride_vs", "
 
 def compile_for(capability, name, dtype):
     kernel, constants = KERNELS[name]
+    constants, warps = dict(constants), constants.get("num_warps", 4)
+    constants.pop("num_warps", None)
     special = [x.name for x in kernel.params if not x.do_not_specialize]
     constants = constants | {x: 1 for x in UNIT_STRIDES if x in special}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
@@ -209,15 +211,17 @@ def compile_for(capability, name, dtype):
     places = {(kernel.arg_names.index(x),): [["tt.divisibility", 16]] for x in aligned}
     source = ASTSource(kernel, signature=types, constexprs=constants, attrs=places)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": WARPS.get(name.removesuffix(" ragged"), 4)}
-    ).asm["cubin"]
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
 
 
 # For sm_90, beside one that is much the same.
 COMPILED_ELSEWHERE = (
     *("backward 3 16", "one_query 64", "one_query_powers 64"),
-    *(x for x in KERNELS if x.startswith("one_query_backward") and x != "one_query_backward 128"),
+    *(
+        x
+        for x in KERNELS
+        if x.startswith("one_query_backward") and x != "one_query_backward 64 128"
+    ),
 )
 
 

@@ -66,7 +66,7 @@ INFINITE, BAD = (torch.inf, -torch.inf), (torch.inf, -torch.inf, torch.nan)
 def test_what_is_not_finite(where, bad, like):
     """As in the reference; but of a gradient's NaN, keys that have no weight get theirs, as they do
     from the compiled kernels."""
-    args = in_float32(T=2)
+    args = in_float32(T=2, L=1)
     with torch.no_grad():
         args[where].view(-1)[-1] = bad
     (ours, _), (want, _) = plain.results(args), plain.results(args, backend=like)
@@ -108,7 +108,7 @@ def test_no_step_and_no_row(attention):
     assert s2s.attention_decoder(**args | rows).outputs.shape == (0, 3, 7)
 
 
-def test_float64_is_the_references():
+def test_double_precision_is_the_references():
     args = plain.problem(**SMALL)
     (ours, _), (want, _) = plain.results(args), plain.results(args, backend="reference")
     for name, x in want.items():

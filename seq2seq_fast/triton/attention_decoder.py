@@ -88,7 +88,8 @@ class _Forward:
         self.w_query, self.b_query = w_query.T, b_query
         self.steps = [x.unbind() for x in (self.queries, self.contexts[1:], self.attended)]
         rows = None if mask is None else mask.unsqueeze(1)
-        self.one_query = OneQuery(keys, values, v, rows, None, 1.0, (2 * keys).exp_())
+        powers = (2 * keys).exp_() if T > 1 else None
+        self.one_query = OneQuery(keys, values, v, rows, None, 1.0, powers)
 
     def run(self):
         T, B, E = self.inputs.shape

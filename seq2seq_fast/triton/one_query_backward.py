@@ -16,17 +16,18 @@ from torch import Tensor
 from . import arithmetic
 from .arithmetic import exp_2x, expm1_2x, magnitude, reciprocal, tanh, wide
 
-ROWS = 32  # source positions that a program has in hand
-COLUMNS = 64  # of values that a program has in hand
-SHAPES = {64: 4, 128: 8}  # features of keys that a program has in hand, and its warps
+# What a program has in hand, at most: of source positions (the fewer are for short sources), of
+# features of keys, of values. Eight pairs of features are a thread's.
+ROWS, FEATURES, COLUMNS = (32, 64), (64, 128), 128
+BLOCK = 512  # numbers in a row
 
 # Sizes, strides and what lies at another place in every step: nothing is compiled for some of them.
 ANY = (
     "grad_context carried grad_weights weights query to_context to_scores to_query"
-    " S D stride_carried stride_v"
+    " S stride_carried stride_v"
 ).split()
 
-_ROWS, _COLUMNS = tl.constexpr(ROWS), tl.constexpr(COLUMNS)
+_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -38,18 +39,19 @@ def _slopes(
     h0,
     S,
     H,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     EVEN: tl.constexpr,
     SMALL: tl.constexpr,
 ):
     """sum_s ds (1 - tanh²) of the features h0 and h0 + WIDTH / 2."""
     half: tl.constexpr = WIDTH // 2
-    row = tl.arange(0, _ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]
     x0, x1 = exp_2x(q0), exp_2x(q1)
     e0, e1 = expm1_2x(q0), expm1_2x(q1)
-    sum0 = tl.zeros((_ROWS, half), tl.float32)
-    sum1 = tl.zeros((_ROWS, half), tl.float32)
-    for first in range(0, S, _ROWS):
+    sum0 = tl.zeros((ROWS, half), tl.float32)
+    sum1 = tl.zeros((ROWS, half), tl.float32)
+    for first in range(0, S, ROWS):
         s = first + row
         g = tl.load(ds + s, mask=s < S, other=0.0)
         at = powers + tl.minimum(s, S - 1).to(tl.int64) * H
@@ -80,11 +82,11 @@ def _slopes(
 
 
 @triton.jit
-def _slopes_exact(q, w, keys, ds, h, S, H):
+def _slopes_exact(q, w, keys, ds, h, S, H, ROWS: tl.constexpr):
     """v sum_s ds (1 - tanh²) of the features h (1, n), by tanh itself."""
-    row = tl.arange(0, _ROWS)[:, None]
-    total = tl.zeros((_ROWS, h.shape[1]), tl.float32)
-    for first in range(0, S, _ROWS):
+    row = tl.arange(0, ROWS)[:, None]
+    total = tl.zeros((ROWS, h.shape[1]), tl.float32)
+    for first in range(0, S, ROWS):
         s = first + row
         g = tl.load(ds + s, mask=s < S, other=0.0)
         k = tl.load(keys + s.to(tl.int64) * H + h, mask=(s < S) & (h < H), other=0.0)
@@ -117,31 +119,32 @@ def one_query_backward_kernel(
     stride_vs,
     stride_vd,
     stride_v,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,  # H is a multiple of WIDTH
 ):
     """Grid (B,): a program has a row."""
-    BLOCK: tl.constexpr = _ROWS * _COLUMNS // 4
     b = wide(tl.program_id(0))
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, _BLOCK)
     to_context += b * D
     to_scores += b * S
     weights += b * S
     values += b * stride_vb
-    for first in range(0, D, BLOCK):
+    for first in range(0, D, _BLOCK):
         d = first + i
         c = tl.load(grad_context + b * D + d, mask=d < D)
         c += tl.load(carried + b * stride_carried + d, mask=d < D)
         tl.store(to_context + d, c, mask=d < D)
     tl.debug_barrier()  # what is read now was written by other threads, and so below
 
-    row = tl.arange(0, _ROWS)[:, None]
+    row = tl.arange(0, ROWS)[:, None]
     dot = 0.0
-    for first in range(0, S, _ROWS):
+    for first in range(0, S, ROWS):
         s = first + row
-        sums = tl.zeros((_ROWS, _COLUMNS), tl.float32)
-        for first_d in range(0, D, _COLUMNS):
-            d = first_d + tl.arange(0, _COLUMNS)[None, :]
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first_d in range(0, D, COLUMNS):
+            d = first_d + tl.arange(0, COLUMNS)[None, :]
             c = tl.load(to_context + d, mask=d < D, other=0.0)
             at = values + s.to(tl.int64) * stride_vs + d.to(tl.int64) * stride_vd
             sums = tl.fma(tl.load(at, mask=(s < S) & (d < D), other=0.0), c, sums)
@@ -153,14 +156,14 @@ def one_query_backward_kernel(
 
     largest = tl.load(maxima + b)
     finite = 1
-    for first in range(0, S, BLOCK):
+    for first in range(0, S, _BLOCK):
         s = first + i
         dw = tl.load(to_scores + s, mask=s < S, other=0.0)
         ds = tl.load(weights + s, mask=s < S, other=0.0) * (dw - dot)
         tl.store(to_scores + s, ds, mask=s < S)
         finite = tl.minimum(finite, tl.min(tl.where((ds - ds == 0.0) | (s >= S), 1, 0)))
     largest_q = 0.0
-    for first in range(0, H, BLOCK):
+    for first in range(0, H, _BLOCK):
         h = first + i
         q = tl.load(query + b * H + h, mask=h < H, other=0.0)
         largest_q = tl.maximum(largest_q, tl.max(magnitude(q)))
@@ -180,16 +183,26 @@ def one_query_backward_kernel(
         w1 = tl.load(v + h1.to(tl.int64) * stride_v, mask=h1 < H, other=0.0)
         at = b * S * H
         if moderate & (largest < arithmetic._SMALL):
-            dq0, dq1 = _slopes(q0, q1, minus_one + at + h0, to_scores, h0, S, H, WIDTH, EVEN, True)
+            dq0, dq1 = _slopes(
+                q0, q1, minus_one + at + h0, to_scores, h0, S, H, ROWS, WIDTH, EVEN, True
+            )
             dq0, dq1 = dq0 * w0, dq1 * w1
         elif moderate:
-            dq0, dq1 = _slopes(q0, q1, powers + at + h0, to_scores, h0, S, H, WIDTH, EVEN, False)
+            dq0, dq1 = _slopes(
+                q0, q1, powers + at + h0, to_scores, h0, S, H, ROWS, WIDTH, EVEN, False
+            )
             dq0, dq1 = dq0 * w0, dq1 * w1
         else:
-            dq0 = _slopes_exact(q0, w0, keys + at, to_scores, h0, S, H)
-            dq1 = _slopes_exact(q1, w1, keys + at, to_scores, h1, S, H)
+            dq0 = _slopes_exact(q0, w0, keys + at, to_scores, h0, S, H, ROWS)
+            dq1 = _slopes_exact(q1, w1, keys + at, to_scores, h1, S, H, ROWS)
         tl.store(to_query + b * H + h0, dq0, mask=h0 < H)
         tl.store(to_query + b * H + h1, dq1, mask=h1 < H)
+
+
+def shape_of_program(S: int, H: int, D: int) -> dict[str, int]:
+    rows, width = ROWS[S > ROWS[0]], FEATURES[H > FEATURES[0]]
+    columns = min(COLUMNS, max(16, triton.next_power_of_2(D)))
+    return dict(ROWS=rows, WIDTH=width, COLUMNS=columns, num_warps=rows * width // (2 * 8 * 32))
 
 
 class OneQueryBackward:
@@ -200,12 +213,12 @@ class OneQueryBackward:
         keys = keys.contiguous()
         twice = 2 * keys
         maxima = keys.abs().amax((1, 2))
-        width = min(SHAPES, key=lambda width: (H > width, width))
+        shape = shape_of_program(S, H, values.shape[2])
         self.grid = (B,)
         self.source = (keys, twice.exp(), twice.expm1_(), maxima, values, v)
         self.sizes = (S, H, values.shape[2])
         self.strides = (*values.stride(), v.stride(0))
-        self.options = dict(WIDTH=width, EVEN=H % width == 0, num_warps=SHAPES[width])
+        self.options = shape | dict(EVEN=H % shape["WIDTH"] == 0)
 
     def __call__(
         self,
