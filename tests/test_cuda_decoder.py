@@ -67,7 +67,7 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, opt
 @pytest.mark.parametrize("after", [False, True])
 def test_queries_and_keys_of_every_magnitude(size, after, **options):
     """All paths of attention backward. Score gradients cancel: rounding is of the terms' size."""
-    args = plain.problem(after=after, S=37, A=20, **options)
+    args = plain.problem(after=after, **dict(S=37, A=20) | options)
     with torch.no_grad():
         args["keys"].mul_(size)
         args["query"][1].mul_(size)
