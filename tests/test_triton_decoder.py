@@ -9,7 +9,7 @@ import seq2seq_fast as s2s
 
 pytest.importorskip("triton")
 
-from seq2seq_fast.triton import INTERPRETED, one_query  # noqa: E402
+from seq2seq_fast.triton import INTERPRETED, launch, one_query  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1")
 SMALL = dict(B=2, T=3, S=5)
@@ -78,13 +78,17 @@ def test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient():
     plain.test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient()
 
 
-def test_a_split_source(monkeypatch):
+@pytest.mark.parametrize("after", [False, True])
+def test_a_source_split_among_programs(after, monkeypatch):
+    found = []
+    monkeypatch.setattr(one_query, "parts", lambda *x: found.append(launch.parts(*x)) or found[-1])
     monkeypatch.setattr(one_query, "multiprocessors", lambda _: 64)
-    for after in (False, True):
-        args = in_float32(after=after, S=70, T=2, L=1)
-        (ours, _), (want, _) = plain.results(args), plain.results(args, backend="reference")
-        for name, x in want.items():
-            torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-5, msg=name)
+    monkeypatch.setattr(one_query, "LEAST", 100)
+    args = in_float32(after=after, S=70, T=2, L=1)
+    (ours, _), (want, _) = plain.results(args), plain.results(args, backend="reference")
+    assert found == [3]
+    for name, x in want.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("cell_type", plain.MODULES)

@@ -28,6 +28,7 @@ from .softmax import attended_at, logit, mask_bytes
 ROWS = 32  # source positions that a program has in hand
 FEATURES = 128  # of keys that a program has in hand, at most
 COLUMNS = 64  # of values that a program has in hand
+LEAST = 8192  # features of keys, 32 KiB: a part of a source with fewer is not worth a second launch
 
 # Sizes and strides for which no kernel of their own is compiled.
 NUMBERS = (
@@ -301,7 +302,8 @@ class OneQuery:
         """mask (B, 1, S) and bias (B, 1, S), or None; powers as in one_query_kernel."""
         B, S, H = keys.shape
         D = values.shape[2]
-        splits = parts(triton.cdiv(S, ROWS), 2 * multiprocessors(keys) // B)
+        splits = min(2 * multiprocessors(keys) // B, S * H // LEAST)
+        splits = parts(triton.cdiv(S, ROWS), splits)
 
         def new(*shape: int) -> Tensor:
             return keys.new_empty(shape, dtype=torch.float32)
