@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sass
+import test_attention_decoder
 import torch
 
 import seq2seq_fast as s2s
@@ -17,8 +18,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from seq2seq_fast.ops.kernels import OPS  # noqa: E402
 from seq2seq_fast.triton import (  # noqa: E402
     INTERPRETED,
+    LAUNCHERS,
     additive_scores,
     additive_scores_backward,
     cells,
@@ -273,3 +276,48 @@ def test_instruction_budgets(name, dtype, within_budget):
 def test_cells_keep_all_in_registers(name):
     code = sass.kernel(compile_for(90, name, "fp32"))
     assert code.spills == 0 and code.registers <= 40
+
+
+class Elsewhere:
+    """A driver for a GPU that is not there, and whose number no other has."""
+
+    def get_current_device(self):
+        return -1
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """(kernel, as it was compiled) for each launch of the decoder's, of which none is run."""
+    found, run = [], triton.JITFunction.run
+
+    def compile_only(self, *args, warmup, **kw):
+        found.append((self.fn.__name__, run(self, *args, warmup=True, **kw)))
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    for name in ("attention_decoder", "attention_decoder_backward"):
+        monkeypatch.setitem(OPS, (name, "native"), LAUNCHERS[name])
+    monkeypatch.setattr(triton.runtime.driver, "_active", Elsewhere())
+    return found
+
+
+@compiled
+@pytest.mark.unsanitized
+@pytest.mark.parametrize("after", [False, True])
+def test_the_decoder_compiles_nothing_after_its_first_steps(after, launches):
+    """Whatever the alignment of a step's tensors; and a step launches a cell for each layer, and
+    attention, beside products."""
+    compiled, counts = [], []
+    for T in (2, 7):
+        args = test_attention_decoder.problem(L=3, T=T, after=after, dropout=True, H=7, A=5, D=3)
+        test_attention_decoder.results(test_attention_decoder.cast(args, torch.float32))
+        compiled.append({(name, kernel.hash) for name, kernel in launches})
+        counts.append(len(launches))
+        launches.clear()
+    assert compiled[0] == compiled[1] and len(compiled[0]) == 7
+    assert counts == [2 * 2 * 4, 7 * 2 * 4]

@@ -318,16 +318,14 @@ class OneQuery:
         mask_, (stride_mb, _, stride_ms) = mask_bytes(mask, keys)
         stride_bb, _, stride_bs = (0, 0, 0) if bias is None else bias.stride()
         self.grid = (B * splits,)
-        self.source = (
-            *(keys, powers, values, v, mask_, keys if bias is None else bias),
-            *(factors, self.logits),
-        )
+        bias_ = keys if bias is None else bias
+        self.source = (keys, powers, values, v, mask_, bias_, factors, self.logits)
         self.joined = (tops, totals, contexts)
         self.sizes = (S, H, D, splits, scale)
         self.strides = (
-            *(*keys.stride(), *values.stride(), v.stride(0)),
-            *(stride_mb, stride_ms, stride_bb, stride_bs),
-        )
+            *keys.stride(), *values.stride(), v.stride(0),
+            stride_mb, stride_ms, stride_bb, stride_bs,
+        )  # fmt: skip
         self.options = dict(
             HAS_MASK=mask is not None, HAS_BIAS=bias is not None, WIDTH=width, EVEN=H % width == 0,
             SPLIT=self.split,
@@ -342,8 +340,8 @@ class OneQuery:
     def __call__(
         self, query: Tensor, context: Tensor, weights: Tensor, also: Tensor | None = None
     ) -> None:
-        """query (B, H) to context (B, D), once more to also, which rows lie apart, and weights
-        (B, S); the first two of them contiguous."""
+        """query (B, H) to context (B, D) and weights (B, S), both contiguous; the context once more
+        to also, whose rows may lie apart."""
         stride_also = 0 if also is None else also.stride(0)
         one_query_kernel[self.grid](
             query, *self.source, weights, context, also, *self.joined, *self.sizes,
