@@ -77,7 +77,8 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability, selected):
     if ran.stdout.strip() != capability:
         assert capability != "default"
         pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
-    names = ("test_additive_attention.py", "test_attention_decoder.py", "test_decoding.py")
+    names = [f"test_{x}.py" for x in ("additive_attention", "attention_decoder", "decoding")]
+    names.append("test_product.py")
     tests = [str(Path(__file__).with_name(name)) for name in names]
     command = [
         sys.executable,

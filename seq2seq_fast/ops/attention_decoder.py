@@ -15,7 +15,7 @@ from ..library import choose
 from ..reference_decoder import BLOCKS, Run
 from . import decoder_checks as checks
 from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
-from .kernels import OPS, fake
+from .kernels import OPS, fake, product
 
 
 @fake("attention_decoder")
@@ -158,7 +158,7 @@ def _results(run: Run):
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Gradient of a weight: sum over steps and batch of a (T, B, N) times b (T, B, M)."""
-    return a.flatten(0, 1).T @ b.flatten(0, 1)
+    return product(a.flatten(0, 1).T, b.flatten(0, 1))
 
 
 def _layer_inputs(inputs, hiddens, dropout, i):
@@ -227,7 +227,9 @@ def _backward(
         found.append(dkeys)
         found.append(torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1)))
         found.append(dv)
-    dinputs = dx[0] @ layers[0] if needs["inputs"] else None
+    dinputs = None
+    if needs["inputs"]:
+        dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if query_after else None
     return dinputs, dhidden, dcell, dcontext, None, None, None, None, None, *found
 
@@ -329,9 +331,7 @@ def attention_decoder(
             powers,
             cast(context),
             _factors(dropout, inputs, hidden, within),
-            _Options(
-                cell_type, query_after, recompute, choose("attention_decoder", inputs, backend)
-            ),
+            _Options(cell_type, query_after, recompute, backend),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
         )
     return DecoderOutput(

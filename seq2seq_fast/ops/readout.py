@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..library import is_reference
 from .additive_attention import _autocast, _autocast_on, _needs_grad, _once, _wanted
+from .kernels import product
 
 
 def _features(outputs: Tensor, contexts: Tensor) -> Tensor:
@@ -20,14 +21,18 @@ def _features(outputs: Tensor, contexts: Tensor) -> Tensor:
     return F.pad(torch.cat([outputs, contexts, one], -1), (0, 0, 1, 0))
 
 
+def _linear(features: Tensor, weight: Tensor) -> Tensor:
+    return product(features.flatten(0, 1), weight.T).unflatten(0, features.shape[:2])
+
+
 def _logits(features: Tensor, weight: Tensor, bias: Tensor, made: Tensor | None, steps):
     """(B, T + 1, V); fills `made` up, which has those of `steps` already."""
     weight = torch.cat([weight, bias.unsqueeze(1)], 1)
     if made is None:
-        logits = F.linear(features, weight)
+        logits = _linear(features, weight)
     else:
         logits, rest = made, sorted({*range(1, features.shape[1])} - {*steps})
-        logits[:, rest] = F.linear(features[:, rest], weight)
+        logits[:, rest] = _linear(features[:, rest], weight)
     logits[:, 0] = 0
     return logits
 
@@ -48,11 +53,11 @@ class _Readout(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             rows = grad.flatten(0, 1)
             if need_output or need_context:
-                of_features = (rows @ weight).unflatten(0, grad.shape[:2])[:, 1:]
+                of_features = product(rows, weight).unflatten(0, grad.shape[:2])[:, 1:]
                 grads[0], grads[1] = of_features.tensor_split((ctx.width,), -1)
             if need_weight or need_bias:
                 # The first step's features are zero: its gradient goes nowhere.
-                of_weight = rows.T @ features.flatten(0, 1)
+                of_weight = product(rows.T, features.flatten(0, 1))
                 grads[2], grads[3] = of_weight[:, :-1], of_weight[:, -1]
         return _once(_wanted(grads, ctx.needs_input_grad), (grad, features, weight))
 

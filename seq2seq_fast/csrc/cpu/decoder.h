@@ -62,11 +62,7 @@ class Packed {
           const bool there = j >= blocks.first && j < blocks.first + blocks.count;
           const int64_t n = there ? layout.used(p, j) : 0;
           const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
-          const A* rows = n > 0 ? from + row * sn : from;
-          for (int64_t k = 0; k < K_; ++k, to += kPanel) {
-            for (int64_t i = 0; i < n; ++i) to[i] = rows[i * sn + k * sk];
-            std::fill(to + n, to + kBlock, A(0));
-          }
+          copy(n > 0 ? from + row * sn : from, sn, sk, n, to);
         }
     });
   }
@@ -92,6 +88,18 @@ class Packed {
   const Layout layout;
 
  private:
+  // to (K, kBlock), kPanel apart, = n rows (n, K) transposed, and zeros.
+  void copy(const A* rows, int64_t sn, int64_t sk, int64_t n, A* to) const {
+    if (sizeof(A) == 4 && sk == 1)
+      loops.transpose(reinterpret_cast<const float*>(rows), sn, n, K_, reinterpret_cast<float*>(to),
+                      kPanel);
+    for (int64_t k = 0; k < K_; ++k, to += kPanel) {
+      if (sizeof(A) != 4 || sk != 1)
+        for (int64_t i = 0; i < n; ++i) to[i] = rows[i * sn + k * sk];
+      std::fill(to + n, to + kBlock, A(0));
+    }
+  }
+
   void run(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
            int64_t block_init, A* out, int64_t ldo, int64_t block_out) const {
     int64_t used[kBlocks];
