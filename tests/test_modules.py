@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import seq2seq_fast as s2s
+from seq2seq_fast.ops.attention_decoder import dropout_factors
 
 SIZES = [  # B, S, T, H, layers
     (3, 7, 5, 13, 2),
@@ -89,20 +90,34 @@ def test_state_dicts_load_both_ways_and_the_names_are_the_tutorials():
     assert attention == {f"{m}.{p}" for m in ("Wa", "Ua", "Va") for p in ("weight", "bias")}
 
 
-def test_dropout_draws_the_twins_masks():
-    """The same generator state drops the same units, in training; nothing in evaluation."""
+def test_dropout_is_drawn_from_a_seed_and_alike_for_all_backends():
+    """In training; in evaluation nothing is dropped."""
     ours, twin = pair(dropout=0.5)
     src, trg = tokens(3, 7, 5)
-    for mode in (True, False):
-        out = []
-        for model in (ours.train(mode), twin.train(mode)):
-            torch.manual_seed(5)
-            random.seed(5)
-            out.append(model(src, trg))
-        torch.testing.assert_close(*out)
-    torch.testing.assert_close(out[0], ours(src, trg, 0.0) * 0 + out[0])
+
+    def out(model, backend="native"):
+        torch.manual_seed(5)
+        random.seed(5)
+        with s2s.use_backend(backend):
+            return model(src, trg)
+
+    assert torch.equal(out(ours), out(ours))
+    torch.testing.assert_close(out(ours), out(ours, "reference"))
     random.seed(5)
-    assert torch.equal(ours(src, trg), out[0])
+    assert not torch.equal(ours(src, trg), out(ours))
+    torch.testing.assert_close(out(ours.eval()), out(twin.eval()))
+    assert torch.equal(ours(src, trg, 1.0), ours(src, trg, 1.0))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_keeps_the_mean_and_the_share(p):
+    torch.manual_seed(0)
+    factors = dropout_factors((300, 1000), p, torch.zeros(1))
+    assert set(factors.unique().tolist()) == (
+        {0.0} if p == 1 else {0.0, torch.tensor(1 / (1 - p)).item()}
+    )
+    share = (factors == 0).float().mean().item()
+    assert abs(share - p) < 5 * (p * (1 - p) / factors.numel()) ** 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("through", ["pickle", "deepcopy", "torch.save"])

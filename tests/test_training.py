@@ -221,12 +221,11 @@ def test_the_examples_batches_and_splits(example):
 
 def test_the_examples_tutorial_code_is_the_same_model(example):
     torch.manual_seed(0)
-    ours = example.build(12)
+    ours = example.build(12).eval()  # dropout is drawn in another order
     src, trg = torch.randint(3, 29, (3, 6)), torch.randint(3, 42, (3, 5))
     src[0, 4:] = example.PAD
     found = []
-    for m in (ours, example.Tutorial(ours)):
-        torch.manual_seed(1)
+    for m in (ours, example.Tutorial(ours).eval()):
         random.seed(1)
         found.append(m(src, trg, 0.5))
     torch.testing.assert_close(*found)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
+from ..ops.linear import linear
 from . import checks
 
 
@@ -52,7 +53,9 @@ class Attention(nn.Module):
         # Softmax cancels Va's bias. It stays in the graph, with a gradient of zero as in the plain
         # form, since DistributedDataParallel expects one of every parameter.
         v = self.Va.weight[0] + 0 * self.Va.bias
-        return PreparedSource(prepare_keys(self.Ua(encoder_outputs)), encoder_outputs, v, mask)
+        return PreparedSource(
+            prepare_keys(linear(self.Ua, encoder_outputs)), encoder_outputs, v, mask
+        )
 
     def forward(
         self,

@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
-from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from ..ops.attention_decoder import (
+    DecoderOutput,
+    Feedback,
+    attention_decoder,
+    dropout_factors,
+)
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent
@@ -184,23 +188,16 @@ class Decoder(nn.Module):
         )
 
     def _dropout_factors(self, T: int, B: int) -> tuple[Tensor | None, Tensor | None]:
-        """(T, B, E) of embedded tokens and (n_layers - 1, B, T, H) between layers, or None.
-
-        Drawn step by step, because the plain form draws them so: a seed means the same run.
-        """
+        """(T, B, E) of embedded tokens and (n_layers - 1, B, T, H) between layers, or None."""
         p = self.dropout.p
         if not self.training or p == 0 or T == 0:
             return None, None
         like, n_between = self.embedding.weight, self.layers.num_layers - 1
-        token, between = like.new_ones(B, like.shape[1]), like.new_ones(B, self.layers.hidden_size)
-        draws = [
-            (F.dropout(token, p), [F.dropout(between, p) for _ in range(n_between)])
-            for _ in range(T)
-        ]
-        factors = torch.stack([of_token for of_token, _ in draws])
+        factors = dropout_factors((T, B, like.shape[1]), p, like)
         if n_between == 0:
             return factors, None
-        return factors, torch.stack([torch.stack(x) for _, x in draws], 1).transpose(1, 2)
+        shape = (n_between, T, B, self.layers.hidden_size)
+        return factors, dropout_factors(shape, p, like).transpose(1, 2)
 
     def check_state(self, state: DecoderState, B: int) -> None:
         shape, weight = (self.layers.num_layers, B, self.layers.hidden_size), self.fc_out.weight

@@ -321,16 +321,17 @@ def attention_decoder(
         return None if x is None else x.to(within)
 
     with torch.autocast(inputs.device.type, enabled=False):
+        steps, first = cast(inputs).transpose(0, 1).contiguous(), cast(hidden).contiguous()
         found = _decode(
-            cast(inputs).transpose(0, 1).contiguous(),
-            cast(hidden).contiguous(),
+            steps,
+            first,
             inputs.new_empty(0, dtype=within) if cell is None else cast(cell).contiguous(),
             [[cast(w) for w in layer] for layer in layers],
             [cast(x) for x in attention if x is not None],
             mask,
             powers,
             cast(context),
-            _factors(dropout, inputs, hidden, within),
+            _factors(dropout, steps, first),
             _Options(cell_type, query_after, recompute, backend),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
         )
@@ -339,15 +340,23 @@ def attention_decoder(
     )
 
 
-def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, dtype: torch.dtype):
+def dropout_factors(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
+    """What dropout multiplies by: 1 / (1 - p), or with probability p zero.
+
+    From uniform numbers, of which the CPU makes twice as many a second as it draws Bernoulli ones.
+    """
+    kept = torch.rand(shape, dtype=like.dtype, device=like.device).ge_(p)
+    return kept.mul_(1 / (1 - p)) if p < 1 else kept.zero_()
+
+
+def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor):
     """Factors of what goes from layer to layer, (L - 1, T, B, H)."""
     if isinstance(dropout, Tensor):
-        return dropout.to(dtype).transpose(1, 2).contiguous()
+        return dropout.to(hidden.dtype).transpose(1, 2).contiguous()
     L, B, H = hidden.shape
     if dropout == 0 or L == 1:
         return None
-    ones = torch.ones(L - 1, inputs.shape[1], B, H, dtype=dtype, device=inputs.device)
-    return F.dropout(ones, dropout)
+    return dropout_factors((L - 1, len(inputs), B, H), dropout, hidden)
 
 
 def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""A linear layer by the product that is fastest on the CPU; see kernels.product."""
+
+import torch
+from torch import Tensor, nn
+
+from ..library import asked_for
+from .additive_attention import _autocast_on, _needs_grad, _once, _wanted
+from .kernels import product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T).add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        with torch.no_grad():
+            found = (
+                product(grad, weight) if need_x else None,
+                product(grad.T, x) if need_weight else None,
+                grad.sum(0) if need_bias else None,
+            )
+        return _once(_wanted(found, ctx.needs_input_grad), (grad, x, weight))
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x) of x (..., K); layers that are more than a weight and a bias are called."""
+    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    plain = plain and x.is_cpu and x.dtype == torch.float32 and not _autocast_on(x)
+    if not plain or asked_for(None) == "reference":
+        return layer(x)
+    rows, weight, bias = x.flatten(0, -2), layer.weight, layer.bias
+    if _needs_grad(rows, weight, bias):
+        out = _Linear.apply(rows, weight, bias)
+    else:
+        out = product(rows, weight.T).add_(bias)
+    return out.unflatten(0, x.shape[:-1])
