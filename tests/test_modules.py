@@ -109,6 +109,48 @@ def test_dropout_is_drawn_from_a_seed_and_alike_for_all_backends():
     assert torch.equal(ours(src, trg, 1.0), ours(src, trg, 1.0))
 
 
+@pytest.mark.parametrize("cell_type", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_encoders_are_torchs_layers(cell_type, bidirectional, monkeypatch):
+    """Errors are against them in float64; calls of _run tell which are in the decoder's loop."""
+    torch.manual_seed(0)
+    encoder = s2s.Encoder(V_SRC, EMB, 13, 2, 0.0, cell_type=cell_type, bidirectional=bidirectional)
+    src, _ = tokens(3, 7, 5)
+    calls, run = [], s2s.Encoder._run
+    monkeypatch.setattr(s2s.Encoder, "_run", lambda *a: calls.append(1) or run(*a))
+
+    def results(model, backend):
+        with s2s.use_backend(backend):
+            outputs = [x for x in model(src) if x is not None]
+        grads = torch.autograd.grad(sum(x.sin().sum() for x in outputs), list(model.parameters()))
+        return [*outputs, *grads]
+
+    ours = results(encoder, "native")
+    assert len(calls) == (cell_type != "lstm" and not bidirectional)
+    plain_form = results(encoder, "reference")
+    exact = results(copy.deepcopy(encoder).double(), "reference")
+    assert len(calls) <= 1
+    for got, theirs, want in zip(ours, plain_form, exact, strict=True):
+        error, allowed = ((x - want).abs().max().item() for x in (got, theirs))
+        assert error <= 2 * allowed + 4e-7 * max(want.abs().max().item(), 1)
+
+
+def test_an_encoder_in_the_decoders_loop_drops_between_layers_in_training_alone():
+    encoder = s2s.Encoder(V_SRC, EMB, 8, 2, 0.5, cell_type="gru")
+    src, _ = tokens(3, 7, 5)
+
+    def run():
+        torch.manual_seed(1)
+        return encoder(src)[0]
+
+    assert torch.equal(run(), run()) and not torch.equal(encoder(src)[0], run())
+    with s2s.use_backend("reference"):
+        want = encoder.eval()(src)[0]
+    torch.testing.assert_close(run(), want)
+    encoder.gru.register_forward_hook(lambda module, args, out: (out[0] * 0, out[1]))
+    assert (encoder(src)[0] == 0).all()
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_dropout_keeps_the_mean_and_the_share(p):
     torch.manual_seed(0)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..library import asked_for, choose
+from ..ops.attention_decoder import attention_decoder
 from . import checks
 from .cells import recurrent
 
@@ -64,13 +66,46 @@ class Encoder(nn.Module):
         checks.tokens("src", src, "(B, S)", 2, self.embedding.num_embeddings)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
-        outputs, state = self.layers(self.dropout(self.embedding(src)))
-        hidden, cell = state if self.cell_type == "lstm" else (state, None)
+        embedded = self.dropout(self.embedding(src))
+        if self._runs_in_decoder(embedded):
+            outputs, hidden, cell = self._run(embedded)
+        else:
+            outputs, state = self.layers(embedded)
+            hidden, cell = state if self.cell_type == "lstm" else (state, None)
         hidden, cell = self._both_directions(hidden), self._both_directions(cell)
         if hasattr(self, "bridge_hidden"):
             hidden = torch.tanh(self.bridge_hidden(hidden))
             cell = None if cell is None else self.bridge_cell(cell)
         return outputs, hidden, cell
+
+    def _runs_in_decoder(self, embedded: Tensor) -> bool:
+        """Whether the decoder's loop, which needs no attention, is the faster one: on the CPU it
+        takes a half to a third of the time of nn.GRU and nn.RNN, but as long as nn.LSTM, which is
+        oneDNN's."""
+        layers = self.layers
+        return (
+            self.cell_type != "lstm"
+            and type(layers) in (nn.GRU, nn.RNN)
+            and not (layers.bidirectional or layers._forward_hooks or layers._forward_pre_hooks)
+            and embedded.is_cpu
+            and embedded.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and asked_for(None) in (None, "native")
+            and choose("attention_decoder", embedded, None) == "native"
+        )
+
+    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        layers, B = self.layers, len(embedded)
+        out = attention_decoder(
+            embedded,
+            embedded.new_zeros(layers.num_layers, B, layers.hidden_size),
+            None,
+            layers.all_weights,
+            context=embedded.new_empty(B, 0),
+            cell_type=self.cell_type,
+            dropout=layers.dropout if self.training else 0.0,
+        )
+        return out.outputs, out.hidden, out.cell
 
     def _both_directions(self, state: Tensor | None) -> Tensor | None:
         """(2 n_layers, B, H), forward and backward in turn -> (n_layers, B, 2 H)."""

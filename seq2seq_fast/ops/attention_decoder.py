@@ -376,7 +376,7 @@ def _decode(
     layers, w_context = _weights_of(layers, inputs.shape[2], options.cell_type)
     if attention:
         attention = [w_context, *attention]
-    else:  # the same at every step: a part of the bias
+    elif w_context.shape[1]:  # the same at every step: a part of the bias
         from_context = context @ w_context.T
         layers[2] = layers[2] + F.pad(from_context, (0, len(layers[2]) - from_context.shape[1]))
     steps, readout, input_dropout = [], [], None
