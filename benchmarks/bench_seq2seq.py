@@ -40,7 +40,7 @@ WORDS = Model("tutorial, 10,000 words", STEP, 64, 30, 30, 10_000)
 LETTERS = Model("tutorial, 100 tokens", DECODER, 64, 50, 50, 100)
 SPEECH = Model("speech", DECODER, 8, 400, 60, 100, 1024, 128, 1)
 PHONEMES = Model("grapheme-to-phoneme", STEP, 64, 9, 9, 42, ratio=0.5)
-GROWING = [replace(LETTERS, name=f"tutorial, T {T}", T=T) for T in (25, 100, 200)]
+STEPS = (25, 50, 100, 200)
 
 QUICK = {
     "test_model": (("case",), [(WORDS,), (LETTERS,), (PHONEMES,), (SPEECH,)]),
@@ -56,7 +56,6 @@ FULL = {
             (replace(WORDS, what=EVALUATION, ratio=0.0),),
             (replace(LETTERS, B=8),),
             (replace(LETTERS, B=1),),
-            *[(case,) for case in GROWING],
         ],
     ),
     "test_peak_memory": (("case",), [(WORDS,), (LETTERS,), (SPEECH,)]),
@@ -138,6 +137,18 @@ def test_model(case, compare):
         mode=case.what,
         shape=case.shape(),
         scale="as stated",
+    )
+
+
+def test_growth(compare):
+    """The same decoder over more and more steps, in turns."""
+    of_steps = {T: contender(s2s.Seq2Seq, replace(LETTERS, T=T)) for T in STEPS}
+    compare(
+        {"library" if T == STEPS[0] else f"T {T}": call for T, call in of_steps.items()},
+        kind="growth",
+        name=LETTERS.name,
+        mode=LETTERS.what,
+        steps=STEPS,
     )
 
 

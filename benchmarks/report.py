@@ -134,6 +134,17 @@ def _decoding(rows: list[dict]) -> str:
     return _table(head, lines)
 
 
+def _growth(rows: list[dict]) -> str:
+    """Of rows whose contenders are the library over each number of steps."""
+    (row,) = rows
+    each = [t / n for t, n in zip(row["seconds"].values(), row["steps"], strict=True)]
+    head = ["steps", *map(str, row["steps"])]
+    times = ["a step" + _disturbed(row), *map(_time, each)]
+    return _table(
+        head, [times, [f"of {row['steps'][0]} steps'", *(f"{x / each[0]:.0%}" for x in each)]]
+    )
+
+
 def _memory(rows: list[dict]) -> str:
     head = ["case", "scale", "library", "eager"]
     lines = [
@@ -167,10 +178,18 @@ def _introduction(results: dict) -> str:
 
 def _sections(results: dict) -> list[tuple]:
     """(title, table, entries) that the README and the results file share."""
-    models, decoding = (
-        [r for r in results["rows"] if r["kind"] == x] for x in ("model", "decoding")
+    models, growth, decoding = (
+        [r for r in results["rows"] if r["kind"] == x] for x in ("model", "growth", "decoding")
     )
-    return [("", _models, models), ("Decoding, the encoder left out:", _decoding, decoding)]
+    return [
+        ("", _models, models),
+        (
+            "The decoder of 100 tokens, forward and backward, as steps grow in number:",
+            _growth,
+            growth,
+        ),
+        ("Decoding, the encoder left out:", _decoding, decoding),
+    ]
 
 
 def _join(parts: list[str], sections: list[tuple]) -> str:

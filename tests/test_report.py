@@ -39,6 +39,12 @@ MODEL = ATTENTION | {
     "seconds": {"library": 1.0, "tutorial": 3.0},
 }
 del MODEL["peak_bytes"], MODEL["elements_per_second"]
+GROWTH = {
+    "kind": "growth",
+    "name": "small model",
+    "steps": (10, 20),
+    "seconds": {"library": 0.1, "T 20": 0.22},
+}
 RESULTS = {
     "machine": {
         "cpu": "AMD EPYC(tm) 7-Core @ 2.00GHz",
@@ -48,7 +54,7 @@ RESULTS = {
         "python": "3.10",
         "date": "2000-01-01",
     },
-    "rows": [ATTENTION, MODEL],
+    "rows": [ATTENTION, MODEL, GROWTH],
     "accuracy": [
         {"name": "step", "output": "context", "library": 1e-7, "eager": 2e-7}
         | {"ratio_median": 0.5, "ratio_max": 0.75, "allowed_median": 0.25}
@@ -75,6 +81,8 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
     assert line_of(text, "small model")[-3:] == ["1000.00 ms", "3.00×", "–"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
+    assert line_of(text, "a step", "10.00 ms") == ["a step", "10.00 ms", "11.00 ms"]
+    assert line_of(text, "of 10 steps'") == ["of 10 steps'", "100%", "110%"]
     assert line_of(text, "context")[-3:] == ["0.50", "0.75", "25%"]
 
 

@@ -18,4 +18,8 @@ constexpr size_t kSmall = size_t{64} << 10, kMostKept = size_t{32} << 20;
 void* take(size_t& bytes);
 void give_back(void* data, size_t bytes);
 
+// Asks for pages of 2 MiB below what a large result is about to be written to, if nothing has been
+// yet: of 300 MB that a backward over 200 steps fills, small pages take a tenth of its time.
+void ask_for_huge_pages(void* data, size_t bytes);
+
 }  // namespace seq2seq_fast

@@ -66,13 +66,14 @@ class Encoder(nn.Module):
         checks.tokens("src", src, "(B, S)", 2, self.embedding.num_embeddings)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
-        embedded = self.dropout(self.embedding(src))
+        embedded, cell = self.dropout(self.embedding(src)), None
         if self._runs_in_decoder(embedded):
-            outputs, hidden, cell = self._run(embedded)
+            outputs, hidden = self._run(embedded)
         else:
             outputs, state = self.layers(embedded)
             hidden, cell = state if self.cell_type == "lstm" else (state, None)
-        hidden, cell = self._both_directions(hidden), self._both_directions(cell)
+            hidden = self._both_directions(hidden)
+            cell = None if cell is None else self._both_directions(cell)
         if hasattr(self, "bridge_hidden"):
             hidden = torch.tanh(self.bridge_hidden(hidden))
             cell = None if cell is None else self.bridge_cell(cell)
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
             and choose("attention_decoder", embedded, None) == "native"
         )
 
-    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
         layers, B = self.layers, len(embedded)
         out = attention_decoder(
             embedded,
@@ -105,10 +106,10 @@ class Encoder(nn.Module):
             cell_type=self.cell_type,
             dropout=layers.dropout if self.training else 0.0,
         )
-        return out.outputs, out.hidden, out.cell
+        return out.outputs, out.hidden
 
-    def _both_directions(self, state: Tensor | None) -> Tensor | None:
+    def _both_directions(self, state: Tensor) -> Tensor:
         """(2 n_layers, B, H), forward and backward in turn -> (n_layers, B, 2 H)."""
-        if state is None or not self.layers.bidirectional:
+        if not self.layers.bidirectional:
             return state
         return torch.cat([state[0::2], state[1::2]], -1)

@@ -218,6 +218,8 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
                        std::optional<Tensor> input_dropout) {
   const Cell kind = cell_of(cell_type);
   const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
+  for (const Tensor& x : {run.hiddens, run.cells, run.gates})
+    ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size());
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, mask, powers);
   const std::vector<Layer> weights = layers_of(layers);

@@ -179,6 +179,7 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
   const States run = {hiddens, cells, gates, queries, weights};
   const Gradients d =
       gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
+  ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
   const std::vector<Layer> all = layers_of(layers);
   const auto go = [&]<typename A>() {
     Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, d).run();
