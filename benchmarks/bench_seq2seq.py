@@ -82,12 +82,12 @@ class Given(s2s.Encoder):
 def build(kind, case):
     torch.manual_seed(0)
     dropout = 0.1 if case.what == STEP else 0.0
+    parts = s2s if kind is s2s.Seq2Seq else plain
     if case.what == DECODER:
         encoder = Given(case)
     else:
-        encoder = s2s.Encoder(case.V, case.emb, case.H, case.layers, dropout)
-    decoder = s2s if kind is s2s.Seq2Seq else plain
-    return kind(encoder, decoder.Decoder(case.V, case.emb, case.H, case.layers, dropout))
+        encoder = parts.Encoder(case.V, case.emb, case.H, case.layers, dropout)
+    return kind(encoder, parts.Decoder(case.V, case.emb, case.H, case.layers, dropout))
 
 
 def contender(kind, case):

@@ -33,6 +33,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
+    "dropout_factors": "(Tensor seed, int[] size, float p) -> Tensor",
     "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
     " int ignore_index, bool mean, bool need_input, bool need_weight, bool need_bias)"
@@ -81,6 +82,12 @@ def _product(a, b, blas=None):
     return a @ b
 
 
+def _dropout_factors(seed, size, p):
+    generator = torch.Generator(seed.device).manual_seed(int(seed))
+    kept = torch.rand(size, generator=generator, device=seed.device).ge_(p)
+    return kept.mul_(1 / (1 - p)) if p < 1 else kept
+
+
 def _needed(grads, needs):
     """What is not needed is an empty tensor: the number of outputs of a schema is fixed."""
     return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
@@ -95,6 +102,7 @@ _FALLBACKS = {
     "attention_decoder": reference_decoder.attention_decoder,
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
     "product": _product,
+    "dropout_factors": _dropout_factors,
     "linear_cross_entropy": reference.linear_cross_entropy,
 }
 

@@ -56,7 +56,7 @@ def test_no_tensor_of_size_btsh_is_ever_made():
 
 
 ACCURACY = "test_additive_attention and not opcheck or keep_the_accuracy_rule or plain_pytorch"
-ACCURACY += " or int8 or reduced or alike"
+ACCURACY += " or int8 or reduced or alike or philox"
 
 
 @pytest.mark.unsanitized
@@ -78,7 +78,7 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability, selected):
         assert capability != "default"
         pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
     names = [f"test_{x}.py" for x in ("additive_attention", "attention_decoder", "decoding")]
-    names.append("test_product.py")
+    names += ["test_product.py", "test_dropout.py"]
     tests = [str(Path(__file__).with_name(name)) for name in names]
     command = [
         sys.executable,

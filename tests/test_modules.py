@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import seq2seq_fast as s2s
-from seq2seq_fast.ops.attention_decoder import dropout_factors
 
 SIZES = [  # B, S, T, H, layers
     (3, 7, 5, 13, 2),
@@ -93,6 +92,7 @@ def test_state_dicts_load_both_ways_and_the_names_are_the_tutorials():
 def test_dropout_is_drawn_from_a_seed_and_alike_for_all_backends():
     """In training; in evaluation nothing is dropped."""
     ours, twin = pair(dropout=0.5)
+    ours.encoder.eval()  # whose layers are torch's in one case, and draw for themselves
     src, trg = tokens(3, 7, 5)
 
     def out(model, backend="native"):
@@ -126,10 +126,12 @@ def test_encoders_are_torchs_layers(cell_type, bidirectional, monkeypatch):
         return [*outputs, *grads]
 
     ours = results(encoder, "native")
-    assert len(calls) == (cell_type != "lstm" and not bidirectional)
+    assert len(calls) == (not bidirectional)
     plain_form = results(encoder, "reference")
     exact = results(copy.deepcopy(encoder).double(), "reference")
-    assert len(calls) <= 1
+    with torch.no_grad(), s2s.use_backend("native"):
+        torch.testing.assert_close(encoder.eval()(src)[0], ours[0])
+    assert len(calls) == (0 if bidirectional else 1 if cell_type == "lstm" else 2)
     for got, theirs, want in zip(ours, plain_form, exact, strict=True):
         error, allowed = ((x - want).abs().max().item() for x in (got, theirs))
         assert error <= 2 * allowed + 4e-7 * max(want.abs().max().item(), 1)
@@ -149,17 +151,6 @@ def test_an_encoder_in_the_decoders_loop_drops_between_layers_in_training_alone(
     torch.testing.assert_close(run(), want)
     encoder.gru.register_forward_hook(lambda module, args, out: (out[0] * 0, out[1]))
     assert (encoder(src)[0] == 0).all()
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_dropout_keeps_the_mean_and_the_share(p):
-    torch.manual_seed(0)
-    factors = dropout_factors((300, 1000), p, torch.zeros(1))
-    assert set(factors.unique().tolist()) == (
-        {0.0} if p == 1 else {0.0, torch.tensor(1 / (1 - p)).item()}
-    )
-    share = (factors == 0).float().mean().item()
-    assert abs(share - p) < 5 * (p * (1 - p) / factors.numel()) ** 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("through", ["pickle", "deepcopy", "torch.save"])

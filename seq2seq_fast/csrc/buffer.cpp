@@ -3,8 +3,12 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <new>
 #include <vector>
@@ -86,6 +90,18 @@ void give_back(void* data, size_t bytes) {
 }
 
 #endif
+
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  [[maybe_unused]] static const bool told = [] {
+    for (const char* name : {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"})
+      if (std::getenv(name) != nullptr) return false;
+    // The largest threshold of blocks with pages of their own that the library would come to by
+    // itself; to set one of the two is to end that.
+    return mallopt(M_MMAP_THRESHOLD, 32 << 20) == 1 && mallopt(M_TRIM_THRESHOLD, 128 << 20) == 1;
+  }();
+#endif
+}
 
 void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE

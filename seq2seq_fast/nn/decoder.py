@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
-from ..ops.attention_decoder import (
-    DecoderOutput,
-    Feedback,
-    attention_decoder,
-    dropout_factors,
-)
+from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from ..ops.dropout import dropout_factors
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..library import asked_for, choose
 from ..ops.attention_decoder import attention_decoder
+from ..ops.dropout import dropout_factors
 from . import checks
 from .cells import recurrent
 
@@ -66,9 +67,11 @@ class Encoder(nn.Module):
         checks.tokens("src", src, "(B, S)", 2, self.embedding.num_embeddings)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
-        embedded, cell = self.dropout(self.embedding(src)), None
+        embedded = self.embedding(src)
+        if self.training and self.dropout.p > 0:
+            embedded = embedded * dropout_factors(embedded.shape, self.dropout.p, embedded)
         if self._runs_in_decoder(embedded):
-            outputs, hidden = self._run(embedded)
+            outputs, hidden, cell = self._run(embedded)
         else:
             outputs, state = self.layers(embedded)
             hidden, cell = state if self.cell_type == "lstm" else (state, None)
@@ -80,13 +83,13 @@ class Encoder(nn.Module):
         return outputs, hidden, cell
 
     def _runs_in_decoder(self, embedded: Tensor) -> bool:
-        """Whether the decoder's loop, which needs no attention, is the faster one: on the CPU it
-        takes a half to a third of the time of nn.GRU and nn.RNN, but as long as nn.LSTM, which is
-        oneDNN's."""
+        """Whether the decoder's loop, which needs no attention, is the faster one. On the CPU it
+        takes a half to a third of the time of nn.GRU and nn.RNN. nn.LSTM, which is oneDNN's, takes
+        as long as it forward and a little longer backward."""
         layers = self.layers
         return (
-            self.cell_type != "lstm"
-            and type(layers) in (nn.GRU, nn.RNN)
+            (self.cell_type != "lstm" or (torch.is_grad_enabled() and self.training))
+            and type(layers) in (nn.LSTM, nn.GRU, nn.RNN)
             and not (layers.bidirectional or layers._forward_hooks or layers._forward_pre_hooks)
             and embedded.is_cpu
             and embedded.dtype == torch.float32
@@ -95,18 +98,19 @@ class Encoder(nn.Module):
             and choose("attention_decoder", embedded, None) == "native"
         )
 
-    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         layers, B = self.layers, len(embedded)
+        zeros = embedded.new_zeros(layers.num_layers, B, layers.hidden_size)
         out = attention_decoder(
             embedded,
-            embedded.new_zeros(layers.num_layers, B, layers.hidden_size),
-            None,
+            zeros,
+            zeros if self.cell_type == "lstm" else None,
             layers.all_weights,
             context=embedded.new_empty(B, 0),
             cell_type=self.cell_type,
             dropout=layers.dropout if self.training else 0.0,
         )
-        return out.outputs, out.hidden
+        return out.outputs, out.hidden, out.cell
 
     def _both_directions(self, state: Tensor) -> Tensor:
         """(2 n_layers, B, H), forward and backward in turn -> (n_layers, B, 2 H)."""

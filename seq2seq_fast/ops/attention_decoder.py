@@ -15,6 +15,7 @@ from ..library import choose
 from ..reference_decoder import BLOCKS, Run
 from . import decoder_checks as checks
 from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
+from .dropout import dropout_factors
 from .kernels import OPS, fake, product
 
 
@@ -338,15 +339,6 @@ def attention_decoder(
     return DecoderOutput(
         *(x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in found)
     )
-
-
-def dropout_factors(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
-    """What dropout multiplies by: 1 / (1 - p), or with probability p zero.
-
-    From uniform numbers, of which the CPU makes twice as many a second as it draws Bernoulli ones.
-    """
-    kept = torch.rand(shape, dtype=like.dtype, device=like.device).ge_(p)
-    return kept.mul_(1 / (1 - p)) if p < 1 else kept.zero_()
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor):

@@ -217,6 +217,7 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout) {
   const Cell kind = cell_of(cell_type);
+  keep_freed_memory();
   const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
   for (const Tensor& x : {run.hiddens, run.cells, run.gates})
     ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size());

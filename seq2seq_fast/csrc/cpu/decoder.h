@@ -90,11 +90,13 @@ class Packed {
  private:
   // to (K, kBlock), kPanel apart, = n rows (n, K) transposed, and zeros.
   void copy(const A* rows, int64_t sn, int64_t sk, int64_t n, A* to) const {
-    if (sizeof(A) == 4 && sk == 1)
+    if (sizeof(A) == 4 && sk == 1 && sn != 1)
       loops.transpose(reinterpret_cast<const float*>(rows), sn, n, K_, reinterpret_cast<float*>(to),
                       kPanel);
     for (int64_t k = 0; k < K_; ++k, to += kPanel) {
-      if (sizeof(A) != 4 || sk != 1)
+      if (sn == 1)
+        std::copy_n(rows + k * sk, n, to);
+      else if (sizeof(A) != 4 || sk != 1)
         for (int64_t i = 0; i < n; ++i) to[i] = rows[i * sn + k * sk];
       std::fill(to + n, to + kBlock, A(0));
     }

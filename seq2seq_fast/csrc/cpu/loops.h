@@ -76,6 +76,9 @@ struct Peak {
   int32_t index;
 };
 
+// Numbers that `dropout` makes at once.
+constexpr int64_t kDropoutBlock = 256;
+
 struct Loops {
   const char* name;
 
@@ -138,6 +141,11 @@ struct Loops {
                         const float* b, int64_t n, float* out, int64_t ldo, bool add);
   // to (N, M), ld_to apart, = from (M, N) transposed
   void (*transpose)(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to);
+
+  // n factors of dropout from a block of them on: `kept`, or zero where the random number, 32 bits,
+  // is below the threshold.
+  void (*dropout)(uint64_t key, int64_t block, int64_t n, uint64_t threshold, float kept,
+                  float* out);
 
   // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
   // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not

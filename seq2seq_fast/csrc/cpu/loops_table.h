@@ -2,6 +2,7 @@
 #include "attention_loops.h"
 #include "cell_loops.h"
 #include "cross_entropy_loops.h"
+#include "dropout_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
 #include "product_loops.h"
@@ -28,6 +29,7 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          panel_double,
                          product_panel,
                          transpose,
+                         dropout,
                          advance_cell,
                          retreat_cell,
                          packed_panel,
