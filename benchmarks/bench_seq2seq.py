@@ -148,6 +148,7 @@ def test_growth(compare):
         kind="growth",
         name=LETTERS.name,
         mode=LETTERS.what,
+        shape=LETTERS.shape(),
         steps=STEPS,
     )
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import seq2seq_fast as s2s
 from seq2seq_fast import decoding
 from seq2seq_fast.decoding import native, stepwise
-from seq2seq_fast.decoding.packing import pack_decoder, pack_matrix
+from seq2seq_fast.decoding.packing import FEW_TOKENS, pack_decoder, pack_matrix
 
 BOS, EOS, V_SRC = 1, 2, 13
 KINDS = [  # cell_type, attention, query_after
@@ -109,7 +109,7 @@ OPTIONS = st.fixed_dictionaries(
     S=st.integers(1, 19),
     H=st.sampled_from([1, 7, 16, 70]),
     layers=st.integers(1, 3),
-    V=st.sampled_from([5, 11, 64, 130]),
+    V=st.sampled_from([5, 11, 64, 130, FEW_TOKENS, FEW_TOKENS + 1]),
     seed=st.integers(0, 100),
 )
 def test_the_engine_decodes_as_plain_pytorch_does(
@@ -438,9 +438,10 @@ def reduced(model, dtype):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_reduced_weights_decode_as_the_same_numbers_in_float32(dtype, kind):
+@pytest.mark.parametrize("V", [70, FEW_TOKENS + 18])
+def test_reduced_weights_decode_as_the_same_numbers_in_float32(V, dtype, kind):
     """An engine with reduced weights is the float32 engine of a model that has those weights."""
-    model, src = make(kind, V=70, H=33), sources(30, 7)
+    model, src = make(kind, V=V, H=33), sources(30, 7)
     rounded = reduced(model, dtype).float()
     options = {"bos": BOS, "eos": EOS, "max_length": 10}
     model.prepare_inference(dtype)
@@ -509,6 +510,14 @@ def test_int8_and_any_size_of_what_it_multiplies(size):
     torch.testing.assert_close(ours, want.log_softmax(1).float(), rtol=1e-3, atol=1e-3)
 
 
+def reduced_layers(decoder):
+    """Weights of each layer, but for those of few tokens' embeddings, whose gates are float32."""
+    layers = [layer[:2] for layer in decoder.layers.all_weights]
+    if decoder.output_dim <= FEW_TOKENS:
+        layers[0] = layers[0][0][:, decoder.embedding.embedding_dim :], layers[0][1]
+    return layers
+
+
 def weights_of(decoder, whole):
     """The matrices that are reduced. A scale belongs to a whole row of [input; hidden] of a cell
     other than GRU: with `whole` those are joined, for split_back to part again."""
@@ -516,7 +525,7 @@ def weights_of(decoder, whole):
     if decoder.attention is not None:
         weights.append(decoder.attention.Wa.weight)
     decoder.joined = []
-    for w_input, w_hidden, _, _ in decoder.layers.all_weights:
+    for w_input, w_hidden in reduced_layers(decoder):
         if whole and decoder.cell_type != "gru":
             decoder.joined.append(torch.cat([w_input, w_hidden], 1))
             weights.append(decoder.joined[-1])
@@ -526,9 +535,7 @@ def weights_of(decoder, whole):
 
 
 def split_back(decoder):
-    for joined, (w_input, w_hidden, _, _) in zip(
-        decoder.joined, decoder.layers.all_weights, strict=False
-    ):
+    for joined, (w_input, w_hidden) in zip(decoder.joined, reduced_layers(decoder), strict=False):
         w_input.copy_(joined[:, : w_input.shape[1]])
         w_hidden.copy_(joined[:, w_input.shape[1] :])
 

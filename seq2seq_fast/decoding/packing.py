@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
+FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 
 
 class PackedDecoder(NamedTuple):
@@ -26,10 +27,10 @@ class PackedDecoder(NamedTuple):
 def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
-    Embedding, biases and v stay float32. bfloat16 is rounded to nearest and summed up in float32.
-    int8 has one scale for each output of a product: w = scale * whole number, scale = max |w| /
-    127. It is multiplied in whole numbers, by rows rounded to 14 bits: x = max |x| / 8191 * whole
-    number.
+    Embedding, biases and v stay float32, as do the gates that few tokens have beforehand. bfloat16
+    is rounded to nearest and summed up in float32. int8 has one scale for each output of a
+    product: w = scale * whole number, scale = max |w| / 127. It is multiplied in whole numbers, by
+    rows rounded to 14 bits: x = max |x| / 8191 * whole number.
     """
     state = state_of(decoder)
     with torch.no_grad():
@@ -49,10 +50,14 @@ def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
     layers, w_context = _weights_of(
         decoder.layers.all_weights, decoder.embedding.embedding_dim, kind
     )
-    layers[0] = torch.cat([layers[0], w_context], 1)
     like = decoder.fc_out.weight
     nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
-    packed = [decoder.embedding.weight.detach().contiguous()]
+    if decoder.output_dim <= FEW_TOKENS:
+        packed = [_gates_of_tokens(decoder, layers[0], layers[2])]
+        layers[0] = w_context
+    else:
+        packed = [decoder.embedding.weight.detach().contiguous()]
+        layers[0] = torch.cat([layers[0], w_context], 1)
     for i in range(0, len(layers), 3):
         w_input, w_hidden, bias = layers[i : i + 3]
         blocks = len(bias) // H
@@ -65,6 +70,15 @@ def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     return packed + _pack_linear(decoder.fc_out, dtype)
+
+
+def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
+    """(V, P, gates of a unit's panel): each token's part of the first layer's gates and their bias,
+    in the order of the gates' panels. A step then reads a row of them in place of w_input."""
+    from_tokens = decoder.embedding.weight @ w_input.T
+    gates = F.pad(from_tokens, (0, len(bias) - from_tokens.shape[1])) + bias
+    blocks = len(bias) // decoder.layers.hidden_size
+    return pack_rows(gates.T, blocks).transpose(0, 1).contiguous()
 
 
 def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:

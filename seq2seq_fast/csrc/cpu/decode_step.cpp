@@ -87,9 +87,10 @@ static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x)
 PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type, bool after)
     : cell(cell_of(cell_type)),
       query_after(after),
-      embedding(floats(x.at(0))),
-      V(x[0].size(0)),
-      E(x[0].size(1)),
+      V(x.at(0).size(0)),
+      E(x[0].dim() == 2 ? x[0].size(1) : 0),
+      embedding(floats(x[0])),
+      gates_of_tokens(x[0].dim() == 3 ? embedding : nullptr),
       layers(layers_of(x)),
       query(x.at(x.size() - 6), x.at(x.size() - 5)),
       readout(x.at(x.size() - 3), x.at(x.size() - 2)),
@@ -129,6 +130,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       weights_ld_(round_up(source.S, kRows)),
       chunk_panels_(model.readout.panels >= 64 ? 4 : 1),
       chunks_((model.readout.panels + chunk_panels_ - 1) / chunk_panels_),
+      tokens_(most),
       inputs_(most * model.E),
       queries_(most * query_ld_),
       logits_(most * logits_ld_),
@@ -185,6 +187,7 @@ void DecoderStep::follow(const std::vector<Live>& live) {
   parallel(rows, E + (moved ? states * L_ * Hp_ + D : 0), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const auto [source, parent, token] = live[m];
+      tokens_[m] = token;
       std::copy_n(model_.embedding + token * E, E, inputs_ + m * E);
       if (!moved) continue;
       for (int64_t l = 0; l < L_; ++l) {
@@ -254,8 +257,12 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
       const int64_t p = backwards_ ? begin + end - 1 - i : i;
       for (int64_t first = 0; first < rows; first += kRowsTogether) {
         const int64_t n = std::min(kRowsTogether, rows - first);
-        for (int64_t m = 0; m < n; ++m)
-          std::copy_n(layer.bias + p * width, width, gates + m * width);
+        for (int64_t m = 0; m < n; ++m) {
+          const float* from = layer.bias;
+          if (l == 0 && model_.gates_of_tokens != nullptr)
+            from = model_.gates_of_tokens + tokens_[first + m] * layer.input.panels * width;
+          std::copy_n(from + p * width, width, gates + m * width);
+        }
         input.multiply(p, first, n, gates, width);
         if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
         for (int64_t m = 0; m < n; ++m) {

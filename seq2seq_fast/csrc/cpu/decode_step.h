@@ -40,7 +40,8 @@ class Factor {
   const QuantisedRows quantised_;
 };
 
-// A decoder's weights as they come from Python, in this order: embedding (V, E); of each layer the
+// A decoder's weights as they come from Python, in this order: embedding (V, E), or each token's
+// part of the first layer's gates with their bias (V, panels, gates of a panel); of each layer the
 // matrix over [input; hidden], or over the input alone and over the hidden state, and the bias
 // (panels, gates, units); query matrix and bias; readout matrix and bias.
 struct PackedDecoder {
@@ -50,8 +51,9 @@ struct PackedDecoder {
   };
   Cell cell;
   bool query_after;
-  const float* embedding;
-  int64_t V, E;
+  int64_t V, E;            // E is 0 where tokens have gates
+  const float* embedding;  // (V, E)
+  const float* gates_of_tokens;
   std::vector<Layer> layers;
   Matrix query, readout;
   const float *b_query, *b_readout;
@@ -118,6 +120,7 @@ class DecoderStep {
   // One row's steps go through the weights forwards and backwards by turns: what was read last is
   // still in the second level of the cache.
   bool backwards_ = false;
+  Buffer<int32_t> tokens_;
   Buffer<float> inputs_, queries_, logits_, weights_;
   Buffer<Peak> peaks_;
   Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];
