@@ -42,6 +42,8 @@ SCHEMAS = {
     " Tensor? context, Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, int[] whole,"
     " float length_penalty, float coverage_penalty, bool return_weights)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # Memory for n bytes of weights, in few large pages where there are some.
+    "weights_memory": "(Tensor like, int n) -> Tensor",
     # The same on a GPU: steps over a state that stays there, and what they have come to.
     "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
     " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, int[] whole,"
@@ -88,6 +90,10 @@ def _dropout_factors(seed, size, p):
     return kept.mul_(1 / (1 - p)) if p < 1 else kept
 
 
+def _weights_memory(like, n):
+    return like.new_empty(n, dtype=torch.uint8)
+
+
 def _needed(grads, needs):
     """What is not needed is an empty tensor: the number of outputs of a schema is fixed."""
     return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
@@ -103,6 +109,7 @@ _FALLBACKS = {
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
     "product": _product,
     "dropout_factors": _dropout_factors,
+    "weights_memory": _weights_memory,
     "linear_cross_entropy": reference.linear_cross_entropy,
 }
 

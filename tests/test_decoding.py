@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import seq2seq_fast as s2s
 from seq2seq_fast import decoding
-from seq2seq_fast.decoding import native, stepwise
+from seq2seq_fast.decoding import native, packing, stepwise
 from seq2seq_fast.decoding.packing import FEW_TOKENS, pack_decoder, pack_matrix
 
 BOS, EOS, V_SRC = 1, 2, 13
@@ -554,6 +554,21 @@ def test_packed_panels_hold_the_matrix():
     restored = whole.transpose(1, 2).reshape(128, 8)[:76]
     assert ((restored[:, :7] - w).abs() <= w.abs().amax(1, keepdim=True) / 254 * 1.001).all()
     assert (restored[:, 7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_packed_weights_lie_side_by_side(dtype):
+    decoder = make(KINDS[2]).decoder
+    with torch.no_grad():
+        apart = packing._pack(decoder, packing.DTYPES[dtype])
+    together = pack_decoder(decoder, dtype).weights
+    assert len({w.untyped_storage().data_ptr() for w in together}) == 1
+    end = 0
+    for a, b in zip(apart, together, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) and b.is_contiguous()
+        if b.numel():
+            assert b.data_ptr() % 64 == 0 and b.data_ptr() >= end
+            end = b.data_ptr() + b.nbytes
 
 
 def test_prepared_weights_follow_the_parameters():

@@ -361,9 +361,17 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
+// n bytes, of the device that like is on, that large pages are asked for.
+Tensor weights_memory(Tensor like, int64_t n) {
+  Tensor x = empty(like, {n}, ScalarType::Byte);
+  ask_for_huge_pages(x.data_ptr(), n);
+  return x;
+}
+
 }  // namespace
 }  // namespace seq2seq_fast
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("decode", TORCH_BOX(&seq2seq_fast::decode));
+  m.impl("weights_memory", TORCH_BOX(&seq2seq_fast::weights_memory));
 }
