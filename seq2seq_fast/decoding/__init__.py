@@ -137,11 +137,20 @@ def score(
     return Scored(log_probs, log_probs.sum(1), weights)
 
 
+def _training(model: nn.Module) -> list[nn.Module]:
+    """Those in training mode; to find them by `modules` takes as long as a step of decoding."""
+    found = [model] if model.training else []
+    for child in model._modules.values():
+        if child is not None:
+            found += _training(child)
+    return found
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off. Warns, once, if it had to be turned off."""
     global _warned
-    training = [module for module in model.modules() if module.training]
+    training = _training(model)
     if training and not _warned:
         _warned = True
         warnings.warn(

@@ -124,14 +124,20 @@ def _above_zero(name: str, x: float) -> None:
         raise ValueError(f"{name}: got {x}, expected a finite number above 0")
 
 
+_OF_SAMPLING = {
+    field.name: field.default
+    for field in fields(DecodingOptions)
+    if field.name in ("temperature", "top_k", "top_p", "generator")
+}
+
+
 def _sampling(options: DecodingOptions) -> None:
     if options.sample:
         if options.beam_size > 1:
             raise ValueError(f"beam_size: got {options.beam_size}, expected 1 with sample")
         return
-    defaults = {field.name: field.default for field in fields(DecodingOptions)}
-    for name in ("temperature", "top_k", "top_p", "generator"):
-        if getattr(options, name) != defaults[name]:
+    for name, default in _OF_SAMPLING.items():
+        if getattr(options, name) != default:
             raise ValueError(f"{name}: got {getattr(options, name)}, expected it only with sample")
 
 

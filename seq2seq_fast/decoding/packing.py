@@ -54,10 +54,15 @@ def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
 
 
 def state_of(decoder: "Decoder") -> tuple:
-    """Equal as long as no parameter has been exchanged, or changed in place by PyTorch."""
-    return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters()
+    """Equal as long as no parameter that is packed has been exchanged, or changed in place by
+    PyTorch."""
+    parts = (
+        [decoder.fc_out] if decoder.attention is None else [decoder.fc_out, decoder.attention.Wa]
     )
+    packed = [decoder.embedding.weight, *(x for p in parts for x in (p.weight, p.bias))]
+    for layer in decoder.layers.all_weights:
+        packed += layer
+    return tuple([(p.data_ptr(), 0 if p.is_inference() else p._version) for p in packed])
 
 
 def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
