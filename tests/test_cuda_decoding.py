@@ -211,3 +211,25 @@ def test_a_source_that_is_all_padding():
     src = torch.zeros(2, 5, dtype=torch.int64)
     ours, theirs = both(model, src, max_length=5, return_weights=True)
     assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_16_bits_are_decoded_in_float32(dtype):
+    model, src = plain.make().to(dtype), plain.sources(3, 9)
+    options = {"max_length": 9, "beam_size": 2, "return_weights": True}
+    source, state = model.encode(src)
+    o = DecodingOptions(bos=BOS, eos=EOS, **options)
+    source = source._replace(keys=PreparedKeys(source.keys.keys))
+    ours = graphed.generate(model.decoder, source, state, o)
+    assert ours.weights.dtype == dtype and ours.scores.dtype == torch.float32
+
+    def widen(x):
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, x
+        )
+
+    with torch.no_grad():
+        want = stepwise.generate(model.float().decoder, widen(source), widen(state), o)
+    assert torch.equal(ours.tokens, want.tokens)
+    torch.testing.assert_close(ours.scores, want.scores, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours.weights.float(), want.weights, rtol=1e-2, atol=1e-2)

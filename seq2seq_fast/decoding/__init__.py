@@ -38,10 +38,10 @@ def generate(
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
         state: `DecoderState` before the first token.
-        backend: None for the best there is: greedy decoding and beam search in float32 are one
-            compiled call on the CPU, which runs without the GIL, and CUDA graphs of fused kernels
-            on a GPU; anything else is PyTorch step by step. "native" for the former, else an
-            error; "reference" for plain PyTorch.
+        backend: None for the best there is: greedy decoding and beam search are one compiled call
+            on the CPU in float32, which runs without the GIL, and CUDA graphs of fused kernels on
+            a GPU, which compute in float32; anything else is PyTorch step by step. "native" for
+            the former, else an error; "reference" for plain PyTorch.
         options: of `DecodingOptions`; bos, eos and max_length must be given.
 
     Returns:
@@ -72,9 +72,10 @@ def prepare_inference(decoder: "Decoder", dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     weight = decoder.fc_out.weight
-    if weight.device.type not in native.OPS or weight.dtype != torch.float32:
+    if weight.dtype not in native.DTYPES.get(weight.device.type, ()):
         raise ValueError(
-            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU or a GPU"
+            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU, or"
+            " float32, bfloat16 or float16 on a GPU"
         )
     if weight.is_cuda:
         if dtype != "float32":

@@ -1,5 +1,7 @@
 """Decoding on a GPU: blocks of steps in a CUDA graph, over buffers that stay where they are.
 
+All of it is float32, whatever the decoder is, as the decoder's kernels are.
+
 The first call of its shapes launches the steps one by one, as does one that finds the buffers in
 use by another thread; those after it replay a graph. The host looks at which searches are over one
 block late, so that the GPU never waits for it.
@@ -225,7 +227,7 @@ class Loop:
         if o.return_weights and not isinstance(source, Tensor):
             steps = torch.arange(n, device=rows.device)
             weights = self.kept[steps, rows.clamp_min(0), : source.values.shape[1]]
-            weights = weights * (rows >= 0)[..., None]
+            weights = (weights * (rows >= 0)[..., None]).to(source.values.dtype)
         found = [tokens.contiguous(), *of_each, weights]
         if o.beam_size == 1:
             found = [None if x is None else x.squeeze(1) for x in found]
@@ -300,22 +302,23 @@ def _key(source: "stepwise.Source", state: "DecoderState", o: DecodingOptions) -
 def weights_of(decoder: "Decoder") -> list[Tensor]:
     """A decoder's weights in the order of csrc/cuda/decode_steps.cu, the layers' side by side, and
     the readout's over [context | hidden state]: what lies so in the buffer of a step."""
-    layers, w_context = _weights_of(
-        decoder.layers.all_weights, decoder.embedding.embedding_dim, decoder.cell_type
-    )
+
+    def cast(x: Tensor) -> Tensor:
+        return x.detach().float().contiguous()
+
+    all_weights = [[cast(w) for w in layer] for layer in decoder.layers.all_weights]
+    layers, w_context = _weights_of(all_weights, decoder.embedding.embedding_dim, decoder.cell_type)
     layers[0] = torch.cat([layers[0], w_context], 1)
-    weights = [decoder.embedding.weight.detach().contiguous()]
+    weights = [cast(decoder.embedding.weight)]
     for w_input, w_hidden, bias in zip(*(layers[i::3] for i in range(3)), strict=True):
         G = len(bias)
         from_input = F.pad(w_input, (0, 0, 0, G - len(w_input)))
         from_hidden = F.pad(w_hidden, (0, 0, G - len(w_hidden), 0))
         weights += [torch.cat([from_input, from_hidden], 1), bias]
     if decoder.attention is not None:
-        query = decoder.attention.Wa
-        weights += [query.weight.detach().contiguous(), query.bias.detach()]
-    H = decoder.layers.hidden_size
-    readout = decoder.fc_out.weight
-    return [*weights, torch.cat([readout[:, H:], readout[:, :H]], 1), decoder.fc_out.bias.detach()]
+        weights += [cast(decoder.attention.Wa.weight), cast(decoder.attention.Wa.bias)]
+    H, readout = decoder.layers.hidden_size, cast(decoder.fc_out.weight)
+    return [*weights, torch.cat([readout[:, H:], readout[:, :H]], 1), cast(decoder.fc_out.bias)]
 
 
 def prepare(decoder: "Decoder") -> None:

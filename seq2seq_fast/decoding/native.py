@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 OPS = {"cpu": "decode", "cuda": "decode_steps"}
+# What decoders may be; a GPU computes in float32 all the same.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 WIDEST = 4096  # attention that one block of a GPU has room for: kMostFeaturesInShared
 
 
@@ -28,8 +30,8 @@ def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
         return f"the decoder is on {weight.device}"
     if not HAS_KERNEL[OPS[device], device]:
         return f"the compiled extension has none for {device}"
-    if weight.dtype != torch.float32:
-        return f"the decoder is {weight.dtype}, not float32"
+    if weight.dtype not in DTYPES[device]:
+        return f"the decoder is {weight.dtype}"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
     return "it does not sample" if options.sample else None

@@ -174,8 +174,8 @@ class Seq2Seq(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: another dtype, or a decoder that is not float32 on the CPU or a GPU; on a
-                GPU any dtype but "float32".
+            ValueError: another dtype, or a decoder that is not float32 on the CPU, nor float32,
+                bfloat16 or float16 on a GPU; on a GPU any dtype but "float32".
         """
         decoding.prepare_inference(self.decoder, dtype)
         return self
