@@ -3,9 +3,9 @@
 import copy
 import threading
 
+import decoder_problems
+import decoding_models
 import pytest
-import test_attention_decoder
-import test_decoding
 import torch
 from cuda_graphs import capture
 
@@ -133,8 +133,8 @@ DECODERS = {
 
 def decoder_arguments(T=5, **options):
     """On the CPU, and the same on the GPU."""
-    args = test_attention_decoder.problem(**dict(T=T, dropout=True, feedback=[2]) | options)
-    args = test_attention_decoder.cast(args, torch.float32)
+    args = decoder_problems.problem(**dict(T=T, dropout=True, feedback=[2]) | options)
+    args = decoder_problems.cast(args, torch.float32)
     return args, torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda x: x.detach().cuda().requires_grad_(x.requires_grad), args
     )
@@ -149,15 +149,15 @@ class TestDecoder:
     @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
     def test_of_every_kind_it_is_the_reference(self, options, gpu):
         args, on_gpu = decoder_arguments(**options)
-        want, _ = test_attention_decoder.results(args, backend="reference")
-        found, _ = test_attention_decoder.results(on_gpu, backend=gpu.backend)
+        want, _ = decoder_problems.results(args, backend="reference")
+        found, _ = decoder_problems.results(on_gpu, backend=gpu.backend)
         for name, x in want.items():
             torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
 
     def test_it_is_the_reference(self, gpu):
         args, on_gpu = decoder_arguments()
-        want, tokens = test_attention_decoder.results(args, backend="reference")
-        found, same = test_attention_decoder.results(on_gpu, backend=gpu.backend)
+        want, tokens = decoder_problems.results(args, backend="reference")
+        found, same = decoder_problems.results(on_gpu, backend=gpu.backend)
         assert torch.equal(tokens, same.cpu())
         for name, x in want.items():
             torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
@@ -179,7 +179,7 @@ class TestDecoder:
 
     def test_a_captured_training_step_is_fed_its_own_tokens(self, gpu):
         _, on_gpu = decoder_arguments()
-        leaves = list(test_attention_decoder.tensors(on_gpu).values())
+        leaves = list(decoder_problems.tensors(on_gpu).values())
 
         def call():
             out = s2s.attention_decoder(**on_gpu, backend=gpu.backend)
@@ -214,7 +214,7 @@ class TestDecoder:
 class TestDecoding:
     """The model and its tokens on the CPU are what a GPU is held to."""
 
-    OPTIONS = {"bos": test_decoding.BOS, "eos": test_decoding.EOS}
+    OPTIONS = {"bos": decoding_models.BOS, "eos": decoding_models.EOS}
 
     @pytest.fixture(autouse=True)
     def native(self, gpu):
@@ -227,30 +227,30 @@ class TestDecoding:
         cpu = [None if x is None else x.cpu() for x in on_gpu]
         return type(on_gpu)(*cpu), on_cpu
 
-    @pytest.mark.parametrize("kind", test_decoding.KINDS, ids=str)
+    @pytest.mark.parametrize("kind", decoding_models.KINDS, ids=str)
     @pytest.mark.parametrize("beam_size", [1, 4])
     def test_replays_decode_as_the_cpu_does(self, kind, beam_size):
-        model = test_decoding.make(kind, V=600, H=40).cuda().prepare_inference()
+        model = decoding_models.make(kind, V=600, H=40).cuda().prepare_inference()
         options = {"max_length": 20, "beam_size": beam_size, "length_penalty": 0.7}
         if kind[1]:
             options |= {"coverage_penalty": 0.2, "return_weights": True}
         for seed in range(5):  # launched, captured, replayed
-            src = test_decoding.sources(7, 9, seed)
+            src = decoding_models.sources(7, 9, seed)
             on_gpu, on_cpu = self.found(model, src, **options)
-            test_decoding.check_same(copy.deepcopy(model).cpu(), src, on_gpu, on_cpu)
+            decoding_models.check_same(copy.deepcopy(model).cpu(), src, on_gpu, on_cpu)
         (loop,) = model.decoder.loops.kept.values()
         assert loop.graph is not None
 
     def test_many_rows_and_words(self):
-        model = test_decoding.make(V=10_000, H=256).cuda()
-        src = test_decoding.sources(64, 50)
+        model = decoding_models.make(V=10_000, H=256).cuda()
+        src = decoding_models.sources(64, 50)
         for beam_size in (1, 5):
             for _ in range(3):
                 on_gpu, on_cpu = self.found(model, src, max_length=30, beam_size=beam_size)
                 torch.testing.assert_close(on_gpu.scores, on_cpu.scores, rtol=1e-4, atol=1e-3)
 
     def test_threads_with_streams_of_their_own(self):
-        model, src = test_decoding.make().cuda(), test_decoding.sources(5, 9).cuda()
+        model, src = decoding_models.make().cuda(), decoding_models.sources(5, 9).cuda()
         options = self.OPTIONS | {"max_length": 20, "beam_size": 3}
         want, found = model.generate(src, **options), []
 
@@ -269,7 +269,7 @@ class TestDecoding:
             torch.testing.assert_close(result.scores, want.scores)
 
     def test_inference_mode(self):
-        model, src = test_decoding.make().cuda(), test_decoding.sources(5, 9).cuda()
+        model, src = decoding_models.make().cuda(), decoding_models.sources(5, 9).cuda()
         options = self.OPTIONS | {"max_length": 9}
         want = model.generate(src, **options)
         for _ in range(3):
@@ -279,6 +279,6 @@ class TestDecoding:
             assert torch.equal(model.generate(src, **options).tokens, want.tokens)
 
     def test_dtypes_of_the_weights(self):
-        model = test_decoding.make().cuda()
+        model = decoding_models.make().cuda()
         with pytest.raises(ValueError, match="dtype: got 'int8', expected 'float32' on cuda"):
             model.prepare_inference("int8")

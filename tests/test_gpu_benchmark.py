@@ -236,6 +236,22 @@ def test_the_device_suite_can_be_collected():
     assert said.startswith("passed: ") and "no tests" not in said
 
 
+WITHOUT_HYPOTHESIS = """
+import sys, pytest
+sys.modules["hypothesis"] = None
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.unsanitized
+def test_the_device_suite_needs_no_more_than_pytest(monkeypatch):
+    """A machine with a GPU may have nothing else, and no network."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    python, _, _, *arguments = gpu.suite(["native"], ["--collect-only"])
+    said = gpu.ran([python, "-c", WITHOUT_HYPOTHESIS, *arguments], 60)
+    assert said.startswith("passed: ") and "tests collected" in said and "error" not in said
+
+
 def test_what_the_sanitizers_are_given(monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
     monkeypatch.setattr(gpu, "ran", lambda command, seconds: " ".join(map(str, command)))
