@@ -1,5 +1,6 @@
 """Decoding's CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
 
+import contextlib
 import copy
 import pickle
 import shutil
@@ -49,6 +50,9 @@ class Seen:
 
     def read(self, block):
         return self.seen.pop(block)
+
+
+GRAPH, WATCH = graphed.Graph, graphed.Watch  # which only a GPU has
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -233,3 +237,48 @@ def test_models_of_16_bits_are_decoded_in_float32(dtype):
     assert torch.equal(ours.tokens, want.tokens)
     torch.testing.assert_close(ours.scores, want.scores, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(ours.weights.float(), want.weights, rtol=1e-2, atol=1e-2)
+
+
+def test_what_a_gpu_is_asked_for(monkeypatch):
+    """Launches at first, then a graph, and no wait but for the block before the last one."""
+    asked = []
+
+    class Fake:
+        """Stands for streams, events and graphs; a replay is the call that was captured."""
+
+        def __init__(self):
+            self.call = None
+
+        def __getattr__(self, name):
+            return lambda *_, **options: asked.append(f"{name} {options}" if options else name)
+
+    class Graph(GRAPH):
+        def __init__(self, call):
+            super().__init__(lambda: asked.append("captured"))
+            self.call = call
+
+        def replay(self):
+            super().replay()
+            self.call()
+
+    for name in ("CUDAGraph", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", Fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **kw: zeros(*a, **kw))
+    monkeypatch.setattr(graphed, "Graph", Graph)
+    monkeypatch.setattr(graphed, "Watch", WATCH)
+    model, found = plain.make(), []
+    for seed in range(3):
+        src = plain.sources(3, 9, seed)
+        plain.check_same(model, src, *both(model, src, max_length=20, min_length=20))
+        found.append(asked[:])
+        asked.clear()
+    notes = ["record", "record synchronize", "record synchronize"]
+    launched, captured, replayed = (" ".join(x) for x in found)
+    assert launched == " ".join(["wait_event", *notes, "record"])
+    capture = "wait_stream capture_begin {'capture_error_mode': 'thread_local'} captured"
+    replays = " ".join(f"replay {x}" for x in notes)
+    assert captured == f"wait_event {capture} capture_end wait_stream {replays} record"
+    assert replayed == f"wait_event {replays} record"
