@@ -7,12 +7,11 @@
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #define S2S_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CUDA, m)
 
-// Weak, so that an extension with CUDA in it also loads where PyTorch has none.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #endif
 
 namespace seq2seq_fast {
@@ -23,14 +22,28 @@ inline void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "seq2seq_fast: CUDA error: ", cudaGetErrorString(error));
 }
 
+// PyTorch's current stream. Its function is looked up in the library that PyTorch has loaded: an
+// extension that were linked with it would not load where PyTorch has no CUDA.
+inline cudaStream_t current_stream(int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const found =
+        library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<GetStream>(found);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "seq2seq_fast: this PyTorch has no CUDA streams");
+  void* stream;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 // Makes the device of x current, for as long as this lives.
 class Device {
  public:
   explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
     const int32_t index = x.get_device_index();
-    void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+    stream_ = current_stream(index);
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   }
 
