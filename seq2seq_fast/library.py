@@ -218,8 +218,12 @@ def _usable(op: str, device: str) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _gpu_is_too_old() -> bool:
+    return _asked_of_gpus()  # a function of its own: torch.compile looks through the cache
+
+
+@functools.cache
+def _asked_of_gpus() -> bool:
     """Whether a GPU of this machine is older than what the extension was built for.
 
     Asked when a GPU is first used, not at import, because the question initialises CUDA.

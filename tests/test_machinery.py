@@ -266,11 +266,11 @@ def built_for_cuda(monkeypatch):
     monkeypatch.setattr(library, "CUDA_ARCHITECTURES", (80, 90))
     monkeypatch.setitem(library._USABLE, ("additive_scores", "cuda"), built)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    library._gpu_is_too_old.cache_clear()
+    library._asked_of_gpus.cache_clear()
     yield lambda dtype, backend=None: library.choose(
         "additive_scores", SimpleNamespace(device=torch.device("cuda"), dtype=dtype), backend
     )
-    library._gpu_is_too_old.cache_clear()
+    library._asked_of_gpus.cache_clear()
 
 
 def test_a_gpu_older_than_the_extension_is_left_to_other_backends(built_for_cuda, monkeypatch):
