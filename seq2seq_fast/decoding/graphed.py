@@ -155,7 +155,7 @@ class Loop:
             self.limits,
             self.prefix,
             self.penalties,
-            _whole(o),
+            o.whole,
             float(o.coverage_penalty),
             BLOCK,
         )
@@ -281,11 +281,6 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def _whole(o: DecodingOptions) -> list[int]:
-    """The options that are whole numbers, in the order of both engines."""
-    return [o.bos, o.eos, o.fill, o.min_length, o.beam_size, o.n_best, o.no_repeat_ngram]
-
-
 def _positions(source: "stepwise.Source") -> int:
     return (
         0 if isinstance(source, Tensor) else max(POSITIONS, _up(source.values.shape[1], POSITIONS))
@@ -295,7 +290,7 @@ def _positions(source: "stepwise.Source") -> int:
 def _key(source: "stepwise.Source", state: "DecoderState", o: DecodingOptions) -> tuple:
     prefix = 0 if o.prefix is None else o.prefix.shape[-1]
     shapes = (state.hidden.shape[1], _positions(source), _up(o.max_length, BLOCK), prefix)
-    return *shapes, *_whole(o), o.length_penalty, o.coverage_penalty, o.return_weights
+    return *shapes, *o.whole, o.length_penalty, o.coverage_penalty, o.return_weights
 
 
 @torch.no_grad()

@@ -65,8 +65,6 @@ def generate(
         powers = keys.new_empty(0) if powers is None else powers
         from_source = [keys, powers, source.values.contiguous(), source.v.contiguous()]
         mask = source.mask
-    whole = [options.bos, options.eos, options.fill, options.min_length, options.beam_size,
-             options.n_best, options.no_repeat_ngram]  # fmt: skip
     found = torch.ops.seq2seq_fast.decode(
         packed.weights,
         decoder.cell_type,
@@ -78,7 +76,7 @@ def generate(
         mask,
         stepwise.row_limits(source, options, B).contiguous(),
         stepwise.forced(options, B, device).contiguous(),
-        whole,
+        options.whole,
         float(options.length_penalty),
         float(options.coverage_penalty),
         options.return_weights,

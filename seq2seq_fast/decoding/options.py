@@ -66,6 +66,14 @@ class DecodingOptions:
     def fill(self) -> int:
         return self.eos if self.pad_idx is None else self.pad_idx
 
+    @property
+    def whole(self) -> list[int]:
+        """Those that are whole numbers, in the order of the compiled engines."""
+        return [
+            self.bos, self.eos, self.fill, self.min_length, self.beam_size, self.n_best,
+            self.no_repeat_ngram,
+        ]  # fmt: skip
+
     def limits(self, lengths: Tensor) -> Tensor:
         """The most tokens of each row, given the length of its source."""
         most = torch.full_like(lengths, self.max_length)
