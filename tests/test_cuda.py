@@ -58,6 +58,18 @@ def test_the_harness_refuses(ops, fault, message):
     assert ops.broken(torch.arange(64.0), 0)[0] == 63  # and goes on
 
 
+@pytest.mark.parametrize("fault", [0, 1], ids=["none", "no meeting"])
+def test_the_harness_shows_that_blocks_have_not_met(ops, fault):
+    x = torch.arange(5.0)
+    results = [ops.broken_together(x, fault)[5:] for _ in range(4)]
+    assert all(torch.equal(y, x.roll(-1)) for y in results) == (fault == 0)
+
+
+def test_the_harness_refuses_blocks_that_wait_for_ever(ops):
+    with pytest.raises(RuntimeError, match="blocks wait for others that never come"):
+        ops.broken_together(torch.arange(5.0), 7)
+
+
 SIZES = [1e-4, 0.3, 1.0, 6.0, 50.0, 1e4]
 CASES = [(torch.float32, size) for size in SIZES] + [(x, 1.0) for x in DTYPES[1:]]
 # T up to 4 goes to the kernel for one query, the rest to tiles; these reach what small ones do not.

@@ -17,10 +17,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def on_cuda_kernels(monkeypatch):
+@pytest.fixture(autouse=True, params=["steps", "together"])
+def on_cuda_kernels(monkeypatch, request):
     """The public function runs on them, and new tensors are NaN until they are written."""
     cuda_on_cpu.become_native(cuda_on_cpu.load(), monkeypatch)
+    monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", request.param)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -61,6 +62,21 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, options):
     keeps_the_rule(dict(cell_type=cell_type, after=after) | options)
+
+
+# What few blocks with little memory divide in other ways.
+LARGER = {
+    "teams": dict(B=37, T=2, S=3, H=24, A=6),
+    "more rows than at once, weights read again": dict(L=1, B=40, T=2, S=3, H=200, A=9, D=8),
+    "one row": dict(B=1, H=48, A=40),
+    "wide columns": dict(B=2, T=2, L=3, H=160, D=7, E=1),
+}
+
+
+@pytest.mark.parametrize("cell_type", plain.MODULES)
+@pytest.mark.parametrize("options", LARGER.values(), ids=LARGER)
+def test_larger_sizes_keep_the_accuracy_rule(cell_type, options):
+    keeps_the_rule(dict(cell_type=cell_type) | options)
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.3, 6.0, 40.0, 1e4])
@@ -158,3 +174,12 @@ def test_float64_is_refused():
     args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None)
     with pytest.raises(RuntimeError, match="expected float32"):
         OPS["attention_decoder", "native"](*args)
+
+
+def test_one_launch_for_all_steps_between_those_fed_back(monkeypatch):
+    ops = torch.ops.seq2seq_fast_cuda_on_cpu
+    for mode, want in (("steps", 0), ("together", 3)):
+        monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", mode)
+        before = ops.launches_together()
+        s2s.attention_decoder(**in_float32(dict(T=6, feedback=[2, 5]), 0))
+        assert ops.launches_together() - before == want

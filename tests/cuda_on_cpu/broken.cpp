@@ -33,6 +33,32 @@ void reversed(Arguments a) {
   a.out[n + blockIdx.x] = a.fault == kOrder ? static_cast<float>(before) : 0.f;
 }
 
+// out[block] = what the block's successor had left before they met.
+void exchanged(Arguments a) {
+  const unsigned block = blockIdx.x, n = gridDim.x;
+  if (threadIdx.x == 0) a.out[block] = a.x[block];
+  __syncthreads();
+  if (threadIdx.x == 0 && a.fault != kNoBarrier) {
+    if (a.fault != kLateWarp || block != 0) announce(a.arrived);
+    await(a.arrived, n);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) a.out[n + block] = a.out[(block + 1) % n];
+}
+
+torch::stable::Tensor broken_together(torch::stable::Tensor x, int64_t fault) {
+  constexpr int kBlocks = 5;
+  auto out = empty(x, {2 * kBlocks});
+  unsigned arrived = 0;
+  Device(x).launch_together(
+      exchanged, kBlocks, dim3(64), 0,
+      {static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()), &arrived,
+       static_cast<int>(fault)});
+  return out;
+}
+
+int64_t launches_together() { return cuda_on_cpu::launches_together; }
+
 torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
   constexpr int kThreads = 64, kBlocks = 5;
   auto out = empty(x, {kThreads + kBlocks});
@@ -49,7 +75,13 @@ torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seq2seq_fast_cuda_on_cpu, m) {
   m.def("broken(Tensor x, int fault) -> Tensor");
+  m.def("broken_together(Tensor x, int fault) -> Tensor");
+  m.def("launches_together() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
   m.impl("broken", TORCH_BOX(&seq2seq_fast::broken));
+  m.impl("broken_together", TORCH_BOX(&seq2seq_fast::broken_together));
+}
+STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CompositeExplicitAutograd, m) {
+  m.impl("launches_together", TORCH_BOX(&seq2seq_fast::launches_together));
 }

@@ -2,9 +2,10 @@
 //
 // Each thread of a block is a fiber that runs until it has to wait, at a barrier or for its warp.
 // Which fiber runs next, and which block, is drawn anew for every launch, so that a result that
-// depends on the order differs from run to run. Shared memory is NaN when a block begins, and so is
-// the place an asynchronous copy goes to until it is waited for. A block whose threads wait for
-// what never comes, or that writes past its shared memory, is an error.
+// depends on the order differs from run to run. Blocks run one after another, or, where they wait
+// for each other, all at once. Shared memory is NaN when a block begins, and so is the place an
+// asynchronous copy goes to until it is waited for. A block whose threads wait for what never
+// comes, or that writes past its shared memory, is an error.
 #pragma once
 #include <setjmp.h>
 #include <torch/csrc/stable/library.h>
@@ -29,6 +30,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define S2S_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m)
@@ -51,7 +54,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 namespace cuda_on_cpu {
 
-enum class Wait { kNothing, kBarrier, kWarp, kEnd };
+enum class Wait { kNothing, kBarrier, kWarp, kCount, kEnd };
 enum class Exchange { kShuffleXor, kAny };
 
 struct Copy {
@@ -64,6 +67,7 @@ struct Fiber {
   Wait wait;
   Exchange exchange;
   uint32_t value, argument, result;
+  const unsigned* count;                  // waited for until it is `argument`
   std::vector<std::vector<Copy>> copies;  // groups that are closed, and an open one
   jmp_buf state;
   ucontext_t context;
@@ -73,14 +77,13 @@ struct Fiber {
 constexpr size_t kStack = 128 << 10;
 constexpr int kWarpSize = 32;
 
-inline std::vector<std::unique_ptr<Fiber>> fibers;  // kept for the next launch
 inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
-inline dim3 block_index, block_size, grid_size;
-inline std::vector<float> shared;
+inline dim3 block_size, grid_size;
 inline std::mt19937 draw(0);
 inline int multiprocessors = 16;
+inline int64_t launches_together = 0;
 
 inline void wait(Wait reason) {
   current->wait = reason;
@@ -107,72 +110,128 @@ inline void resume(Fiber& fiber, bool begin) {
   setcontext(&fiber.context);
 }
 
-// Hands a warp what its lanes exchange, if all of them have come for it.
-inline bool serve_warp(int first) {
-  for (int i = first; i < first + kWarpSize; ++i)
-    if (fibers[i]->wait != Wait::kWarp || fibers[i]->exchange != fibers[first]->exchange)
-      return false;
-  bool any = false;
-  for (int i = first; i < first + kWarpSize; ++i) any = any || fibers[i]->value != 0;
-  for (int i = 0; i < kWarpSize; ++i) {
-    Fiber& fiber = *fibers[first + i];
-    fiber.wait = Wait::kNothing;
-    fiber.result = fiber.exchange == Exchange::kAny
-                       ? any
-                       : fibers[first + (i ^ static_cast<int>(fiber.argument))]->value;
+class Block {
+ public:
+  dim3 index;
+  std::vector<float> shared;
+
+  void begin(unsigned block, int threads, size_t shared_floats) {
+    constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+    index = dim3(block % grid_size.x, block / grid_size.x % grid_size.y,
+                 block / grid_size.x / grid_size.y);
+    shared_floats_ = shared_floats;
+    shared.assign(shared_floats + kGuard, kPoison);
+    while (fibers_.size() < static_cast<size_t>(threads)) {
+      fibers_.push_back(std::make_unique<Fiber>());
+      fibers_.back()->stack = std::make_unique_for_overwrite<char[]>(kStack);
+    }
+    order_.resize(threads);
+    std::iota(order_.begin(), order_.end(), 0);
+    for (int i = 0; i < threads; ++i) {
+      fibers_[i]->copies.assign(1, {});
+      fibers_[i]->wait = Wait::kNothing;
+      fibers_[i]->thread =
+          dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
+    }
+    begun_ = false;
   }
+
+  // Runs all threads that can until they wait again; false if there is none.
+  bool run();
+  bool ended() const { return waiting(Wait::kEnd) == order_.size(); }
+  void end() const {
+    for (size_t i = 0; i < kGuard; ++i)
+      STD_TORCH_CHECK(std::isnan(shared[shared_floats_ + i]), "a write past the shared memory");
+  }
+
+ private:
+  static constexpr size_t kGuard = 64;
+
+  size_t waiting(Wait reason) const {
+    return std::count_if(order_.begin(), order_.end(),
+                         [&](int i) { return fibers_[i]->wait == reason; });
+  }
+
+  // Hands a warp what its lanes exchange, if all of them have come for it.
+  bool serve_warp(int first) {
+    for (int i = first; i < first + kWarpSize; ++i)
+      if (fibers_[i]->wait != Wait::kWarp || fibers_[i]->exchange != fibers_[first]->exchange)
+        return false;
+    bool any = false;
+    for (int i = first; i < first + kWarpSize; ++i) any = any || fibers_[i]->value != 0;
+    for (int i = 0; i < kWarpSize; ++i) {
+      Fiber& fiber = *fibers_[first + i];
+      fiber.wait = Wait::kNothing;
+      fiber.result = fiber.exchange == Exchange::kAny
+                         ? any
+                         : fibers_[first + (i ^ static_cast<int>(fiber.argument))]->value;
+    }
+    return true;
+  }
+
+  std::vector<std::unique_ptr<Fiber>> fibers_;  // kept for the next launch
+  std::vector<int> order_;
+  size_t shared_floats_ = 0;
+  bool begun_ = false;
+};
+
+inline std::vector<std::unique_ptr<Block>> blocks;  // of a launch; kept for the next
+inline Block* block = nullptr;
+
+inline bool Block::run() {
+  block = this;
+  bool ran = false;
+  std::shuffle(order_.begin(), order_.end(), draw);
+  for (int i : order_) {
+    Fiber& fiber = *fibers_[i];
+    if (fiber.wait != Wait::kNothing &&
+        (fiber.wait != Wait::kCount || *fiber.count < fiber.argument))
+      continue;
+    resume(fiber, !begun_);
+    ran = true;
+  }
+  begun_ = true;
+  bool served = false;
+  for (size_t i = 0; i < order_.size(); i += kWarpSize) served |= serve_warp(static_cast<int>(i));
+  if (served || ended()) return true;
+  if (waiting(Wait::kBarrier) < order_.size()) {
+    STD_TORCH_CHECK(ran || waiting(Wait::kCount) > 0, "threads wait for others that never come");
+    return ran;
+  }
+  uint32_t any = 0;
+  for (int i : order_) any |= fibers_[i]->value;
+  for (int i : order_) fibers_[i]->wait = Wait::kNothing, fibers_[i]->result = any;
   return true;
 }
 
-inline void run_block(int threads, size_t shared_floats) {
-  constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-  constexpr size_t kGuard = 64;
-  shared.assign(shared_floats + kGuard, kPoison);
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  for (int i = 0; i < threads; ++i) {
-    fibers[i]->copies.assign(1, {});
-    fibers[i]->wait = Wait::kNothing;
-    fibers[i]->thread =
-        dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
-  }
-  for (bool begin = true;; begin = false) {
-    std::shuffle(order.begin(), order.end(), draw);
-    for (int i : order)
-      if (fibers[i]->wait == Wait::kNothing) resume(*fibers[i], begin);
-    bool served = false;
-    for (int i = 0; i < threads; i += kWarpSize) served |= serve_warp(i);
-    if (served) continue;
-    const auto waiting = [&](Wait reason) {
-      return std::count_if(order.begin(), order.end(),
-                           [&](int i) { return fibers[i]->wait == reason; });
-    };
-    if (waiting(Wait::kEnd) == threads) break;
-    STD_TORCH_CHECK(waiting(Wait::kWarp) == 0 && waiting(Wait::kEnd) == 0,
-                    "threads wait for others that never come");
-    uint32_t any = 0;
-    for (int i : order) any |= fibers[i]->value;
-    for (int i : order) fibers[i]->wait = Wait::kNothing, fibers[i]->result = any;
-  }
-  for (size_t i = 0; i < kGuard; ++i)
-    STD_TORCH_CHECK(std::isnan(shared[shared_floats + i]), "a write past the shared memory");
-}
-
-inline void run(dim3 grid, dim3 size, size_t shared_floats) {
+// `together`: blocks may wait for each other.
+inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
   const int threads = static_cast<int>(size.x * size.y * size.z);
   STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
-  while (fibers.size() < static_cast<size_t>(threads)) {
-    fibers.push_back(std::make_unique<Fiber>());
-    fibers.back()->stack = std::make_unique<char[]>(kStack);
-  }
   block_size = size;
   grid_size = grid;
   std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), draw);
-  for (unsigned block : order) {
-    block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
-    run_block(threads, shared_floats);
+  const size_t at_once = together ? order.size() : 1;
+  while (blocks.size() < at_once) blocks.push_back(std::make_unique<Block>());
+  for (size_t first = 0; first < order.size(); first += at_once) {
+    std::vector<Block*> running;
+    for (size_t i = 0; i < at_once; ++i) {
+      blocks[i]->begin(order[first + i], threads, shared_floats);
+      running.push_back(blocks[i].get());
+    }
+    while (!running.empty()) {
+      std::shuffle(running.begin(), running.end(), draw);
+      bool ran = false;
+      for (Block* one : running)  // some of them as far as they get
+        for (int i = draw() % 2 ? 1 : 1000; i > 0 && !one->ended() && one->run(); --i) ran = true;
+      STD_TORCH_CHECK(ran, "blocks wait for others that never come");
+      std::erase_if(running, [](Block* one) {
+        if (one->ended()) one->end();
+        return one->ended();
+      });
+    }
   }
 }
 
@@ -185,7 +244,7 @@ inline uint32_t exchange(Exchange kind, uint32_t value, uint32_t argument) {
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::current->thread)
-#define blockIdx (cuda_on_cpu::block_index)
+#define blockIdx (cuda_on_cpu::block->index)
 #define blockDim (cuda_on_cpu::block_size)
 #define gridDim (cuda_on_cpu::grid_size)
 
@@ -225,6 +284,7 @@ inline unsigned atomicAdd(unsigned* x, unsigned y) {
   return old;
 }
 inline float __ldcg(const float* x) { return *x; }
+inline float4 __ldcg(const float4* x) { return *x; }
 
 namespace seq2seq_fast {
 
@@ -262,7 +322,13 @@ void wait_copies() {
     groups[i].clear();
   }
 }
-inline float* shared_memory() { return cuda_on_cpu::shared.data(); }
+inline void announce(unsigned* count) { ++*count; }
+inline void await(const unsigned* count, unsigned target) {
+  if (*count >= target) return;
+  cuda_on_cpu::current->count = count, cuda_on_cpu::current->argument = target;
+  cuda_on_cpu::wait(cuda_on_cpu::Wait::kCount);
+}
+inline float* shared_memory() { return cuda_on_cpu::block->shared.data(); }
 
 class Device {
  public:
@@ -273,9 +339,19 @@ class Device {
     cuda_on_cpu::kernel = [&] { kernel(arguments...); };
     cuda_on_cpu::run(dim3(grid.x, grid.y, grid.z), threads, static_cast<size_t>(shared_floats));
   }
+  template <typename... P>
+  void launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+                       std::type_identity_t<P>... arguments) const {
+    STD_TORCH_CHECK(blocks <= multiprocessors && shared_floats <= shared_floats_of_block,
+                    "more than can run at once");
+    cuda_on_cpu::kernel = [&] { kernel(arguments...); };
+    ++cuda_on_cpu::launches_together;
+    cuda_on_cpu::run(dim3(blocks), threads, static_cast<size_t>(shared_floats), true);
+  }
   void zero(void* data, int64_t bytes) const { std::memset(data, 0, static_cast<size_t>(bytes)); }
 
   int multiprocessors = cuda_on_cpu::multiprocessors;
+  int shared_floats_of_block = 57 << 10;
 };
 
 }  // namespace seq2seq_fast

@@ -1,11 +1,13 @@
 // A recurrent decoder with attention inside its recurrence, over T steps.
 //
-// A step of L layers is 2 L + 2 launches: the query's product, attention, and for each layer the
-// product of [x | hidden state] with its weights side by side, then its cell. Everything is
+// Steps that follow each other without one being fed another's argmax are one launch, see
+// decoder_loop.cuh, or 2 L + 2 launches each: the query's product, attention, and for each layer
+// the product of [x | hidden state] with its weights side by side, then its cell. Everything is
 // allocated before the first step and nothing waits for the GPU, so that a CUDA graph can hold it.
 #include <torch/csrc/stable/library.h>
 
 #include "decoder.h"
+#include "decoder_loop.h"
 #include "feedback.cuh"
 
 namespace seq2seq_fast {
@@ -35,9 +37,11 @@ class Forward {
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
-        product_(empty(inputs, {B_, G_})),
-        fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})) {
+        fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})),
+        together_(TogetherForward::make(device, layers, source, dropout, cell, query_after, run)) {
     if (!feedback.empty()) features_.emplace(empty(inputs, {B_, readout[1].size(1)}));
+    if (together_) return;
+    product_.emplace(empty(inputs, {B_, G_}));
     for (int64_t l = 0; l < L_; ++l) {
       const Tensor* w_x = l > 0 ? &layers[3 * l] : source ? &source->w_context : nullptr;
       weights_.push_back(side_by_side(w_x, layers[3 * l + 1], G_));
@@ -53,16 +57,24 @@ class Forward {
     // The input's part of all gates, where the gates themselves will lie.
     product(view(run_.gates, {T_ * B_, n_input}, {G_, 1}), view(inputs_, {T_ * B_, E}, {E, 1}),
             layers_[0]);
-    size_t next = 0;
-    for (int64_t t = 0; t < T_; ++t) {
-      if (next < feedback_.size() && feedback_[next] == t) feed(t, next++);
+    int64_t begin = 0;
+    for (size_t i = 0; i < feedback_.size(); begin = feedback_[i++]) {
+      steps(begin, feedback_[i]);
+      feed(feedback_[i], i);
+    }
+    steps(begin, T_);
+  }
+
+ private:
+  void steps(int64_t begin, int64_t end) {
+    if (together_) return together_->run(begin, end);
+    for (int64_t t = begin; t < end; ++t) {
       if (source_ && !query_after_) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance(l, t);
       if (source_ && query_after_) attend(t, t + 1);
     }
   }
 
- private:
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
 
   // The argmax of what step t - 1 made in place of step t's input.
@@ -94,8 +106,8 @@ class Forward {
   }
 
   void advance(int64_t l, int64_t t) {
-    product(product_, operands_[l], weights_[l]);
-    CellArguments a{float_rows(product_)};
+    product(*product_, operands_[l], weights_[l]);
+    CellArguments a{float_rows(*product_)};
     const Tensor& bias = biases_[l];
     a.bias = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
     a.gates = float_rows(at(run_.gates, l, t));
@@ -127,8 +139,9 @@ class Forward {
   const std::optional<Tensor>& input_dropout_;
   const Run& run_;
   const int64_t T_, B_, L_, H_, G_;
-  const Tensor product_, fed_;      // (B, G), (B, E)
-  std::optional<Tensor> features_;  // (B, H + D)
+  const Tensor fed_;                          // (B, E)
+  std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
+  const std::unique_ptr<TogetherForward> together_;
   // Of each layer: (G, width + H), (G,) or (B, G), and [x | hidden state] (B, width + H)
   std::vector<Tensor> weights_, biases_, operands_;
 };

@@ -29,16 +29,14 @@ struct CellArguments {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
+// A unit's step, given its gates' part that comes of the product.
 template <Cell cell>
-__global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
-  const int b = i / a.H, h = i % a.H;
-  if (b >= a.B) return;
+__device__ __forceinline__ void advance_unit(const CellArguments& a, int b, int h,
+                                             float (&x)[kBlocksOf<cell>]) {
   constexpr int kBlocks = kBlocksOf<cell>, kInputBlocks = cell == Cell::kGru ? 3 : kBlocks;
-  float x[kBlocks];
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) {
-    x[k] = a.product(b, k * a.H + h) + a.bias(b, k * a.H + h);
+    x[k] += a.bias(b, k * a.H + h);
     if (k < kInputBlocks) x[k] += a.input.get(b, k * a.H + h);
   }
   float y;
@@ -67,6 +65,17 @@ __global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
     a.to_next(b, h) = a.factors.data == nullptr ? y : y * a.factors(b, h);
 }
 
+template <Cell cell>
+__global__ void __launch_bounds__(kCellThreads) advance_cell(CellArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b >= a.B) return;
+  float x[kBlocksOf<cell>];
+#pragma unroll
+  for (int k = 0; k < kBlocksOf<cell>; ++k) x[k] = a.product(b, k * a.H + h);
+  advance_unit<cell>(a, b, h, x);
+}
+
 // Parts of the gradient of a hidden state (B, H), any of which may be absent: what passed the gates
 // of the next step by; of the products that read the state, in the next step, in the next layer
 // (times `factors`), and to make a query; of the output.
@@ -90,10 +99,7 @@ struct CellBackwardArguments {
 };
 
 template <Cell cell>
-__global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArguments a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
-  const int b = i / a.H, h = i % a.H;
-  if (b >= a.B) return;
+__device__ __forceinline__ void retreat_unit(const CellBackwardArguments& a, int b, int h) {
   constexpr int kBlocks = kBlocksOf<cell>;
   float x[kBlocks], dx[kBlocks];
 #pragma unroll
@@ -119,6 +125,13 @@ __global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArgumen
   }
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) a.grad_gates(b, k * a.H + h) = dx[k];
+}
+
+template <Cell cell>
+__global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b < a.B) retreat_unit<cell>(a, b, h);
 }
 
 struct SumArguments {

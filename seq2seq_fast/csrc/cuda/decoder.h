@@ -38,11 +38,14 @@ inline FloatRows float_rows(const Tensor& x, int64_t first_column) {
   return {floats_of(x) + first_column, x.stride(0)};
 }
 
-// A layer's weights side by side, (G, width + H); blocks that one of the two lacks are zero.
-inline Tensor side_by_side(const Tensor* w_x, const Tensor& w_hidden, int64_t G) {
+// A layer's weights side by side, (G, width + H); blocks that one of the two lacks are zero, as are
+// columns behind them up to a multiple of `multiple`.
+inline Tensor side_by_side(const Tensor* w_x, const Tensor& w_hidden, int64_t G,
+                           int64_t multiple = 1) {
   const int64_t width = w_x != nullptr ? w_x->size(1) : 0, H = w_hidden.size(1);
-  Tensor w = empty(w_hidden, {G, width + H});
-  const bool whole = w_hidden.size(0) == G && (w_x == nullptr || w_x->size(0) == G);
+  Tensor w = empty(w_hidden, {G, round_up(width + H, multiple)});
+  const bool whole =
+      w_hidden.size(0) == G && (w_x == nullptr || w_x->size(0) == G) && w.size(1) == width + H;
   if (!whole) torch::stable::zero_(w);
   if (w_x != nullptr) copy(rows(columns(w, 0, width), 0, w_x->size(0)), *w_x);
   copy(rows(columns(w, width, H), G - w_hidden.size(0), w_hidden.size(0)), w_hidden);

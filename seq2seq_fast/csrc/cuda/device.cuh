@@ -63,6 +63,19 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// A count that blocks which run at the same time meet by. What a thread has written, or has seen
+// written before a barrier of its block, is there for those behind its announcement, and those
+// behind a barrier after them.
+__device__ __forceinline__ void announce(unsigned* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void await(const unsigned* count, unsigned target) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+  } while (seen < target);
+}
+
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ float4 memory[];
   return reinterpret_cast<float*>(memory);

@@ -44,7 +44,14 @@ class Device {
   explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
     const int32_t index = x.get_device_index();
     stream_ = current_stream(index);
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    const auto ask = [&](cudaDeviceAttr what) {
+      int found;
+      check_cuda(cudaDeviceGetAttribute(&found, what, index));
+      return found;
+    };
+    multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+    shared_floats_of_block =
+        ask(cudaDevAttrMaxSharedMemoryPerBlockOptin) / static_cast<int>(sizeof(float));
   }
 
   template <typename... P>
@@ -61,11 +68,22 @@ class Device {
     check_cuda(cudaGetLastError());
   }
 
+  // Blocks that may wait for each other: they all run at the same time. At most one to a
+  // multiprocessor, and so much shared memory as a block can have.
+  template <typename... P>
+  void launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+                       std::type_identity_t<P>... arguments) const {
+    const auto bytes = static_cast<int>(shared_floats * sizeof(float));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    void* values[] = {&arguments...};
+    check_cuda(cudaLaunchCooperativeKernel(kernel, dim3(blocks), threads, values, bytes, stream_));
+  }
+
   void zero(void* data, int64_t bytes) const {
     check_cuda(cudaMemsetAsync(data, 0, bytes, stream_));
   }
 
-  int multiprocessors;
+  int multiprocessors, shared_floats_of_block;
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

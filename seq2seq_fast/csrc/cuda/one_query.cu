@@ -45,19 +45,26 @@ void launch(const Device& device, const OneQueryArguments& a, int64_t rows) {
 
 }  // namespace
 
-void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
-                         const Tensor& values, const Tensor& v, const Softmax& softmax,
-                         const std::optional<Tensor>& powers, const Tensor& context,
-                         const Tensor& weights, const OneQueryOptions& options) {
+OneQueryArguments attention_arguments(const Device& device, const Tensor& query, const Tensor& keys,
+                                      const Tensor& values, const Tensor& v, const Softmax& softmax,
+                                      const std::optional<Tensor>& powers) {
   OneQueryArguments a = arguments(device, query, keys, v);
-  const int64_t rows = query.size(0) * a.T;
   a.values = view_of(values);
   a.values_by_four = by_four(values);
   if (powers) a.powers = powers_of(*powers, keys);
   a.softmax = softmax;
+  a.D = size_of(values, 2);
+  return a;
+}
+
+void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
+                         const Tensor& values, const Tensor& v, const Softmax& softmax,
+                         const std::optional<Tensor>& powers, const Tensor& context,
+                         const Tensor& weights, const OneQueryOptions& options) {
+  OneQueryArguments a = attention_arguments(device, query, keys, values, v, softmax, powers);
+  const int64_t rows = query.size(0) * a.T;
   a.context = context.data_ptr(), a.weights = weights.data_ptr();
   a.also = options.also, a.ld_also = options.ld_also, a.live = options.live;
-  a.D = size_of(values, 2);
   if (a.ranges == 1) return launch(device, a, rows);
   const int64_t of_parts = rows * a.ranges * (2 + a.D);
   Tensor memory = empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);

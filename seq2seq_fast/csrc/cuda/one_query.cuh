@@ -132,18 +132,18 @@ __device__ __forceinline__ void add_four(float& sum, float& most, float4 q, floa
   }
 }
 
+// A block's work: part `range` of the source for query (b, t), whose results are the row-th ones,
+// with `memory` to share.
 template <typename T>
-__global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArguments a) {
+__device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int b, int t,
+                                                 int64_t row, int range, float* memory) {
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  const int range = blockIdx.x % a.ranges;
-  const int64_t row = blockIdx.x / a.ranges;  // b T + t
-  const int b = row / a.T, t = row % a.T;
   if (a.live != nullptr && t >= a.live[b]) return;
   const int s0 = range * a.keys_of_range, n_s = min(a.keys_of_range, a.S - s0);
   const int Hp = static_cast<int>(round_up(a.H, kFeatures));
   const bool prepared = a.powers.data != nullptr;
 
-  float* const qs = shared_memory();  // (2, Hp): exp(2q) / 2 and (exp(2q) - 1) / 2, or c q and q
+  float* const qs = memory;  // (2, Hp): exp(2q) / 2 and (exp(2q) - 1) / 2, or c q and q
   float* const vs = qs + 2 * Hp;
   float* const x = vs + Hp;  // (n_s,)
   float* const scratch = x + round_up(a.keys_of_range, 4);
@@ -329,6 +329,12 @@ __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArgumen
       if (read(i, 1) != 0.f) c += read(i, 2 + d) * expf(read(i, 0) - top);
     store_context(a, row, d, total == 0.f ? 0.f : c / total);
   }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArguments a) {
+  const int64_t row = blockIdx.x / a.ranges;
+  attend_one_query<T>(a, row / a.T, row % a.T, row, blockIdx.x % a.ranges, shared_memory());
 }
 
 }  // namespace seq2seq_fast

@@ -27,6 +27,12 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
                          const std::optional<Tensor>& powers, const Tensor& context,
                          const Tensor& weights, const OneQueryOptions& options = {});
 
+// The arguments of its kernel, see one_query.cuh, but for where the results go.
+struct OneQueryArguments;
+OneQueryArguments attention_arguments(const Device& device, const Tensor& query, const Tensor& keys,
+                                      const Tensor& values, const Tensor& v, const Softmax& softmax,
+                                      const std::optional<Tensor>& powers);
+
 // Scores (B, T, S) alone.
 void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,
                       const Tensor& v, const Tensor& scores);

@@ -1,0 +1,118 @@
+// The attention decoder's recurrence in one launch: teams of blocks go through the steps together.
+//
+// A step of L layers is L + 2 phases, after each of which a team meets: the query's product,
+// attention, and for each layer the product of [x | hidden state] with its weights, whose columns'
+// owner makes the cell's step of its units at once.
+#pragma once
+#include "cells.cuh"
+#include "one_query.cuh"
+#include "team.cuh"
+
+namespace seq2seq_fast {
+
+constexpr int kMostLoopLayers = 8;
+
+struct DecoderLoopArguments {
+  Team team;
+  TeamProduct query, layers[kMostLoopLayers];
+  const float* b_query;             // (A,)
+  FloatRows bias[kMostLoopLayers];  // (B, G), ld 0: (G,)
+  // (L, T + 1, B, H), (L, T, B, G), (T, B, A), (T + 1, B, D), (L - 1, T, B, H)
+  float *hiddens, *cells, *gates, *queries, *contexts;
+  const float* dropout;
+  OneQueryArguments attention;  // of all steps
+  int begin, end;               // steps
+  int T, B, L, H, G, A, D;
+  int memory, rows_at_once;
+  bool attends, query_after, by_four;
+};
+
+// Not inlined, as make_sums is not, which leaves registers to each.
+static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
+                                                   int64_t row, int memory) {
+  attend_one_query<float>(a, b, t, row, 0, shared_memory() + memory);
+}
+
+template <Cell cell>
+class DecoderLoop {
+ public:
+  __device__ DecoderLoop(const DecoderLoopArguments& a) : a_(a), member_(a.team, a.B) {
+    if (a.attends) keep_weights(a.query, member_);
+    for (int l = 0; l < a.L; ++l) keep_weights(a.layers[l], member_);
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int t = a_.begin; t < a_.end; ++t) {
+      if (a_.attends && !a_.query_after) attend(t, t);
+      for (int l = 0; l < a_.L; ++l) advance(l, t);
+      if (a_.attends && a_.query_after) attend(t, t + 1);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ FloatRows rows(float* of, int n, int i, int width) const {
+    return {of + (static_cast<int64_t>(n) + i) * a_.B * width, width};
+  }
+  __device__ __forceinline__ FloatRows state(float* of, int l, int t) const {
+    return rows(of, l * (a_.T + 1), t, a_.H);
+  }
+
+  __device__ __forceinline__ void attend(int t, int at) {
+    const FloatRows queries = rows(a_.queries, 0, t, a_.A);
+    const Columns x{state(a_.hiddens, a_.L - 1, at), {}, a_.H};
+    team_product(
+        a_.query, member_, a_.memory, a_.rows_at_once,
+        [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        [&](int row, int unit, const auto& sum) {
+          queries(row, unit) = sum(0) + a_.b_query[unit];
+        });
+    member_.meet();
+    for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
+      const int b = member_.row0 + i;
+      attend_in_loop(a_.attention, b, t, int64_t{t} * a_.B + b, a_.memory);
+      __syncthreads();
+    }
+    member_.meet();
+  }
+
+  __device__ __forceinline__ void advance(int l, int t) {
+    Columns x{{}, {}, l > 0 ? a_.H : a_.attends ? a_.D : 0};
+    const Columns own{state(a_.hiddens, l, t), {}, a_.H};
+    if (l > 0) {
+      x.from = state(a_.hiddens, l - 1, t + 1);
+      if (a_.dropout != nullptr)
+        x.factors = rows(const_cast<float*>(a_.dropout), (l - 1) * a_.T, t, a_.H);
+    } else if (a_.attends) {
+      x.from = rows(a_.contexts, 0, a_.query_after ? t : t + 1, a_.D);
+    }
+    CellArguments c{};
+    c.bias = a_.bias[l];
+    c.gates = rows(a_.gates, l * a_.T, t, a_.G);
+    if (l == 0) c.input = c.gates;
+    c.hidden_before = own.from, c.hidden = state(a_.hiddens, l, t + 1);
+    if (cell == Cell::kLstm)
+      c.cell_before = state(a_.cells, l, t), c.cell = state(a_.cells, l, t + 1);
+    c.H = a_.H;
+    team_product(
+        a_.layers[l], member_, a_.memory, a_.rows_at_once,
+        [&](int row, int k) { return four_of(a_.by_four, row, k, x, own); },
+        [&](int row, int unit, const auto& sum) {
+          float gates[kBlocksOf<cell>];
+#pragma unroll
+          for (int k = 0; k < kBlocksOf<cell>; ++k) gates[k] = sum(k);
+          advance_unit<cell>(c, row, unit, gates);
+        });
+    member_.meet();
+  }
+
+  const DecoderLoopArguments& a_;
+  Member member_;
+};
+
+template <Cell cell>
+__global__ void __launch_bounds__(kTeamThreads, 1)
+    decoder_loop(const __grid_constant__ DecoderLoopArguments a) {
+  DecoderLoop<cell>(a).run();
+}
+
+}  // namespace seq2seq_fast

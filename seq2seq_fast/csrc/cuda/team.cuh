@@ -1,0 +1,266 @@
+// Blocks that run a recurrence together, all of its steps in one launch.
+//
+// Rows of a batch do not depend on each other, so that a team of blocks takes some of them and
+// meets only its own members. A product with weights is shared out by columns: every member makes
+// its own for all rows of the team, with weights that stay in its shared memory where they fit, and
+// that it reads again in every step where they do not.
+#pragma once
+#include "device.cuh"
+
+namespace seq2seq_fast {
+
+constexpr int kTeamWarps = 8, kTeamThreads = kWarp * kTeamWarps;
+constexpr int kCountStride = 32;  // counts that are waited for lie in lines of their own
+constexpr int kTileRows = 8, kTileColumns = 8;
+
+struct Team {
+  unsigned* arrived;  // (teams, kCountStride), zero before
+  int size, rows;     // of a team: blocks, and at most so many rows
+};
+
+// A block's place, and how often its team has met.
+class Member {
+ public:
+  int index, row0, n_rows;
+  __device__ Member(const Team& team, int rows)
+      : index(blockIdx.x % team.size),
+        row0(blockIdx.x / team.size * team.rows),
+        n_rows(min(team.rows, rows - row0)),
+        size_(team.size),
+        arrived_(team.arrived + blockIdx.x / team.size * kCountStride),
+        target_(0) {}
+
+  // What members have written before is there behind it.
+  __device__ __forceinline__ void meet() {
+    target_ += size_;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      announce(arrived_);
+      await(arrived_, target_);
+    }
+    __syncthreads();
+  }
+
+ private:
+  const int size_;
+  unsigned* const arrived_;
+  unsigned target_;
+};
+
+// out[r, column] = sum_k x[r, k] w[column, k], where columns are `kinds` blocks of `units`, and a
+// member makes all kinds of its units.
+struct TeamProduct {
+  const float* w;  // (kinds units, width), contiguous
+  int width;       // a multiple of 4
+  int units, kinds;
+  int units_of_member, splits;  // splits of the width among warps
+  int at;                       // where a member's columns lie in shared memory, or -1
+
+  __device__ __forceinline__ int first_unit(const Member& member) const {
+    return member.index * units_of_member;
+  }
+  __device__ __forceinline__ int n_units(const Member& member) const {
+    return max(0, min(units_of_member, units - first_unit(member)));
+  }
+  __host__ __device__ int columns_of_member() const { return units_of_member * kinds; }
+};
+
+// The weights of a member's column j, which is kind j % kinds of its unit j / kinds.
+__device__ __forceinline__ const float* column_of(const float* w, int width, int units, int kinds,
+                                                  int first_unit, int j) {
+  return w + (static_cast<int64_t>(j % kinds) * units + first_unit + j / kinds) * width;
+}
+
+// The same in shared memory, once before the first step.
+__device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member& member) {
+  if (p.at < 0) return;
+  const int quads = p.width / 4, n = p.n_units(member) * p.kinds, first = p.first_unit(member);
+  float4* const to = reinterpret_cast<float4*>(shared_memory() + p.at);
+  for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
+    to[i] = reinterpret_cast<const float4*>(
+        column_of(p.w, p.width, p.units, p.kinds, first, i / quads))[i % quads];
+}
+
+// Adds up each of N numbers over the lanes. What a lane gets are those from `first_sum` on.
+template <int N>
+__device__ __forceinline__ void sum_over_lanes(float (&x)[N]) {
+  const int lane = threadIdx.x % kWarp;
+  int n = N;
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    if (n == 1) {
+      x[0] += __shfl_xor_sync(kAll, x[0], lanes);
+      continue;
+    }
+    n /= 2;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if (i >= n) break;
+      const bool upper = lane & lanes;
+      const float given = upper ? x[i] : x[i + n], kept = upper ? x[i + n] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAll, given, lanes);
+    }
+  }
+}
+template <int N>
+__device__ __forceinline__ int first_sum() {
+  int first = 0, n = N;
+  for (int lanes = kWarp / 2; lanes > 0 && n > 1; lanes /= 2) {
+    n /= 2;
+    if (threadIdx.x % kWarp & lanes) first += n;
+  }
+  return first;
+}
+
+// A tile of R rows and kTileColumns columns over a range of the width, lanes sharing it out in
+// fours. Rows and columns behind the last are that one again.
+template <int R, typename Column>
+__device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* x, int width,
+                                         int n_rows, int n_columns, int begin, int end,
+                                         const Column& column) {
+  constexpr int C = kTileColumns;
+  const int lane = threadIdx.x % kWarp;
+  const float* w[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) w[c] = column(min(c, n_columns - 1));
+  float sum[R * C] = {};
+#pragma unroll 1
+  for (int k = begin + 4 * lane; k < end; k += 4 * kWarp) {
+    float4 ws[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const float4*>(w[c] + k);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float4 xs = *reinterpret_cast<const float4*>(x + min(r, n_rows - 1) * width + k);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float& s = sum[r * C + c];
+        s += xs.x * ws[c].x, s += xs.y * ws[c].y, s += xs.z * ws[c].z, s += xs.w * ws[c].w;
+      }
+    }
+  }
+  sum_over_lanes(sum);
+  const int first = first_sum<R * C>();
+  constexpr int kOwn = R * C > kWarp ? R * C / kWarp : 1;  // sums of a lane
+  if (R * C < kWarp && lane % (kWarp / (R * C)) != 0) return;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int r = (first + i) / C, c = (first + i) % C;
+    if (r < n_rows && c < n_columns) sums[r * ld_sums + c] = sum[i];
+  }
+}
+
+// Shared memory of a product beside its weights: rows of x, and the parts of the sums.
+__host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int rows) {
+  return int64_t{rows} * (p.width + p.splits * p.columns_of_member());
+}
+
+// Sums of n rows of x, at `memory`, behind which their parts go: (splits, rows, columns of a
+// member). Not inlined: there are many products, and this is most of their code.
+static __device__ __noinline__ void make_sums(const float* w, int width, int units, int kinds,
+                                              int first_unit, int n_columns, int ld, int splits,
+                                              int at, int memory, int rows, int n) {
+  const float* const x = shared_memory() + memory;
+  float* const parts = shared_memory() + memory + rows * width;
+  const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
+  const int warp = threadIdx.x / kWarp;
+  const auto multiply = [&]<int R>() {
+    const int tiles_r = static_cast<int>(ceil_div(n, R));
+    const int tiles = static_cast<int>(ceil_div(n_columns, kTileColumns)) * tiles_r;
+    for (int task = warp; task < tiles * splits; task += kTeamWarps) {
+      const int split = task % splits, tile = task / splits;
+      const int r = tile % tiles_r * R, c = tile / tiles_r * kTileColumns;
+      float* const sums = parts + (split * rows + r) * ld + c;
+      const int begin = split * range, end = min(begin + range, width);
+      const auto add = [&](const auto& column) {
+        add_tile<R>(sums, ld, x + r * width, width, n - r, n_columns - c, begin, end, column);
+      };
+      if (at >= 0) {
+        const float* const kept = shared_memory() + at + c * width;
+        add([&](int j) { return kept + j * width; });
+      } else {
+        add([&](int j) { return column_of(w, width, units, kinds, first_unit, c + j); });
+      }
+    }
+  };
+  if (n == 1)
+    multiply.template operator()<1>();
+  else if (n == 2)
+    multiply.template operator()<2>();
+  else if (n <= 4)
+    multiply.template operator()<4>();
+  else
+    multiply.template operator()<kTileRows>();
+}
+
+// Makes a member's columns for all rows of its team, at most `rows` at once. `fill(row, k)` is
+// x[row, k..k + 3]; `finish(row, unit, sum)` is called for each with sum(kind), always by the same
+// thread for the same row and unit.
+template <typename Fill, typename Finish>
+__device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member, int memory,
+                                             int rows, const Fill& fill, const Finish& finish) {
+  const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
+  if (n_units == 0) return;
+  const float* const parts = shared_memory() + memory + rows * p.width;
+  for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
+    const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
+    float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
+    for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
+      x[i] = fill(row0 + i / quads, i % quads * 4);
+    __syncthreads();
+    make_sums(p.w, p.width, p.units, p.kinds, p.first_unit(member), n_units * p.kinds, ld, p.splits,
+              p.at, memory, rows, n);
+    __syncthreads();
+    for (int i = threadIdx.x; i < n * n_units; i += kTeamThreads) {
+      const int r = i / n_units, u = i % n_units;
+      finish(row0 + r, p.first_unit(member) + u, [&](int kind) {
+        float sum = 0.f;
+        for (int split = 0; split < p.splits; ++split)
+          sum += parts[(split * rows + r) * ld + u * p.kinds + kind];
+        return sum;
+      });
+    }
+  }
+}
+
+// Columns of several tensors side by side, as an operand of a product.
+struct Columns {
+  FloatRows from, factors;  // factors absent: 1
+  int width;
+  __device__ __forceinline__ float4 four(int row, int k) const {
+    float4 x = __ldcg(reinterpret_cast<const float4*>(&from(row, k)));
+    if (factors.data != nullptr) {
+      const float4 f = __ldcg(reinterpret_cast<const float4*>(&factors(row, k)));
+      x.x *= f.x, x.y *= f.y, x.z *= f.z, x.w *= f.w;
+    }
+    return x;
+  }
+  __device__ __forceinline__ float one(int row, int k) const {
+    const float x = __ldcg(&from(row, k));
+    return factors.data == nullptr ? x : x * __ldcg(&factors(row, k));
+  }
+};
+// The row's k-th and three more of such columns side by side; behind the last come zeros.
+// `by_four`: all widths are multiples of 4, and rows aligned.
+__device__ __forceinline__ float one_of(int, int) { return 0.f; }
+template <typename... Others>
+__device__ __forceinline__ float one_of(int row, int k, const Columns& first,
+                                        const Others&... others) {
+  return k < first.width ? first.one(row, k) : one_of(row, k - first.width, others...);
+}
+__device__ __forceinline__ float4 aligned_four_of(int, int) {
+  return make_float4(0.f, 0.f, 0.f, 0.f);
+}
+template <typename... Others>
+__device__ __forceinline__ float4 aligned_four_of(int row, int k, const Columns& first,
+                                                  const Others&... others) {
+  return k < first.width ? first.four(row, k) : aligned_four_of(row, k - first.width, others...);
+}
+template <typename... Parts>
+__device__ __forceinline__ float4 four_of(bool by_four, int row, int k, const Parts&... parts) {
+  if (by_four) return aligned_four_of(row, k, parts...);
+  return make_float4(one_of(row, k, parts...), one_of(row, k + 1, parts...),
+                     one_of(row, k + 2, parts...), one_of(row, k + 3, parts...));
+}
+
+}  // namespace seq2seq_fast
