@@ -48,6 +48,11 @@ SCHEMAS = {
     "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
     " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, int[] whole,"
     " float coverage_penalty, int steps) -> ()",
+    # Greedy decoding in one launch; empty where a block of the GPU has too little memory for it.
+    "decode_greedy": "(Tensor hidden, Tensor cell, Tensor? context, Tensor[] weights,"
+    " str cell_type, bool query_after, Tensor[] source, Tensor? mask, Tensor? limits,"
+    " Tensor prefix, int[] whole, float length_penalty, bool return_weights, int steps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "decode_results": "(Tensor[] state, int fill)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }

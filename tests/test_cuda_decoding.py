@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import os
 import pickle
 import shutil
 import threading
+from unittest import mock
 
 import cuda_on_cpu
 import pytest
@@ -67,6 +69,13 @@ def on_cuda_kernels():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["steps", "together"])
+def loop(request):
+    """How the kernels' steps follow each other: for tests of greedy decoding."""
+    with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP=request.param):
+        yield request.param
+
+
 @torch.no_grad()
 def both(model, src, **options):
     """What the kernels and what plain PyTorch make of it."""
@@ -89,9 +98,10 @@ def both(model, src, **options):
     layers=st.integers(1, 3),
     V=st.sampled_from([5, 11, 600]),
     seed=st.integers(0, 100),
+    loop=st.sampled_from(["steps", "together"]),
 )
 def test_the_kernels_decode_as_plain_pytorch_does(
-    kind, options, coverage_penalty, P, B, S, H, layers, V, seed
+    kind, options, coverage_penalty, P, B, S, H, layers, V, seed, loop
 ):
     model, src = plain.make(kind, V, H, layers, seed), plain.sources(B, S, seed)
     if not kind[1]:
@@ -101,7 +111,36 @@ def test_the_kernels_decode_as_plain_pytorch_does(
         "coverage_penalty": coverage_penalty,
         "prefix": torch.randint(3, V, (B, P)) if P else None,
     }
-    plain.check_same(model, src, *both(model, src, **options))
+    with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP=loop):
+        plain.check_same(model, src, *both(model, src, **options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(plain.KINDS),
+    options=plain.OPTIONS,
+    P=st.sampled_from([0, 0, 2]),
+    B=st.sampled_from([1, 2, 3, 40]),
+    S=st.sampled_from([1, 7, 33]),
+    H=st.sampled_from([1, 7, 20, 64]),
+    layers=st.integers(1, 3),
+    V=st.sampled_from([5, 11, 600]),
+    seed=st.integers(0, 100),
+)
+def test_greedy_decoding_in_one_launch(kind, options, P, B, S, H, layers, V, seed):
+    model, src = plain.make(kind, V, H, layers, seed), plain.sources(B, S, seed)
+    options = options | {
+        "beam_size": 1,
+        "no_repeat_ngram": 0,
+        "prefix": torch.randint(3, V, (B, P)) if P else None,
+    }
+    options["return_weights"] &= kind[1]
+    launches = torch.ops.seq2seq_fast_cuda_on_cpu.launches_together
+    with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP="together"):
+        before = launches()
+        ours, theirs = both(model, src, **options)
+        assert launches() == before + 1
+    plain.check_same(model, src, ours, theirs)
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
@@ -115,7 +154,7 @@ def test_later_calls_replay_a_graph_on_their_own_numbers(beam_size):
     assert Again.captured == captured + 1 and len(model.decoder.loops.kept) == 2
 
 
-def test_a_change_of_weights_is_seen():
+def test_a_change_of_weights_is_seen(loop):
     model, src = plain.make(), plain.sources(3, 9)
     for _ in range(3):
         plain.check_same(model, src, *both(model, src, max_length=9))
@@ -184,7 +223,7 @@ def test_where_no_token_is_left_eos_is_taken(beam_size):
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_logits_that_are_not_finite(beam_size):
+def test_logits_that_are_not_finite(beam_size, loop):
     src = plain.sources(3, 5)
     for value, token in ((-torch.inf, 5), (torch.nan, 5), (1e30, 6)):
         model = plain.make()
@@ -198,7 +237,7 @@ def test_logits_that_are_not_finite(beam_size):
         torch.testing.assert_close(ours.scores, native.scores, equal_nan=True)
 
 
-def test_the_first_of_equal_tokens_and_rows():
+def test_the_first_of_equal_tokens_and_rows(loop):
     model, src = plain.make(V=600), plain.sources(2, 5)
     with torch.no_grad():
         model.decoder.fc_out.weight.zero_()
@@ -210,17 +249,18 @@ def test_the_first_of_equal_tokens_and_rows():
     assert (ours.tokens == 7).all() and torch.equal(ours.tokens, theirs.tokens)
 
 
-def test_a_source_that_is_all_padding():
+def test_a_source_that_is_all_padding(loop):
     model = plain.make()
     src = torch.zeros(2, 5, dtype=torch.int64)
     ours, theirs = both(model, src, max_length=5, return_weights=True)
     assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
 
 
+@pytest.mark.parametrize("beam_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_of_16_bits_are_decoded_in_float32(dtype):
-    model, src = plain.make().to(dtype), plain.sources(3, 9)
-    options = {"max_length": 9, "beam_size": 2, "return_weights": True}
+def test_models_of_16_bits_are_decoded_in_float32(dtype, beam_size, loop):
+    model, src = plain.make(H=40).to(dtype), plain.sources(3, 9)
+    options = {"max_length": 9, "beam_size": beam_size, "return_weights": True}
     source, state = model.encode(src)
     o = DecodingOptions(bos=BOS, eos=EOS, **options)
     source = source._replace(keys=PreparedKeys(source.keys.keys))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
-from . import stepwise
+from . import stepwise, together
 from .options import DecodingOptions
 from .packing import state_of
 from .results import Generated
@@ -241,6 +241,7 @@ class Loops:
         self.lock = threading.Lock()
         self.of: tuple = ()
         self.weights: list[Tensor] = []
+        self.together: list[Tensor] = []  # the same for together.py, once they are wanted
         self.kept: OrderedDict[tuple, Loop] = OrderedDict()
 
     def __reduce__(self):
@@ -250,7 +251,7 @@ class Loops:
         """Takes over a decoder's weights if they have changed."""
         now = state_of(decoder)
         if now != self.of:
-            self.of, self.weights = now, weights_of(decoder)
+            self.of, self.weights, self.together = now, weights_of(decoder), []
             self.kept.clear()
 
     def take(
@@ -294,12 +295,21 @@ def _key(source: "stepwise.Source", state: "DecoderState", o: DecodingOptions) -
 
 
 @torch.no_grad()
-def weights_of(decoder: "Decoder") -> list[Tensor]:
+def weights_of(
+    decoder: "Decoder", dtype: torch.dtype = torch.float32, multiple: int = 1
+) -> list[Tensor]:
     """A decoder's weights in the order of csrc/cuda/decode_steps.cu, the layers' side by side, and
-    the readout's over [context | hidden state]: what lies so in the buffer of a step."""
+    the readout's over [context | hidden state]: what lies so in the buffer of a step.
+
+    Those of products are of `dtype`, their rows filled up with zeros to a multiple.
+    """
 
     def cast(x: Tensor) -> Tensor:
         return x.detach().float().contiguous()
+
+    def product(*parts: Tensor) -> Tensor:
+        w = torch.cat(parts, 1)
+        return F.pad(w, (0, _up(w.shape[1], multiple) - w.shape[1])).to(dtype)
 
     all_weights = [[cast(w) for w in layer] for layer in decoder.layers.all_weights]
     layers, w_context = _weights_of(all_weights, decoder.embedding.embedding_dim, decoder.cell_type)
@@ -309,11 +319,11 @@ def weights_of(decoder: "Decoder") -> list[Tensor]:
         G = len(bias)
         from_input = F.pad(w_input, (0, 0, 0, G - len(w_input)))
         from_hidden = F.pad(w_hidden, (0, 0, G - len(w_hidden), 0))
-        weights += [torch.cat([from_input, from_hidden], 1), bias]
+        weights += [product(from_input, from_hidden), bias]
     if decoder.attention is not None:
-        weights += [cast(decoder.attention.Wa.weight), cast(decoder.attention.Wa.bias)]
+        weights += [product(cast(decoder.attention.Wa.weight)), cast(decoder.attention.Wa.bias)]
     H, readout = decoder.layers.hidden_size, cast(decoder.fc_out.weight)
-    return [*weights, torch.cat([readout[:, H:], readout[:, :H]], 1), cast(decoder.fc_out.bias)]
+    return [*weights, product(readout[:, H:], readout[:, :H]), cast(decoder.fc_out.bias)]
 
 
 def prepare(decoder: "Decoder") -> None:
@@ -335,6 +345,10 @@ def generate(
         decoder.loops = Loops()
     device = torch.cuda.device_of(decoder.fc_out.weight)
     with torch.inference_mode(False), torch.no_grad(), device:
+        if together.wanted(options):
+            found = together.generate(decoder, decoder.loops, source, state, options)
+            if found is not None:
+                return found
         loop = decoder.loops.take(decoder, source, state, options)
         try:
             return loop.run(source, state, options)

@@ -283,8 +283,10 @@ inline unsigned atomicAdd(unsigned* x, unsigned y) {
   *x += y;
   return old;
 }
-inline float __ldcg(const float* x) { return *x; }
-inline float4 __ldcg(const float4* x) { return *x; }
+template <typename T>
+T __ldcg(const T* x) {
+  return *x;
+}
 
 namespace seq2seq_fast {
 

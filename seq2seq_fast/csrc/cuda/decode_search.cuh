@@ -4,7 +4,7 @@
 // Hypothesis k of source b is row b K + k of all that has rows. Those of a source that go on are
 // the first `live[b]` of its K rows, best first; the others rest, whatever stands in them.
 #pragma once
-#include "device.cuh"
+#include "choice.cuh"
 
 namespace seq2seq_fast {
 
@@ -114,10 +114,6 @@ struct Choice {
   }
 };
 
-__device__ __forceinline__ int shuffle(int x, int lanes) {
-  return static_cast<int>(
-      __float_as_uint(__shfl_xor_sync(kAll, __uint_as_float(static_cast<unsigned>(x)), lanes)));
-}
 __device__ __forceinline__ double shuffle(double x, int lanes) {
   struct Halves {
     float low, high;
@@ -145,25 +141,6 @@ __device__ __forceinline__ Choice first_of_block(Choice mine, float* scratch) {
     if (of_warps[w].before(mine)) mine = of_warps[w];
   return mine;
 }
-
-// Largest of some numbers x, and the sum of exp(x - top); any NaN makes the sum NaN.
-struct Peak {
-  float top, sum;
-  __device__ __forceinline__ void add(float x) {
-    if (x > top) {
-      sum = sum * expf(top - x) + 1.f;
-      top = x;
-    } else if (x != -INFINITY) {
-      sum += expf(x - top);
-    }
-  }
-  __device__ __forceinline__ void join(const Peak& other) {
-    const float highest = fmaxf(top, other.top);
-    const float a = sum == 0.f ? 0.f : sum * expf(top - highest);
-    const float b = other.sum == 0.f ? 0.f : other.sum * expf(other.top - highest);
-    top = highest, sum = a + b;
-  }
-};
 
 __device__ __forceinline__ Peak peak_of_block(Peak mine, float* scratch) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)

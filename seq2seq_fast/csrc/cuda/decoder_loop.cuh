@@ -29,8 +29,8 @@ struct DecoderLoopArguments {
 
 // Not inlined, as make_sums is not, which leaves registers to each.
 static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
-                                                   int64_t row, int memory) {
-  attend_one_query<float>(a, b, t, row, 0, shared_memory() + memory);
+                                                   int64_t row, int64_t context_row, int memory) {
+  attend_one_query<float>(a, b, t, row, context_row, 0, shared_memory() + memory);
 }
 
 template <Cell cell>
@@ -69,7 +69,8 @@ class DecoderLoop {
     member_.meet();
     for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
       const int b = member_.row0 + i;
-      attend_in_loop(a_.attention, b, t, int64_t{t} * a_.B + b, a_.memory);
+      const int64_t row = int64_t{t} * a_.B + b;
+      attend_in_loop(a_.attention, b, t, row, row, a_.memory);
       __syncthreads();
     }
     member_.meet();

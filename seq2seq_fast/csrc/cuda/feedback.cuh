@@ -4,7 +4,7 @@
 // Grid: a block for each row. Of equals the first is taken, and before all the first NaN, as
 // torch.argmax has it; that orders all places, so that threads may compare in any order.
 #pragma once
-#include "device.cuh"
+#include "choice.cuh"
 
 namespace seq2seq_fast {
 
@@ -18,16 +18,6 @@ struct FeedbackArguments {
   int64_t* tokens;       // (B,)
   float* x;              // (B, E)
   int V, E;
-};
-
-struct Best {
-  float value;
-  int at;
-  __device__ __forceinline__ bool before(const Best& other) const {
-    const bool nan = value != value, other_nan = other.value != other.value;
-    if (nan != other_nan) return nan;
-    return nan || value == other.value ? at < other.at : value > other.value;
-  }
 };
 
 static __global__ void __launch_bounds__(kFeedbackThreads, 1) feed_back(FeedbackArguments a) {

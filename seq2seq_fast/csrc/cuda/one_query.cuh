@@ -132,11 +132,12 @@ __device__ __forceinline__ void add_four(float& sum, float& most, float4 q, floa
   }
 }
 
-// A block's work: part `range` of the source for query (b, t), whose results are the row-th ones,
-// with `memory` to share.
+// A block's work: part `range` of the source for query (b, t), with `memory` to share. The weights
+// and the context are the row-th and the context_row-th.
 template <typename T>
 __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int b, int t,
-                                                 int64_t row, int range, float* memory) {
+                                                 int64_t row, int64_t context_row, int range,
+                                                 float* memory) {
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   if (a.live != nullptr && t >= a.live[b]) return;
   const int s0 = range * a.keys_of_range, n_s = min(a.keys_of_range, a.S - s0);
@@ -294,7 +295,7 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
       if (split)
         part[2 + d0 + i] = c;
       else
-        store_context(a, row, d0 + i, total == 0.f ? 0.f : c / total);
+        store_context(a, context_row, d0 + i, total == 0.f ? 0.f : c / total);
     }
   }
   if (!split) return;
@@ -327,14 +328,14 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
     float c = 0.f;
     for (int i = 0; i < a.ranges; ++i)
       if (read(i, 1) != 0.f) c += read(i, 2 + d) * expf(read(i, 0) - top);
-    store_context(a, row, d, total == 0.f ? 0.f : c / total);
+    store_context(a, context_row, d, total == 0.f ? 0.f : c / total);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kOneQueryThreads, 2) one_query(OneQueryArguments a) {
   const int64_t row = blockIdx.x / a.ranges;
-  attend_one_query<T>(a, row / a.T, row % a.T, row, blockIdx.x % a.ranges, shared_memory());
+  attend_one_query<T>(a, row / a.T, row % a.T, row, row, blockIdx.x % a.ranges, shared_memory());
 }
 
 }  // namespace seq2seq_fast

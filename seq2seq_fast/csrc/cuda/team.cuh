@@ -50,8 +50,9 @@ class Member {
 // out[r, column] = sum_k x[r, k] w[column, k], where columns are `kinds` blocks of `units`, and a
 // member makes all kinds of its units.
 struct TeamProduct {
-  const float* w;  // (kinds units, width), contiguous
-  int width;       // a multiple of 4
+  const void* w;  // (kinds units, width) of `type`, contiguous
+  Type type;
+  int width;  // rows are multiples of 16 bytes
   int units, kinds;
   int units_of_member, splits;  // splits of the width among warps
   int at;                       // where a member's columns lie in shared memory, or -1
@@ -63,22 +64,25 @@ struct TeamProduct {
     return max(0, min(units_of_member, units - first_unit(member)));
   }
   __host__ __device__ int columns_of_member() const { return units_of_member * kinds; }
+  __host__ __device__ int floats_of_column() const {
+    return type == Type::kFloat ? width : width / 2;
+  }
 };
 
-// The weights of a member's column j, which is kind j % kinds of its unit j / kinds.
-__device__ __forceinline__ const float* column_of(const float* w, int width, int units, int kinds,
-                                                  int first_unit, int j) {
-  return w + (static_cast<int64_t>(j % kinds) * units + first_unit + j / kinds) * width;
+// Which column of all of a product a member's j-th is: kind j % kinds of its unit j / kinds.
+__device__ __forceinline__ int64_t column_of(int units, int kinds, int first_unit, int j) {
+  return static_cast<int64_t>(j % kinds) * units + first_unit + j / kinds;
 }
 
-// The same in shared memory, once before the first step.
+// A member's weights to shared memory, once before the first step.
 __device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member& member) {
   if (p.at < 0) return;
-  const int quads = p.width / 4, n = p.n_units(member) * p.kinds, first = p.first_unit(member);
+  const int quads = p.floats_of_column() / 4, n = p.n_units(member) * p.kinds;
+  const int first = p.first_unit(member);
+  const float4* const from = static_cast<const float4*>(p.w);
   float4* const to = reinterpret_cast<float4*>(shared_memory() + p.at);
   for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
-    to[i] = reinterpret_cast<const float4*>(
-        column_of(p.w, p.width, p.units, p.kinds, first, i / quads))[i % quads];
+    to[i] = from[column_of(p.units, p.kinds, first, i / quads) * quads + i % quads];
 }
 
 // Adds up each of N numbers over the lanes. What a lane gets are those from `first_sum` on.
@@ -112,30 +116,42 @@ __device__ __forceinline__ int first_sum() {
   return first;
 }
 
-// A tile of R rows and kTileColumns columns over a range of the width, lanes sharing it out in
-// fours. Rows and columns behind the last are that one again.
-template <int R, typename Column>
+template <typename W>
+constexpr int kOfLane = 16 / sizeof(W);  // what a lane reads at once of a column
+template <typename W>
+struct alignas(16) Piece {
+  W w[kOfLane<W>];
+};
+
+// A tile of R rows and kTileColumns columns over a range of the width, which lanes share out.
+// Rows and columns behind the last are that one again.
+template <int R, typename W, typename Column>
 __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* x, int width,
                                          int n_rows, int n_columns, int begin, int end,
                                          const Column& column) {
-  constexpr int C = kTileColumns;
+  constexpr int C = kTileColumns, N = kOfLane<W>;
   const int lane = threadIdx.x % kWarp;
-  const float* w[C];
+  const W* w[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) w[c] = column(min(c, n_columns - 1));
   float sum[R * C] = {};
 #pragma unroll 1
-  for (int k = begin + 4 * lane; k < end; k += 4 * kWarp) {
-    float4 ws[C];
+  for (int k = begin + N * lane; k < end; k += N * kWarp) {
+    Piece<W> ws[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const float4*>(w[c] + k);
+    for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const Piece<W>*>(w[c] + k);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const float4 xs = *reinterpret_cast<const float4*>(x + min(r, n_rows - 1) * width + k);
+      const float* const row = x + min(r, n_rows - 1) * width + k;
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        float& s = sum[r * C + c];
-        s += xs.x * ws[c].x, s += xs.y * ws[c].y, s += xs.z * ws[c].z, s += xs.w * ws[c].w;
+      for (int i = 0; i < N; i += 4) {
+        const float4 xs = *reinterpret_cast<const float4*>(row + i);
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          float& s = sum[r * C + c];
+          s += xs.x * to_float(ws[c].w[i]), s += xs.y * to_float(ws[c].w[i + 1]);
+          s += xs.z * to_float(ws[c].w[i + 2]), s += xs.w * to_float(ws[c].w[i + 3]);
+        }
       }
     }
   }
@@ -157,12 +173,13 @@ __host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int
 
 // Sums of n rows of x, at `memory`, behind which their parts go: (splits, rows, columns of a
 // member). Not inlined: there are many products, and this is most of their code.
-static __device__ __noinline__ void make_sums(const float* w, int width, int units, int kinds,
+template <typename W>
+static __device__ __noinline__ void make_sums(const W* w, int width, int units, int kinds,
                                               int first_unit, int n_columns, int ld, int splits,
                                               int at, int memory, int rows, int n) {
   const float* const x = shared_memory() + memory;
   float* const parts = shared_memory() + memory + rows * width;
-  const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
+  const int range = static_cast<int>(round_up(ceil_div(width, splits), kOfLane<W> * kWarp));
   const int warp = threadIdx.x / kWarp;
   const auto multiply = [&]<int R>() {
     const int tiles_r = static_cast<int>(ceil_div(n, R));
@@ -173,13 +190,13 @@ static __device__ __noinline__ void make_sums(const float* w, int width, int uni
       float* const sums = parts + (split * rows + r) * ld + c;
       const int begin = split * range, end = min(begin + range, width);
       const auto add = [&](const auto& column) {
-        add_tile<R>(sums, ld, x + r * width, width, n - r, n_columns - c, begin, end, column);
+        add_tile<R, W>(sums, ld, x + r * width, width, n - r, n_columns - c, begin, end, column);
       };
       if (at >= 0) {
-        const float* const kept = shared_memory() + at + c * width;
+        const W* const kept = reinterpret_cast<const W*>(shared_memory() + at) + c * width;
         add([&](int j) { return kept + j * width; });
       } else {
-        add([&](int j) { return column_of(w, width, units, kinds, first_unit, c + j); });
+        add([&](int j) { return w + column_of(units, kinds, first_unit, c + j) * width; });
       }
     }
   };
@@ -195,8 +212,8 @@ static __device__ __noinline__ void make_sums(const float* w, int width, int uni
 
 // Makes a member's columns for all rows of its team, at most `rows` at once. `fill(row, k)` is
 // x[row, k..k + 3]; `finish(row, unit, sum)` is called for each with sum(kind), always by the same
-// thread for the same row and unit.
-template <typename Fill, typename Finish>
+// thread for the same row and unit. `any_type`: weights may have 16 bits.
+template <bool any_type = false, typename Fill, typename Finish>
 __device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member, int memory,
                                              int rows, const Fill& fill, const Finish& finish) {
   const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
@@ -208,8 +225,20 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
     for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
       x[i] = fill(row0 + i / quads, i % quads * 4);
     __syncthreads();
-    make_sums(p.w, p.width, p.units, p.kinds, p.first_unit(member), n_units * p.kinds, ld, p.splits,
-              p.at, memory, rows, n);
+    const auto make = [&]<typename W>() {
+      make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
+                n_units * p.kinds, ld, p.splits, p.at, memory, rows, n);
+    };
+    if constexpr (any_type) {
+      if (p.type == Type::kBFloat16)
+        make.template operator()<BFloat16>();
+      else if (p.type == Type::kHalf)
+        make.template operator()<Half>();
+      else
+        make.template operator()<float>();
+    } else {
+      make.template operator()<float>();
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < n * n_units; i += kTeamThreads) {
       const int r = i / n_units, u = i % n_units;
@@ -225,9 +254,10 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
 
 // Columns of several tensors side by side, as an operand of a product.
 struct Columns {
-  FloatRows from, factors;  // factors absent: 1
+  FloatRows from, factors;  // absent: zeros, and ones
   int width;
   __device__ __forceinline__ float4 four(int row, int k) const {
+    if (from.data == nullptr) return make_float4(0.f, 0.f, 0.f, 0.f);
     float4 x = __ldcg(reinterpret_cast<const float4*>(&from(row, k)));
     if (factors.data != nullptr) {
       const float4 f = __ldcg(reinterpret_cast<const float4*>(&factors(row, k)));
@@ -236,6 +266,7 @@ struct Columns {
     return x;
   }
   __device__ __forceinline__ float one(int row, int k) const {
+    if (from.data == nullptr) return 0.f;
     const float x = __ldcg(&from(row, k));
     return factors.data == nullptr ? x : x * __ldcg(&factors(row, k));
   }

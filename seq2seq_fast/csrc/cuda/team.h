@@ -15,9 +15,11 @@ struct TeamPlan {
   int64_t blocks() const { return int64_t{teams} * team.size; }
 };
 
-// A product whose weights (kinds units, width) lie side by side, their width a multiple of 4.
+// A product whose weights (kinds units, width) have rows of multiples of 16 bytes.
 inline TeamProduct team_product_of(const Tensor& w, int kinds) {
-  TeamProduct p{floats_of(w), size_of(w, 1)};
+  STD_TORCH_CHECK(w.is_contiguous() && w.size(1) * w.element_size() % 16 == 0,
+                  "expected contiguous weights with rows of multiples of 16 bytes");
+  TeamProduct p{w.data_ptr(), type_of(w), size_of(w, 1)};
   p.units = size_of(w, 0) / kinds, p.kinds = kinds;
   p.at = -1;
   return p;
@@ -30,7 +32,7 @@ inline void share_out(TeamProduct& p, int members, int rows) {
   p.units_of_member = static_cast<int>(ceil_div(p.units, members));
   const int R = rows > 4 ? kTileRows : rows > 2 ? 4 : rows;
   const int64_t tiles = ceil_div(rows, R) * ceil_div(p.columns_of_member(), kTileColumns);
-  const int64_t pieces = ceil_div(p.width, 4 * kWarp);
+  const int64_t pieces = ceil_div(p.floats_of_column(), 4 * kWarp);
   int64_t least = INT64_MAX;
   for (int64_t n = 1; n <= std::min<int64_t>(pieces, kTeamWarps); ++n) {
     const int64_t cost = ceil_div(tiles * n, kTeamWarps) * (4 * ceil_div(pieces, n) + 1);
@@ -73,8 +75,9 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
     if (plan.rows_at_once == 0) continue;
     double cost = kMeeting * static_cast<double>(products.size());
     for (TeamProduct& p : shared) {
-      const int64_t kept = int64_t{p.columns_of_member()} * p.width;
-      const double n = plan.team.rows, work = n * static_cast<double>(kept) / kProducts;
+      const int64_t kept = int64_t{p.columns_of_member()} * p.floats_of_column();
+      const double n = plan.team.rows;
+      const double work = n * p.columns_of_member() * p.width / kProducts;
       cost += work + n * p.width * 4 / kBytes;
       if (plan.shared_floats + kept <= limit) {
         p.at = static_cast<int>(plan.memory);
