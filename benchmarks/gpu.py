@@ -189,11 +189,13 @@ def decoder(deadline, results, case=gpu_decoder.LETTERS, device="cuda", **option
 
 def decoding(deadline, results, models=gpu_decoding.MODELS, device="cuda", **options):
     jobs = {}
-    for model in models:
-        for B, goal in model.goals.items():
-            jobs[f"decoding, {model.name}, B {B}"] = lambda at=(model, B), goal=goal: step_times(
-                gpu_decoding.measure(*at, device, **options), goal, gpu_decoding.RATIOS
-            )
+    for dtype in gpu_decoding.DTYPES:
+        for model in models:
+            for B, goal in model.goals.items():
+                name = f"decoding, {model.name}, B {B}, {str(dtype).removeprefix('torch.')}"
+                jobs[name] = lambda at=(model, B, dtype), goal=goal: step_times(
+                    gpu_decoding.measure(*at, device, **options), goal, gpu_decoding.RATIOS
+                )
     put_all(deadline, results, jobs)
 
 

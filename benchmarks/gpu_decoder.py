@@ -7,6 +7,7 @@ import plain
 import torch
 from bench_seq2seq import LETTERS, build
 from cases import BOTH, FORWARD
+from gpu_loops import LOOPS, looping
 from timing import device_seconds, interleaved
 
 import seq2seq_fast as s2s
@@ -27,8 +28,15 @@ def with_compiled_step(model):
     return model
 
 
-def backends(device):
-    return [x for x in s2s.backends()["attention_decoder"][device] if x != "reference"]
+def contenders(device):
+    """{name: (backend, how its steps follow each other)}"""
+    found = {}
+    for backend in s2s.backends()["attention_decoder"][device]:
+        if backend == "native":
+            found |= {f"library, native, {how}": (backend, how) for how in LOOPS}
+        elif backend != "reference":
+            found[f"library, {backend}"] = backend, LOOPS[0]
+    return found
 
 
 def inputs(case, device):
@@ -44,7 +52,7 @@ def calls(case, mode, device, capture=captured):
     """{name: call}: all steps and the readout; the encoder is a stand-in."""
     src, trg, grad = inputs(case, device)
 
-    def call(model, backend=None):
+    def call(model, backend=None, how=LOOPS[0]):
         @torch.set_grad_enabled(mode == BOTH)
         def run():
             logits = model(src, trg, 1.0)
@@ -53,7 +61,7 @@ def calls(case, mode, device, capture=captured):
                 logits.backward(grad)
 
         def on_backend():
-            with s2s.use_backend(backend):
+            with s2s.use_backend(backend), looping(how):
                 run()
 
         return run if backend is None else on_backend
@@ -61,9 +69,8 @@ def calls(case, mode, device, capture=captured):
     def made(kind):
         return build(kind, case).to(device)
 
-    found = {f"library, {x}": call(made(s2s.Seq2Seq), x) for x in backends(device)}
-    if mode == FORWARD:
-        found |= {f"{name}, captured": lambda call=x: capture(call) for name, x in found.items()}
+    found = {name: call(made(s2s.Seq2Seq), *x) for name, x in contenders(device).items()}
+    found |= {f"{name}, captured": lambda call=x: capture(call) for name, x in found.items()}
     found["eager"] = call(made(plain.Seq2Seq))
     found["compile"] = call(with_compiled_step(made(plain.Seq2Seq)))
     return found
@@ -91,8 +98,8 @@ def errors(case=LETTERS, device="cuda"):
     model = build(plain.Seq2Seq, case).to(device)
     found = {"eager": model(src, trg, 1.0)}
     library = build(s2s.Seq2Seq, case).to(device)
-    for backend in backends(device):
-        with s2s.use_backend(backend):
-            found[f"library, {backend}"] = library(src, trg, 1.0)
+    for name, (backend, how) in contenders(device).items():
+        with s2s.use_backend(backend), looping(how):
+            found[name] = library(src, trg, 1.0)
     exact = model.double()(src, trg, 1.0)
     return {name: (x - exact).abs().max().item() for name, x in found.items()}

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import plain
 import torch
 from bench_decoding import BOS, EOS, tutorial
+from gpu_loops import LOOPS, looping
 from timing import device_seconds, interleaved
 
 import seq2seq_fast as s2s
 
 ROW_S = 1.0  # of timing, beside compiling
+DTYPES = (torch.bfloat16, torch.float32)  # the goals are of the first
 RATIOS = {"eager": 10, "compile, reduce-overhead": 3}  # of their times over the library's
 
 
@@ -32,21 +34,28 @@ MODELS = (
 )
 
 
-def calls(model, B, device):
+def calls(model, B, device, dtype):
     """{name: call}; the tutorial's decoder has the same weights and numbers."""
     torch.manual_seed(0)
     sizes = (model.V, model.emb, model.H, model.layers, 0.0)
-    decoder = s2s.Decoder(*sizes).eval().to(device)
-    twin = plain.Decoder(*sizes).eval().to(device)
+    decoder = s2s.Decoder(*sizes).eval().to(device, dtype)
+    twin = plain.Decoder(*sizes).eval().to(device, dtype)
     twin.load_state_dict(decoder.state_dict())
-    values = torch.randn(B, model.S, model.H, device=device)
-    hidden, cell = torch.randn(2, model.layers, B, model.H, device=device)
+    values = torch.randn(B, model.S, model.H, device=device, dtype=dtype)
+    hidden, cell = torch.randn(2, model.layers, B, model.H, device=device, dtype=dtype)
     with torch.no_grad():
         source = decoder.source(values)
     state = s2s.DecoderState(hidden, cell)
     options = {"bos": BOS, "eos": EOS, "max_length": model.T, "min_length": model.T}
-    return {
-        "library": lambda: s2s.generate(decoder, source, state, **options),
+
+    def library(how):
+        def call():
+            with looping(how):
+                return s2s.generate(decoder, source, state, **options)
+
+        return call
+
+    return {f"library, {how}": library(how) for how in LOOPS} | {
         "eager": tutorial(twin, values, hidden, cell, model.T),
         "compile, reduce-overhead": replayed(twin, values, hidden, cell, model.T),
     }
@@ -67,11 +76,11 @@ def replayed(decoder, values, hidden, cell, T):
     return call
 
 
-def measure(model, B, device="cuda", seconds=device_seconds):
+def measure(model, B, dtype, device="cuda", seconds=device_seconds):
     """{contender: seconds a step, or why there is none}."""
     torch._dynamo.reset()
     made, failed = {}, {}
-    for name, call in calls(model, B, device).items():
+    for name, call in calls(model, B, device, dtype).items():
         try:
             call()
         except Exception as error:  # the others can be measured still

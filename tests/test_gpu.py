@@ -10,8 +10,18 @@ import torch
 from cuda_graphs import capture
 
 import seq2seq_fast as s2s
+from seq2seq_fast import decoding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.fixture(params=["steps", "together"])
+def loop(request, gpu, monkeypatch):
+    """How the steps of the compiled kernels follow each other."""
+    if gpu.backend != "native" and request.param == "together":
+        pytest.skip("of the compiled kernels")
+    monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -142,7 +152,7 @@ def decoder_arguments(T=5, **options):
 
 class TestDecoder:
     @pytest.fixture(autouse=True)
-    def kernels(self, gpu):
+    def kernels(self, gpu, loop):
         if gpu.backend == "reference":
             pytest.skip("of kernels")
 
@@ -192,9 +202,21 @@ class TestDecoder:
         for a, b in zip(captured, call(), strict=True):
             torch.testing.assert_close(a, b)  # an embedding's gradient is summed in any order
 
-    def test_launches_of_a_step(self, gpu):
+    @pytest.mark.parametrize("B", [1, 64, 150])
+    def test_many_steps_of_many_rows(self, B, gpu):
+        """Blocks that did not see each other's numbers in time would be far off."""
+        args, on_gpu = decoder_arguments(T=60, B=B, S=50, A=128, D=128, H=192, feedback=[])
+        want, _ = decoder_problems.results(args, backend="reference")
+        for _ in range(3):
+            found, _ = decoder_problems.results(on_gpu, backend=gpu.backend)
+            for name, x in want.items():
+                scale = max(1.0, x.abs().max().item())
+                error = (found[name].cpu() - x).abs().max().item() / scale
+                assert error < 1e-3, name
+
+    def test_launches_of_a_step(self, gpu, loop):
         """Six of two layers: query, attention, and for each layer a product and its cell. A product
-        may be split, which adds one."""
+        may be split, which adds one. Together there are none."""
         counts = []
         for T in (10, 20):
             _, on_gpu = decoder_arguments(T)
@@ -207,7 +229,8 @@ class TestDecoder:
                     s2s.attention_decoder(**on_gpu, backend=gpu.backend)
                     torch.cuda.synchronize()
             counts.append(sum(x.count for x in profile.key_averages() if x.device_time_total > 0))
-        assert 6 <= (counts[1] - counts[0]) / 10 <= 9
+        a_step = (counts[1] - counts[0]) / 10
+        assert a_step == 0 if loop == "together" else 6 <= a_step <= 9
 
 
 @pytest.mark.skipif(not s2s.library.HAS_KERNEL["decode_steps", "cuda"], reason="no such kernel")
@@ -231,7 +254,8 @@ class TestDecoding:
 
     @pytest.mark.parametrize("kind", decoding_models.KINDS, ids=str)
     @pytest.mark.parametrize("beam_size", [1, 4])
-    def test_replays_decode_as_the_cpu_does(self, kind, beam_size):
+    def test_replays_decode_as_the_cpu_does(self, kind, beam_size, monkeypatch):
+        monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "steps")
         model = decoding_models.make(kind, V=600, H=40).cuda().prepare_inference()
         options = {"max_length": 20, "beam_size": beam_size, "length_penalty": 0.7}
         if kind[1]:
@@ -243,7 +267,28 @@ class TestDecoding:
         (loop,) = model.decoder.loops.kept.values()
         assert loop.graph is not None
 
-    def test_many_rows_and_words(self):
+    @pytest.mark.parametrize("kind", decoding_models.KINDS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_one_launch_decodes_as_the_cpu_does(self, kind, dtype, monkeypatch):
+        """In 16 bits, as the model of the same weights in float32."""
+        monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "together")
+        model = decoding_models.make(kind, V=600, H=40)
+        model.decoder.to(dtype).float()
+        on_gpu, together = copy.deepcopy(model).cuda(), decoding.together
+        options = {"max_length": 20, "length_penalty": 0.7, "return_weights": kind[1]}
+        for seed, B in enumerate((1, 7, 70, 150)):
+            src = decoding_models.sources(B, 9, seed)
+            want = model.generate(src, **self.OPTIONS, **options)
+            source, state = on_gpu.encode(src.cuda())
+            half = copy.deepcopy(on_gpu.decoder).to(dtype)
+            asked = decoding.DecodingOptions(**self.OPTIONS, **options)
+            half.loops = decoding.graphed.Loops()
+            with torch.no_grad():
+                found = together.generate(half, half.loops, source, state, asked)
+            cpu = [None if x is None else x.cpu() for x in found]
+            decoding_models.check_same(model, src, type(found)(*cpu), want)
+
+    def test_many_rows_and_words(self, loop):
         model = decoding_models.make(V=10_000, H=256).cuda()
         src = decoding_models.sources(64, 50)
         for beam_size in (1, 5):
@@ -251,9 +296,9 @@ class TestDecoding:
                 on_gpu, on_cpu = self.found(model, src, max_length=30, beam_size=beam_size)
                 torch.testing.assert_close(on_gpu.scores, on_cpu.scores, rtol=1e-4, atol=1e-3)
 
-    def test_threads_with_streams_of_their_own(self):
+    def test_threads_with_streams_of_their_own(self, loop):
         model, src = decoding_models.make().cuda(), decoding_models.sources(5, 9).cuda()
-        options = self.OPTIONS | {"max_length": 20, "beam_size": 3}
+        options = self.OPTIONS | {"max_length": 20, "beam_size": 1 if loop == "together" else 3}
         want, found = model.generate(src, **options), []
 
         def decode():

@@ -92,23 +92,24 @@ def decoder(monkeypatch, tmp_path):
 
 def test_the_decoder_measured_on_the_cpu(decoder):
     found, text = decoder(capture=lambda call: call)
-    own = {FORWARD: ["library, native", "library, native, captured"], BOTH: ["library, native"]}
+    own = [f"library, native, {how}" for how in ("steps", "together")]
+    captured = [f"{name}, captured" for name in own]
     for mode, goal in ((FORWARD, 25), (BOTH, 80)):
-        times = {f"{name}, us a step" for name in (*own[mode], "eager", "compile")}
-        ratios = {f"{x} over {name}" for x in ("eager", "compile") for name in own[mode]}
+        times = {f"{name}, us a step" for name in (*own, *captured, "eager", "compile")}
+        ratios = {f"{x} over {name}" for x in ("eager", "compile") for name in own + captured}
         assert found[mode].keys() == times | ratios | {"goal"}
         assert all(1 < found[mode][name] < 1e6 for name in times)
         assert f"| decoder, {mode}, goal, us a step | {goal} |" in text
         assert f"| decoder, {mode}, goal, eager over library | 10 |" in text
-        assert f"| decoder, {mode}, eager over library, native |" in text
-    assert found["largest error"].keys() == {"library, native", "eager"}
+        assert f"| decoder, {mode}, eager over library, native, together |" in text
+    assert found["largest error"].keys() == {*own, "eager"}
     assert all(0 < x < 1e-6 for x in found["largest error"].values())
 
 
 def test_what_fails_of_the_decoder_leaves_the_rest(decoder, monkeypatch):
     found, _ = decoder()
-    assert found[FORWARD]["library, native, captured"] == "MemoryError"
-    assert "library, native, us a step" in found[FORWARD]
+    assert found[FORWARD]["library, native, steps, captured"] == "MemoryError"
+    assert "library, native, steps, us a step" in found[FORWARD]
     measure = gpu_decoder.measure
 
     def forward_alone(mode, *args, **options):
@@ -116,7 +117,7 @@ def test_what_fails_of_the_decoder_leaves_the_rest(decoder, monkeypatch):
 
     monkeypatch.setattr(gpu_decoder, "measure", forward_alone)
     found, _ = decoder()
-    assert "library, native, us a step" in found[FORWARD]
+    assert "library, native, steps, us a step" in found[FORWARD]
     assert found[BOTH] == {"skipped": "MemoryError: "}
 
 
@@ -132,15 +133,19 @@ def test_decoding_measured_on_the_cpu(monkeypatch, tmp_path):
     small = replace(model, V=9, S=3, T=4, H=8, emb=5, goals={1: 12, 3: 13})
     options = {"models": [small], "device": "cpu", "seconds": timing.host_seconds}
     gpu.decoding(gpu.Deadline(9, lambda: 0), results, **options)
-    found = [results.data[f"decoding, tutorial model, B {B}"] for B in (1, 3)]
-    times, ratio = {f"{name}, us a step" for name in ("library", "eager")}, "eager over library"
-    for B, goal in ((0, 12), (1, 13)):
-        assert found[B].keys() == times | {ratio, "compile, reduce-overhead", "goal"}
-        assert all(1 < found[B][name] < 1e6 for name in times)
-        assert found[B]["goal"]["us a step"] == goal and found[B]["goal"][ratio] == 10
+    own = ["library, steps", "library, together"]
+    times = {f"{name}, us a step" for name in (*own, "eager")}
+    ratios = {f"eager over {name}" for name in own}
+    for dtype in ("bfloat16", "float32"):
+        for B, goal in small.goals.items():
+            found = results.data[f"decoding, tutorial model, B {B}, {dtype}"]
+            assert found.keys() == times | ratios | {"compile, reduce-overhead", "goal"}
+            assert all(1 < found[name] < 1e6 for name in times)
+            assert found["goal"]["us a step"] == goal
+            assert found["goal"]["eager over library"] == 10
     assert gnmt.goals == {1: 70} and model.goals == {1: 12, 8: 12, 64: 12}
     gpu.decoding(gpu.Deadline(-1, lambda: 0), results, **options)
-    assert results.data["decoding, tutorial model, B 1"] == {"skipped": "time was up"}
+    assert results.data["decoding, tutorial model, B 1, float32"] == {"skipped": "time was up"}
 
 
 def row_of(job, own=1e-3, **others):
