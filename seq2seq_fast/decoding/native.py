@@ -65,7 +65,7 @@ def generate(
         powers = keys.new_empty(0) if powers is None else powers
         from_source = [keys, powers, source.values.contiguous(), source.v.contiguous()]
         mask = source.mask
-    found = torch.ops.seq2seq_fast.decode(
+    found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
         packed.weights,
         decoder.cell_type,
         decoder.query_after,
@@ -81,8 +81,6 @@ def generate(
         float(options.coverage_penalty),
         options.return_weights,
     )
-    if options.beam_size == 1:
-        found = [x.squeeze(1) if x.dim() > 1 else x for x in found]
     tokens, lengths, log_probs, scores, finished, weights = found
     return Generated(
         tokens, lengths, log_probs, scores, finished, weights if options.return_weights else None

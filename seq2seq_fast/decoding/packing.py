@@ -1,5 +1,6 @@
 """A decoder's weights as the compiled engine reads them: from one end to the other."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,13 +57,22 @@ def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
 def state_of(decoder: "Decoder") -> tuple:
     """Equal as long as no parameter that is packed has been exchanged, or changed in place by
     PyTorch."""
-    parts = (
-        [decoder.fc_out] if decoder.attention is None else [decoder.fc_out, decoder.attention.Wa]
-    )
-    packed = [decoder.embedding.weight, *(x for p in parts for x in (p.weight, p.bias))]
-    for layer in decoder.layers.all_weights:
-        packed += layer
+    layers, attention = decoder.layers, decoder.attention
+    packed = _named(decoder.embedding, ("weight",)) + _named(decoder.fc_out, _LINEAR)
+    packed += _named(layers, layers._flat_weights_names)
+    if attention is not None:
+        packed += _named(attention.Wa, _LINEAR)
     return tuple([(p.data_ptr(), 0 if p.is_inference() else p._version) for p in packed])
+
+
+_LINEAR = ("weight", "bias")
+
+
+def _named(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """Its parameters, without Module's own slow look for each, but where one is computed, as by a
+    parametrization."""
+    kept = module._parameters
+    return [getattr(module, name) if (p := kept.get(name)) is None else p for name in names]
 
 
 def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:

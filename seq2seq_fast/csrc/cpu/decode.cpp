@@ -310,11 +310,16 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
   int64_t n = 0;
   for (const Search& search : searches_)
     for (const Ended& e : search.ended) n = std::max(n, e.length);
-  Tensor tokens = empty(like, {B_, N, n}, ScalarType::Long);
-  Tensor lengths = empty(like, {B_, N}, ScalarType::Long);
-  Tensor log_probs = empty(like, {B_, N}), scores = empty(like, {B_, N});
-  Tensor finished = empty(like, {B_, N}, ScalarType::Bool);
-  Tensor weights = o_.keep_weights ? empty(like, {B_, N, n, S}) : empty(like, {0});
+  // Of beam search (B, N, ...), of greedy decoding (B, ...)
+  const auto results_of = [&](std::vector<int64_t> sizes, ScalarType type) {
+    if (o_.beam_size > 1) sizes.insert(sizes.begin(), N);
+    sizes.insert(sizes.begin(), B_);
+    return empty(like, sizes, type);
+  };
+  Tensor tokens = results_of({n}, ScalarType::Long), lengths = results_of({}, ScalarType::Long);
+  Tensor log_probs = results_of({}, ScalarType::Float), scores = results_of({}, ScalarType::Float);
+  Tensor finished = results_of({}, ScalarType::Bool);
+  Tensor weights = o_.keep_weights ? results_of({n, S}, ScalarType::Float) : empty(like, {0});
   auto* token = static_cast<int64_t*>(tokens.data_ptr());
   auto* w = static_cast<float*>(weights.data_ptr());
   std::fill_n(token, B_ * N * n, o_.fill);
