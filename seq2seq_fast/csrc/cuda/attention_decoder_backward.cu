@@ -1,11 +1,14 @@
-// The recurrence of the attention decoder backward. A step of L layers is 2 L + 2 launches: for
-// each layer its cell and the product of the gates' gradient with [w_input | w_hidden], whose parts
-// the next kernels add up; attention, and the query's product. Gradients of weights, keys and
-// values are products over all steps, which are left to the caller.
+// The recurrence of the attention decoder backward. It is one launch, see
+// decoder_backward_loop.cuh, or for each step of L layers 2 L + 2 of them: for each layer its cell
+// and the product of the gates' gradient with [w_input | w_hidden], whose parts the next kernels
+// add up; attention, and the query's product. Gradients of weights, keys and values are products
+// over all steps, which are left to the caller.
 #include <torch/csrc/stable/library.h>
 
 #include "decoder.h"
-#include "one_query_backward.cuh"
+#include "decoder_backward_loop.cuh"
+#include "decoder_loop.h"
+#include "team.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -36,12 +39,8 @@ class Backward {
   }
 
   void run() {
-    for (int64_t t = T_ - 1; t >= 0; --t) {
-      if (source_ && query_after_) attend(t);
-      for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
-      if (source_ && !query_after_) attend(t);
-    }
     if (T_ == 0) return;
+    if (!run_together()) run_steps();
     for (int64_t l = 0; l < L_; ++l) {
       const Tensor to = hidden(l);
       SumArguments a{later(l, 0), float_rows(to)};
@@ -53,6 +52,66 @@ class Backward {
   }
 
  private:
+  void run_steps() {
+    for (int64_t t = T_ - 1; t >= 0; --t) {
+      if (source_ && query_after_) attend(t);
+      for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
+      if (source_ && !query_after_) attend(t);
+    }
+  }
+
+  // All steps in one launch; false if that is not wanted, or what a block needs exceeds its shared
+  // memory.
+  bool run_together() {
+    if (!runs_together() || !source_ || L_ > kMostLoopLayers || B_ == 0) return false;
+    if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
+    std::vector<Tensor> kept;                       // until it is launched
+    const auto flat = [&](const Tensor& x) {
+      kept.push_back(torch::stable::contiguous(x));
+      return FloatRows{floats_of(kept.back()), x.size(x.dim() - 1)};
+    };
+    DecoderBackwardLoopArguments a{};
+    a.T = static_cast<int>(T_), a.B = static_cast<int>(B_), a.L = static_cast<int>(L_);
+    a.H = static_cast<int>(H_), a.G = size_of(run_.gates, 3);
+    a.grad_outputs = flat(given_.outputs).data;
+    a.hiddens = flat(run_.hiddens).data, a.gates = flat(run_.gates).data;
+    if (cell_ == Cell::kLstm) a.cells = flat(run_.cells).data;
+    if (dropout_) a.dropout = flat(*dropout_).data;
+    a.grad_gates = floats_of(d_.gates), a.grad_queries = floats_of(d_.queries);
+    a.grad_hidden = floats_of(d_.hidden), a.grad_cell = floats_of(d_.cell);
+    a.attention = attention();
+    a.attention.grad_context = flat(given_.contexts), a.attention.weights = flat(run_.weights);
+    a.attention.grad_weights = flat(given_.weights), a.attention.query = flat(run_.queries);
+    a.attention.to_context = flat(d_.contexts), a.attention.to_scores = flat(d_.scores);
+    a.attention.to_query = flat(d_.queries);
+    a.attention.carried = a.carried = float_rows(products_[0]);
+    a.of_query = float_rows(of_query_);
+    a.A = a.attention.A, a.D = a.attention.D;
+    a.query_after = query_after_, a.by_four = a.G % 4 == 0 && a.A % 4 == 0;
+    kept.push_back(turned(source_->w_query));
+    a.query = team_product_of(kept.back(), 1);
+    std::vector<TeamProduct*> products{&a.query};
+    for (int64_t l = 0; l < L_; ++l) {
+      kept.push_back(turned(weights_[l]));
+      a.layers[l] = team_product_of(kept.back(), l > 0 ? 2 : 1);
+      a.self[l] = float_rows(products_[l], width(l));
+      products.push_back(&a.layers[l]);
+    }
+    TeamPlan plan;
+    const int64_t floats = one_query_backward_shared_floats(a.attention.S, a.D, kTeamWarps);
+    if (!plan_teams(plan, device_, products, B_, 1, floats)) return false;
+    a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
+    const Tensor counts = counts_of(device_, plan, run_.gates);
+    a.team = plan.team;
+    // Nothing is carried to the context of the last step.
+    if (query_after_) torch::stable::zero_(products_[0]);
+    const auto kernel = cell_ == Cell::kLstm  ? decoder_backward_loop<Cell::kLstm>
+                        : cell_ == Cell::kGru ? decoder_backward_loop<Cell::kGru>
+                                              : decoder_backward_loop<Cell::kRnn>;
+    device_.launch_together(kernel, plan.blocks(), dim3(kTeamThreads), plan.shared_floats, a);
+    return true;
+  }
+
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
   Tensor hidden(int64_t l) const {  // first the gradient of the last state, then what is passed on
     return view(d_.hidden, {B_, H_}, {H_, 1}, l * B_ * H_);
@@ -92,22 +151,29 @@ class Backward {
     product(products_[l], grad_gates, transposed(weights_[l]));
   }
 
+  // What does not depend on the step.
+  OneQueryBackwardArguments attention() const {
+    const Source& s = *source_;
+    OneQueryBackwardArguments a{};
+    a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
+    a.powers = powers_of(s.powers, s.keys);
+    a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
+    return a;
+  }
+
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
-    const Source& s = *source_;
-    OneQueryBackwardArguments a{float_rows(at(given_.contexts, t))};
+    OneQueryBackwardArguments a = attention();
+    a.grad_context = float_rows(at(given_.contexts, t));
     if (!query_after_ || t + 1 < T_) a.carried = float_rows(products_[0]);
     a.grad_weights = float_rows(at(given_.weights, t)), a.weights = float_rows(at(run_.weights, t));
     a.query = float_rows(at(run_.queries, t));
-    a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
-    a.powers = powers_of(s.powers, s.keys);
     const Tensor grad_query = at(d_.queries, t);
     a.to_context = float_rows(at(d_.contexts, t)), a.to_scores = float_rows(at(d_.scores, t));
     a.to_query = float_rows(grad_query);
-    a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
     device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
-                   one_query_backward_shared_floats(a.S, a.D), a);
-    product(of_query_, grad_query, transposed(s.w_query));
+                   one_query_backward_shared_floats(a.S, a.D, kQueryBackwardWarps), a);
+    product(of_query_, grad_query, transposed(source_->w_query));
   }
 
   const Device& device_;

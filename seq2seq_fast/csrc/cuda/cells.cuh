@@ -98,13 +98,14 @@ struct CellBackwardArguments {
   int B, H;
 };
 
+// A unit's step, given its hidden state's gradient, which `a.grad` may be a part of.
 template <Cell cell>
-__device__ __forceinline__ void retreat_unit(const CellBackwardArguments& a, int b, int h) {
+__device__ __forceinline__ void retreat_unit(const CellBackwardArguments& a, int b, int h,
+                                             float dh) {
   constexpr int kBlocks = kBlocksOf<cell>;
   float x[kBlocks], dx[kBlocks];
 #pragma unroll
   for (int k = 0; k < kBlocks; ++k) x[k] = a.gates(b, k * a.H + h);
-  const float dh = a.grad(b, h);
   if constexpr (cell == Cell::kLstm) {
     const float y = tanhf(a.cell(b, h));
     const float dc = a.grad_cell(b, h) + dh * x[3] * (1.f - y * y);
@@ -131,7 +132,7 @@ template <Cell cell>
 __global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
   const int b = i / a.H, h = i % a.H;
-  if (b < a.B) retreat_unit<cell>(a, b, h);
+  if (b < a.B) retreat_unit<cell>(a, b, h, a.grad(b, h));
 }
 
 struct SumArguments {

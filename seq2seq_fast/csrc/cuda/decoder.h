@@ -52,6 +52,14 @@ inline Tensor side_by_side(const Tensor* w_x, const Tensor& w_hidden, int64_t G,
   return w;
 }
 
+// w^T, (width, G), contiguous; behind its rows come zeros up to a multiple of four.
+inline Tensor turned(const Tensor& w) {
+  Tensor out = empty(w, {w.size(1), round_up(w.size(0), 4)});
+  if (out.size(1) != w.size(0)) torch::stable::zero_(out);
+  copy(columns(out, 0, w.size(0)), transposed(w));
+  return out;
+}
+
 struct Source {
   Tensor w_context, w_query, b_query, keys, values, v, powers;
   Softmax softmax;

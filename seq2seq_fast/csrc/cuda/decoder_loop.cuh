@@ -10,8 +10,6 @@
 
 namespace seq2seq_fast {
 
-constexpr int kMostLoopLayers = 8;
-
 struct DecoderLoopArguments {
   Team team;
   TeamProduct query, layers[kMostLoopLayers];
@@ -51,7 +49,7 @@ class DecoderLoop {
 
  private:
   __device__ __forceinline__ FloatRows rows(float* of, int n, int i, int width) const {
-    return {of + (static_cast<int64_t>(n) + i) * a_.B * width, width};
+    return rows_at(of, int64_t{n} + i, a_.B, width);
   }
   __device__ __forceinline__ FloatRows state(float* of, int l, int t) const {
     return rows(of, l * (a_.T + 1), t, a_.H);

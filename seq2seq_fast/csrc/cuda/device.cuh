@@ -123,6 +123,11 @@ struct FloatRows {
   }
 };
 
+// Those at place i of a contiguous (.., B, width).
+__device__ __forceinline__ FloatRows rows_at(float* of, int64_t i, int B, int width) {
+  return {of + i * B * width, width};
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAll, x, lanes);
   return x;

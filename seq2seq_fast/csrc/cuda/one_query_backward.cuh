@@ -14,6 +14,7 @@ namespace seq2seq_fast {
 
 constexpr int kQueryBackwardWarps = 16, kQueryBackwardThreads = kWarp * kQueryBackwardWarps;
 
+// Rows are of one step, or of all, (T B, width); those of `carried` are of one step.
 struct OneQueryBackwardArguments {
   FloatRows grad_context, carried;            // (B, D), whose sum it is; carried may be absent
   FloatRows grad_weights, weights;            // (B, S)
@@ -24,8 +25,8 @@ struct OneQueryBackwardArguments {
   int S, A, D;
 };
 
-__host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D) {
-  return int64_t{S} + D + kQueryBackwardWarps + 2 * kQueryBackwardThreads;
+__host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D, int warps) {
+  return int64_t{S} + D + warps + 2 * warps * kWarp;
 }
 
 // Adds g (1 - tanh^2) of two features to sum.
@@ -44,33 +45,37 @@ __device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float
   }
 }
 
-static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
-    one_query_backward(OneQueryBackwardArguments a) {
-  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp, b = blockIdx.x;
-  float* const scratch = shared_memory();  // (2, threads)
-  float* const sums = scratch + 2 * kQueryBackwardThreads;
-  float *const grads = sums + kQueryBackwardWarps, *const dc = grads + a.S;  // (S,), (D,)
+// The work of a block of `warps`: row b of a step, which is the row-th of all, with `memory` to
+// share.
+template <int warps>
+__device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArguments& a, int b,
+                                                  int row, float* memory) {
+  constexpr int threads = kWarp * warps;
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  float* const scratch = memory;  // (2, threads)
+  float* const sums = scratch + 2 * threads;
+  float *const grads = sums + warps, *const dc = grads + a.S;  // (S,), (D,)
 
-  for (int d = thread; d < a.D; d += kQueryBackwardThreads) {
-    dc[d] = a.grad_context(b, d) + a.carried.get(b, d);
-    a.to_context(b, d) = dc[d];
+  for (int d = thread; d < a.D; d += threads) {
+    dc[d] = a.grad_context(row, d) + a.carried.get(b, d);
+    a.to_context(row, d) = dc[d];
   }
   __syncthreads();
   float dot = 0.f;
-  for (int s = warp; s < a.S; s += kQueryBackwardWarps) {
+  for (int s = warp; s < a.S; s += warps) {
     const float* value = static_cast<const float*>(a.values.data) + b * a.values.stride[0];
     value += s * a.values.stride[1];
     float dw = 0.f;
 #pragma unroll 4
     for (int d = lane; d < a.D; d += kWarp) dw += value[d * a.values.stride[2]] * dc[d];
-    dw = warp_sum(dw) + a.grad_weights(b, s);
+    dw = warp_sum(dw) + a.grad_weights(row, s);
     if (lane == 0) grads[s] = dw;
-    dot += a.weights(b, s) * dw;
+    dot += a.weights(row, s) * dw;
   }
   if (lane == 0) sums[warp] = dot;
   float max_q = 0.f, max_k = 0.f, max_v = 0.f;
   for (int h = lane; h < a.A; h += kWarp) {
-    max_q = larger(max_q, a.query(b, h)), max_v = larger(max_v, a.v(0, 0, h));
+    max_q = larger(max_q, a.query(row, h)), max_v = larger(max_v, a.v(0, 0, h));
   }
   for (int i = lane; i * kRowsOfBlock < a.S; i += kWarp) max_k = larger(max_k, a.powers.max(b, i));
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
@@ -80,24 +85,24 @@ static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
   }
   __syncthreads();
   dot = 0.f;
-  for (int w = 0; w < kQueryBackwardWarps; ++w) dot += sums[w];
+  for (int w = 0; w < warps; ++w) dot += sums[w];
   bool finite = magnitude(max_v) < 0x7f800000u;
-  for (int s = thread; s < a.S; s += kQueryBackwardThreads) {
-    const float ds = a.weights(b, s) * (grads[s] - dot);
-    grads[s] = ds, a.to_scores(b, s) = ds;
+  for (int s = thread; s < a.S; s += threads) {
+    const float ds = a.weights(row, s) * (grads[s] - dot);
+    grads[s] = ds, a.to_scores(row, s) = ds;
     finite = finite && magnitude(ds) < 0x7f800000u;
   }
   const bool all_finite = !__syncthreads_or(!finite);
   const Path path = all_finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
 
   const int pairs = a.powers.Hp / 2;
-  for (int p0 = 0; p0 < pairs; p0 += kQueryBackwardThreads) {
-    const int n = min(kQueryBackwardThreads, pairs - p0), groups = kQueryBackwardThreads / n;
+  for (int p0 = 0; p0 < pairs; p0 += threads) {
+    const int n = min(threads, pairs - p0), groups = threads / n;
     const int group = thread / n, h = 2 * (p0 + thread % n);
     const auto pair_of = [&](const auto& x) {
       return make_float2(h < a.A ? x(h) : 0.f, h + 1 < a.A ? x(h + 1) : 0.f);
     };
-    const float2 raw = pair_of([&](int i) { return a.query(b, i); });
+    const float2 raw = pair_of([&](int i) { return a.query(row, i); });
     const float2 v = pair_of([&](int i) { return a.v(0, 0, i); });
     float2 sum = make_float2(0.f, 0.f);
     const auto add_keys = [&]<Path form>(float2 q) {
@@ -125,13 +130,18 @@ static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
     }
     scratch[2 * thread] = sum.x, scratch[2 * thread + 1] = sum.y;
     __syncthreads();
-    for (int i = thread; i < 2 * n; i += kQueryBackwardThreads) {
+    for (int i = thread; i < 2 * n; i += threads) {
       float dq = 0.f;
       for (int g = 0; g < groups; ++g) dq += scratch[2 * n * g + i];
-      if (2 * p0 + i < a.A) a.to_query(b, 2 * p0 + i) = dq;
+      if (2 * p0 + i < a.A) a.to_query(row, 2 * p0 + i) = dq;
     }
     __syncthreads();
   }
+}
+
+static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
+    one_query_backward(OneQueryBackwardArguments a) {
+  retreat_one_query<kQueryBackwardWarps>(a, blockIdx.x, blockIdx.x, shared_memory());
 }
 
 }  // namespace seq2seq_fast

@@ -12,6 +12,7 @@ namespace seq2seq_fast {
 constexpr int kTeamWarps = 8, kTeamThreads = kWarp * kTeamWarps;
 constexpr int kCountStride = 32;  // counts that are waited for lie in lines of their own
 constexpr int kTileRows = 8, kTileColumns = 8;
+constexpr int kMostLoopLayers = 8;  // of a recurrence
 
 struct Team {
   unsigned* arrived;  // (teams, kCountStride), zero before
