@@ -159,7 +159,8 @@ __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* 
   sum_over_lanes(sum);
   const int first = first_sum<R * C>();
   constexpr int kOwn = R * C > kWarp ? R * C / kWarp : 1;  // sums of a lane
-  if (R * C < kWarp && lane % (kWarp / (R * C)) != 0) return;
+  if constexpr (R * C < kWarp)
+    if (lane % (kWarp / (R * C)) != 0) return;
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
     const int r = (first + i) / C, c = (first + i) % C;
