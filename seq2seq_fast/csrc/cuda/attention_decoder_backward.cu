@@ -84,9 +84,9 @@ class Backward {
     a.attention.grad_weights = flat(given_.weights), a.attention.query = flat(run_.queries);
     a.attention.to_context = flat(d_.contexts), a.attention.to_scores = flat(d_.scores);
     a.attention.to_query = flat(d_.queries);
-    a.attention.carried = a.carried = float_rows(products_[0]);
+    a.attention.carried = a.lowest = float_rows(products_[0]);
     a.of_query = float_rows(of_query_);
-    a.A = a.attention.A, a.D = a.attention.D;
+    a.A = a.attention.A;
     a.query_after = query_after_, a.by_four = a.G % 4 == 0 && a.A % 4 == 0;
     kept.push_back(turned(source_->w_query));
     a.query = team_product_of(kept.back(), 1);
@@ -98,7 +98,8 @@ class Backward {
       products.push_back(&a.layers[l]);
     }
     TeamPlan plan;
-    const int64_t floats = one_query_backward_shared_floats(a.attention.S, a.D, kTeamWarps);
+    const int64_t floats =
+        one_query_backward_shared_floats(a.attention.S, a.attention.D, kTeamWarps);
     if (!plan_teams(plan, device_, products, B_, 1, floats)) return false;
     a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
     const Tensor counts = counts_of(device_, plan, run_.gates);

@@ -14,16 +14,17 @@ namespace seq2seq_fast {
 
 struct DecoderBackwardLoopArguments {
   Team team;
-  // Of layer 0, columns are those of [context | hidden state]; above, two kinds for each unit: of
-  // the layer below and of its own.
+  // The columns of layer 0 are those of [context | hidden state]; above there are two kinds for
+  // each unit, of the layer below and of its own.
   TeamProduct query, layers[kMostLoopLayers];
-  FloatRows self[kMostLoopLayers];  // (B, H), what the last product gave each layer's own state
-  FloatRows carried, of_query;      // (B, D), (B, H), the same of the context and by the query
+  // What the last product gave: to each layer's own state (B, H); in layer 0, behind the context's,
+  // (B, D + H); from the first query to the state before the first step (B, H).
+  FloatRows self[kMostLoopLayers], lowest, of_query;
   // (T, B, H), (L, T + 1, B, H), (L, T, B, G), (L - 1, T, B, H)
   float *grad_outputs, *hiddens, *cells, *gates, *dropout;
   float *grad_gates, *grad_queries, *grad_hidden, *grad_cell;  // (T, B, A), (L, B, H)
   OneQueryBackwardArguments attention;                         // of all steps
-  int T, B, L, H, G, A, D;
+  int T, B, L, H, G, A;
   int memory, rows_at_once;
   bool query_after, by_four;
 
@@ -111,8 +112,8 @@ class DecoderBackwardLoop {
   __device__ __forceinline__ void multiply(int l, int t) {
     const Columns x{a_.rows(a_.grad_gates, l * a_.T + t, a_.G), {}, a_.G};
     const auto fill = [&](int row, int k) { return four_of(a_.by_four, row, k, x); };
-    const FloatRows self = a_.self[l];
     if (l > 0) {
+      const FloatRows self = a_.self[l];
       FloatRows factors{};
       if (a_.dropout != nullptr) factors = a_.rows(a_.dropout, (l - 1) * a_.T + t, a_.H);
       team_product(a_.layers[l], member_, a_.memory, a_.rows_at_once, fill,
@@ -124,12 +125,7 @@ class DecoderBackwardLoop {
                    });
     } else {
       team_product(a_.layers[0], member_, a_.memory, a_.rows_at_once, fill,
-                   [&](int row, int column, const auto& sum) {
-                     if (column < a_.D)
-                       a_.carried(row, column) = sum(0);
-                     else
-                       self(row, column - a_.D) = sum(0);
-                   });
+                   [&](int row, int column, const auto& sum) { a_.lowest(row, column) = sum(0); });
     }
     member_.meet();
   }
