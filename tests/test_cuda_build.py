@@ -84,7 +84,7 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
     command = [sys.executable, "-c", LOAD, library]
     environment = os.environ | {"LD_BIND_NOW": "1"}
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ran.stdout.strip() == "9", ran.stderr  # ops
+    assert ran.stdout.strip() == "10", ran.stderr  # ops
 
 
 # The tiles for few queries or a short source, 4x4 and 2x2, save padding and pay more for loads.
