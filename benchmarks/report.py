@@ -17,13 +17,21 @@ DISTURBED = 0.05  # share of the machine's CPU time
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
-def cpu_model() -> str:
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name; where that tells no model, as in many virtual machines, its numbers too."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = cpuinfo.read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found[1].strip() if found else ""
+
+    name = field("model name") or platform.processor() or platform.machine()
+    if re.search(r"\d", name) or not field("cpu family"):
+        return name
+    return f"{name} (family {field('cpu family')}, model {field('model')})"
 
 
 def machine() -> dict:

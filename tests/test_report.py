@@ -144,3 +144,15 @@ def test_cases_make_inputs_of_the_stated_shapes(case):
     assert all(x.dtype == torch.bfloat16 for x in tensors)
     again = case.inputs(seed=1, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(tensors, again, strict=True))
+
+
+def test_a_processor_that_does_not_say_its_model_is_told_by_its_numbers(tmp_path):
+    path = tmp_path / "cpuinfo"
+    text = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {}\n"
+    for name, want in (
+        ("AMD EPYC", "AMD EPYC (family 25, model 17)"),
+        ("AMD EPYC 7763 64-Core Processor", "AMD EPYC 7763 64-Core Processor"),
+    ):
+        path.write_text(text.format(name))
+        assert report.cpu_model(path) == want
+    assert report.cpu_model(tmp_path / "none")
