@@ -130,6 +130,7 @@ class Greedy {
       __syncthreads();
     }
     if (chosen >= 0) for_own_rows([&](int row) { choose(row, chosen); });
+    ask_for_weights(a_.query_after ? a_.readout : a_.layers[0], member_);
     member_.meet();
   }
 
@@ -156,6 +157,10 @@ class Greedy {
     team_product<true>(
         a_.layers[l], member_, a_.memory, a_.rows_at_once,
         [&](int row, int k) { return four_of(a_.by_four, row, k, x, of_context, own); }, finish);
+    if (l + 1 < a_.L)
+      ask_for_weights(a_.layers[l + 1], member_);
+    else
+      ask_for_weights(a_.attends && a_.query_after ? a_.query : a_.readout, member_);
     member_.meet();
   }
 
@@ -183,6 +188,7 @@ class Greedy {
       mine = joined(mine);
       if (lane == 0) a_.found[static_cast<int64_t>(row) * a_.team.size + member_.index] = mine;
     }
+    ask_for_weights(a_.attends && !a_.query_after ? a_.query : a_.layers[0], member_);
     member_.meet();
   }
 

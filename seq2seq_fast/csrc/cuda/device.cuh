@@ -76,6 +76,11 @@ __device__ __forceinline__ void await(const unsigned* count, unsigned target) {
   } while (seen < target);
 }
 
+// Brings the line of global memory to the second-level cache.
+__device__ __forceinline__ void ask_for_line(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 __device__ __forceinline__ float* shared_memory() {
   extern __shared__ float4 memory[];
   return reinterpret_cast<float*>(memory);

@@ -86,6 +86,20 @@ __device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member&
     to[i] = from[column_of(p.units, p.kinds, first, i / quads) * quads + i % quads];
 }
 
+// Asks for a member's first weights, if they are read again in every step, while it still waits for
+// its team. So much of all members is a third of an H100's second-level cache.
+constexpr int64_t kAskedFor = 128 << 10;
+__device__ __forceinline__ void ask_for_weights(const TeamProduct& p, const Member& member) {
+  constexpr int kLine = 128;
+  if (p.at >= 0) return;
+  const int bytes = 4 * p.floats_of_column(), first = p.first_unit(member);
+  const int lines = static_cast<int>(ceil_div(bytes, kLine));
+  const int n = min(p.n_units(member) * p.kinds, static_cast<int>(kAskedFor / bytes));
+  for (int i = threadIdx.x; i < n * lines; i += kTeamThreads)
+    ask_for_line(static_cast<const char*>(p.w) +
+                 column_of(p.units, p.kinds, first, i / lines) * bytes + i % lines * kLine);
+}
+
 // Adds up each of N numbers over the lanes. What a lane gets are those from `first_sum` on.
 template <int N>
 __device__ __forceinline__ void sum_over_lanes(float (&x)[N]) {
@@ -118,41 +132,37 @@ __device__ __forceinline__ int first_sum() {
 }
 
 template <typename W>
-constexpr int kOfLane = 16 / sizeof(W);  // what a lane reads at once of a column
-template <typename W>
-struct alignas(16) Piece {
-  W w[kOfLane<W>];
+struct alignas(4 * sizeof(W)) Four {
+  W w[4];
 };
 
-// A tile of R rows and kTileColumns columns over a range of the width, which lanes share out.
-// Rows and columns behind the last are that one again.
+// A tile of R rows and kTileColumns columns over a range of the width, which lanes share out in
+// fours. Rows and columns behind the last are that one again.
 template <int R, typename W, typename Column>
 __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* x, int width,
                                          int n_rows, int n_columns, int begin, int end,
                                          const Column& column) {
-  constexpr int C = kTileColumns, N = kOfLane<W>;
+  constexpr int C = kTileColumns;
+  // More bytes on their way where there are registers for it.
+  [[maybe_unused]] constexpr int kAtOnce = sizeof(W) == 2 || R <= 2 ? 2 : 1;
   const int lane = threadIdx.x % kWarp;
   const W* w[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) w[c] = column(min(c, n_columns - 1));
   float sum[R * C] = {};
-#pragma unroll 1
-  for (int k = begin + N * lane; k < end; k += N * kWarp) {
-    Piece<W> ws[C];
+#pragma unroll kAtOnce
+  for (int k = begin + 4 * lane; k < end; k += 4 * kWarp) {
+    Four<W> ws[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const Piece<W>*>(w[c] + k);
+    for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const Four<W>*>(w[c] + k);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const float* const row = x + min(r, n_rows - 1) * width + k;
+      const float4 xs = *reinterpret_cast<const float4*>(x + min(r, n_rows - 1) * width + k);
 #pragma unroll
-      for (int i = 0; i < N; i += 4) {
-        const float4 xs = *reinterpret_cast<const float4*>(row + i);
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          float& s = sum[r * C + c];
-          s += xs.x * to_float(ws[c].w[i]), s += xs.y * to_float(ws[c].w[i + 1]);
-          s += xs.z * to_float(ws[c].w[i + 2]), s += xs.w * to_float(ws[c].w[i + 3]);
-        }
+      for (int c = 0; c < C; ++c) {
+        float& s = sum[r * C + c];
+        s += xs.x * to_float(ws[c].w[0]), s += xs.y * to_float(ws[c].w[1]);
+        s += xs.z * to_float(ws[c].w[2]), s += xs.w * to_float(ws[c].w[3]);
       }
     }
   }
@@ -181,7 +191,7 @@ static __device__ __noinline__ void make_sums(const W* w, int width, int units, 
                                               int at, int memory, int rows, int n) {
   const float* const x = shared_memory() + memory;
   float* const parts = shared_memory() + memory + rows * width;
-  const int range = static_cast<int>(round_up(ceil_div(width, splits), kOfLane<W> * kWarp));
+  const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
   const int warp = threadIdx.x / kWarp;
   const auto multiply = [&]<int R>() {
     const int tiles_r = static_cast<int>(ceil_div(n, R));

@@ -32,7 +32,7 @@ inline void share_out(TeamProduct& p, int members, int rows) {
   p.units_of_member = static_cast<int>(ceil_div(p.units, members));
   const int R = rows > 4 ? kTileRows : rows > 2 ? 4 : rows;
   const int64_t tiles = ceil_div(rows, R) * ceil_div(p.columns_of_member(), kTileColumns);
-  const int64_t pieces = ceil_div(p.floats_of_column(), 4 * kWarp);
+  const int64_t pieces = ceil_div(p.width, 4 * kWarp);
   int64_t least = INT64_MAX;
   for (int64_t n = 1; n <= std::min<int64_t>(pieces, kTeamWarps); ++n) {
     const int64_t cost = ceil_div(tiles * n, kTeamWarps) * (4 * ceil_div(pieces, n) + 1);
