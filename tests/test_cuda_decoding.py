@@ -256,10 +256,10 @@ def test_a_source_that_is_all_padding(loop):
     assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
 
 
-@pytest.mark.parametrize("beam_size", [1, 2])
+@pytest.mark.parametrize(("B", "beam_size"), [(3, 1), (3, 2), (7, 1), (40, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_models_of_16_bits_are_decoded_in_float32(dtype, beam_size, loop):
-    model, src = plain.make(H=40).to(dtype), plain.sources(3, 9)
+def test_models_of_16_bits_are_decoded_in_float32(dtype, B, beam_size, loop):
+    model, src = plain.make(H=40, V=70).to(dtype), plain.sources(B, 9)
     options = {"max_length": 9, "beam_size": beam_size, "return_weights": True}
     source, state = model.encode(src)
     o = DecodingOptions(bos=BOS, eos=EOS, **options)

@@ -46,6 +46,10 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -55,7 +59,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace cuda_on_cpu {
 
 enum class Wait { kNothing, kBarrier, kWarp, kCount, kEnd };
-enum class Exchange { kShuffleXor, kAny };
+enum class Exchange { kShuffleXor, kAny, kMultiply };
 
 struct Copy {
   float* to;
@@ -67,6 +71,8 @@ struct Fiber {
   Wait wait;
   Exchange exchange;
   uint32_t value, argument, result;
+  uint32_t a[4], b[2];  // of a product by the warp, and what it adds
+  float d[4];
   const unsigned* count;                  // waited for until it is `argument`
   std::vector<std::vector<Copy>> copies;  // groups that are closed, and an open one
   jmp_buf state;
@@ -158,6 +164,7 @@ class Block {
     for (int i = first; i < first + kWarpSize; ++i)
       if (fibers_[i]->wait != Wait::kWarp || fibers_[i]->exchange != fibers_[first]->exchange)
         return false;
+    if (fibers_[first]->exchange == Exchange::kMultiply) multiply(first);
     bool any = false;
     for (int i = first; i < first + kWarpSize; ++i) any = any || fibers_[i]->value != 0;
     for (int i = 0; i < kWarpSize; ++i) {
@@ -168,6 +175,30 @@ class Block {
                          : fibers_[first + (i ^ static_cast<int>(fiber.argument))]->value;
     }
     return true;
+  }
+
+  // The product of the fragments that a warp's lanes hold, as device.cuh has them.
+  void multiply(int first) {
+    const auto half = [](uint32_t pair, int upper) {
+      const uint32_t bits = upper ? pair & 0xffff0000u : pair << 16;
+      float x;
+      std::memcpy(&x, &bits, sizeof x);
+      return static_cast<double>(x);
+    };
+    const auto a = [&](int row, int k) {
+      const Fiber& lane = *fibers_[first + row % 8 * 4 + k % 8 / 2];
+      return half(lane.a[row / 8 + k / 8 * 2], k % 2);
+    };
+    const auto b = [&](int k, int column) {
+      return half(fibers_[first + column * 4 + k % 8 / 2]->b[k / 8], k % 2);
+    };
+    for (int lane = 0; lane < kWarpSize; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) sum += a(row, k) * b(k, column);
+        fibers_[first + lane]->d[i] = static_cast<float>(sum);
+      }
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;  // kept for the next launch
@@ -310,6 +341,17 @@ inline float blur(float x, float y, int most) {
 }
 inline float reciprocal(float x) { return blur(x, 1.f / x, 1); }
 inline float exp2_approximate(float x) { return blur(x, std::exp2(x), 2); }
+
+inline uint32_t bfloat16_pair(float low, float high) {
+  const auto bits = [](float x) -> uint32_t { return BFloat16(x).x; };
+  return bits(low) | bits(high) << 16;
+}
+inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  auto& own = *cuda_on_cpu::current;
+  std::copy_n(a, 4, own.a), std::copy_n(b, 2, own.b);
+  cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kMultiply, 0, 0);
+  for (int i = 0; i < 4; ++i) d[i] += own.d[i];
+}
 
 inline void copy_async(float* shared, const float* global) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0, "a misaligned copy");

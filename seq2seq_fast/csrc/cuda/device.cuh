@@ -51,6 +51,23 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return x;
 }
 
+// Two numbers rounded to bfloat16, the first in the lower half.
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+// d += a b by a warp's lanes together, of bfloat16 a (16, 16) and b (16, 8). With g = lane / 4 and
+// t = lane % 4, a lane has of a, rows g and g + 8, the columns 2t and 2t + 1 and then eight behind
+// them; of b, column g, the same rows; and of d, rows g and g + 8, the columns 2t and 2t + 1.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Copies 16 aligned bytes from global to shared memory; they are there when the thread that asked
 // has waited for all groups but the last `pending` it has closed.
 __device__ __forceinline__ void copy_async(float* shared, const float* global) {

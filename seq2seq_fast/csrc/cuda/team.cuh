@@ -5,6 +5,8 @@
 // its own for all rows of the team, with weights that stay in its shared memory where they fit, and
 // that it reads again in every step where they do not.
 #pragma once
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace seq2seq_fast {
@@ -65,6 +67,13 @@ struct TeamProduct {
     return max(0, min(units_of_member, units - first_unit(member)));
   }
   __host__ __device__ int columns_of_member() const { return units_of_member * kinds; }
+  // In shared memory from one column to the next, and from one row of x. What eight lanes read of
+  // two columns, or of two rows, lies in different banks.
+  __host__ __device__ int kept_floats() const {
+    return type == Type::kBFloat16 ? static_cast<int>(round_up(width / 2, 32)) + 16
+                                   : floats_of_column();
+  }
+  __host__ __device__ int x_floats() const { return type == Type::kBFloat16 ? width + 4 : width; }
   __host__ __device__ int floats_of_column() const {
     return type == Type::kFloat ? width : width / 2;
   }
@@ -83,7 +92,8 @@ __device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member&
   const float4* const from = static_cast<const float4*>(p.w);
   float4* const to = reinterpret_cast<float4*>(shared_memory() + p.at);
   for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
-    to[i] = from[column_of(p.units, p.kinds, first, i / quads) * quads + i % quads];
+    to[i / quads * (p.kept_floats() / 4) + i % quads] =
+        from[column_of(p.units, p.kinds, first, i / quads) * quads + i % quads];
 }
 
 // Asks for a member's first weights, if they are read again in every step, while it still waits for
@@ -139,7 +149,7 @@ struct alignas(4 * sizeof(W)) Four {
 // A tile of R rows and kTileColumns columns over a range of the width, which lanes share out in
 // fours. Rows and columns behind the last are that one again.
 template <int R, typename W, typename Column>
-__device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* x, int width,
+__device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* x, int ld_x,
                                          int n_rows, int n_columns, int begin, int end,
                                          const Column& column) {
   constexpr int C = kTileColumns;
@@ -157,7 +167,7 @@ __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* 
     for (int c = 0; c < C; ++c) ws[c] = *reinterpret_cast<const Four<W>*>(w[c] + k);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      const float4 xs = *reinterpret_cast<const float4*>(x + min(r, n_rows - 1) * width + k);
+      const float4 xs = *reinterpret_cast<const float4*>(x + min(r, n_rows - 1) * ld_x + k);
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         float& s = sum[r * C + c];
@@ -178,9 +188,89 @@ __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* 
   }
 }
 
+// Eight numbers in three parts of bfloat16 that add up to them, in the pairs of `multiply_add`.
+struct Parts {
+  uint32_t of[3][4];
+  __device__ __forceinline__ Parts(float4 first, float4 second) {
+    const float x[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low = x[2 * i], high = x[2 * i + 1];
+#pragma unroll
+      for (int part = 0; part < 3; ++part) {
+        const uint32_t pair = bfloat16_pair(low, high);
+        of[part][i] = pair;
+        low = rest(low, __uint_as_float(pair << 16));
+        high = rest(high, __uint_as_float(pair & 0xffff0000u));
+      }
+    }
+  }
+  // Nothing is left of an infinity.
+  __device__ __forceinline__ static float rest(float x, float part) {
+    return magnitude(part) == 0x7f800000u ? 0.f : x - part;
+  }
+};
+
+constexpr int kMatrixRows = 8, kMatrixColumns = 32;  // of a tile by the tensor cores, R times
+
+// The same tile for bfloat16 weights by the tensor cores, of 8 R rows and kMatrixColumns columns.
+// What a lane reads at once, eight neighbours along the width, it takes for the four pairs that two
+// products want of it, of both factors alike: the order of a sum's terms is free.
+template <int R, typename Column>
+__device__ __forceinline__ void add_matrix_tile(float* sums, int ld_sums, const float* x, int ld_x,
+                                                int n_rows, int n_columns, int begin, int end,
+                                                const Column& column) {
+  constexpr int C = kMatrixColumns / 16;
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const BFloat16* w[C][2];
+#pragma unroll
+  for (int c = 0; c < 2 * C; ++c) w[c / 2][c % 2] = column(min(8 * c + g, n_columns - 1)) + 8 * t;
+  const float* rows[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) rows[r] = x + min(8 * r + g, n_rows - 1) * ld_x + 8 * t;
+  float large[C][R][4] = {}, small[C][R][4] = {};  // of first parts of x, and of the others
+#pragma unroll 1
+  for (int k = begin; k < end; k += 32) {
+    const bool there = k + 8 * t < end;
+    uint4 ws[C][2];
+#pragma unroll
+    for (int c = 0; c < 2 * C; ++c)
+      ws[c / 2][c % 2] =
+          there ? *reinterpret_cast<const uint4*>(w[c / 2][c % 2] + k) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
+      const float4* const xs = reinterpret_cast<const float4*>(rows[r] + k);
+      const Parts parts(there ? xs[0] : none, there ? xs[1] : none);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const uint32_t a[2][4] = {{ws[c][0].x, ws[c][1].x, ws[c][0].y, ws[c][1].y},
+                                  {ws[c][0].z, ws[c][1].z, ws[c][0].w, ws[c][1].w}};
+#pragma unroll
+        for (int part = 2; part >= 0; --part)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t b[2] = {parts.of[part][2 * half], parts.of[part][2 * half + 1]};
+            multiply_add(part == 0 ? large[c][r] : small[c][r], a[half], b);
+          }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c)
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 16 * c + 8 * (i / 2) + g, row = 8 * r + 2 * t + i % 2;
+        if (row < n_rows && at < n_columns)
+          sums[row * ld_sums + at] = large[c][r][i] + small[c][r][i];
+      }
+}
+
 // Shared memory of a product beside its weights: rows of x, and the parts of the sums.
 __host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int rows) {
-  return int64_t{rows} * (p.width + p.splits * p.columns_of_member());
+  return int64_t{rows} * (p.x_floats() + p.splits * p.columns_of_member());
 }
 
 // Sums of n rows of x, at `memory`, behind which their parts go: (splits, rows, columns of a
@@ -188,38 +278,60 @@ __host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int
 template <typename W>
 static __device__ __noinline__ void make_sums(const W* w, int width, int units, int kinds,
                                               int first_unit, int n_columns, int ld, int splits,
-                                              int at, int memory, int rows, int n) {
+                                              int at, int kept_floats, int memory, int ld_x,
+                                              int rows, int n) {
   const float* const x = shared_memory() + memory;
-  float* const parts = shared_memory() + memory + rows * width;
+  float* const parts = shared_memory() + memory + rows * ld_x;
   const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
   const int warp = threadIdx.x / kWarp;
-  const auto multiply = [&]<int R>() {
-    const int tiles_r = static_cast<int>(ceil_div(n, R));
-    const int tiles = static_cast<int>(ceil_div(n_columns, kTileColumns)) * tiles_r;
+  const auto for_tiles = [&](int tile_rows, int tile_columns, const auto& add) {
+    const int tiles_r = static_cast<int>(ceil_div(n, tile_rows));
+    const int tiles = static_cast<int>(ceil_div(n_columns, tile_columns)) * tiles_r;
     for (int task = warp; task < tiles * splits; task += kTeamWarps) {
       const int split = task % splits, tile = task / splits;
-      const int r = tile % tiles_r * R, c = tile / tiles_r * kTileColumns;
+      const int r = tile % tiles_r * tile_rows, c = tile / tiles_r * tile_columns;
       float* const sums = parts + (split * rows + r) * ld + c;
       const int begin = split * range, end = min(begin + range, width);
-      const auto add = [&](const auto& column) {
-        add_tile<R, W>(sums, ld, x + r * width, width, n - r, n_columns - c, begin, end, column);
+      const auto add_from = [&](const auto& column) {
+        add(sums, x + r * ld_x, n - r, n_columns - c, begin, end, column);
       };
       if (at >= 0) {
-        const W* const kept = reinterpret_cast<const W*>(shared_memory() + at) + c * width;
-        add([&](int j) { return kept + j * width; });
+        const int ld_w = kept_floats * (4 / static_cast<int>(sizeof(W)));
+        const W* const kept = reinterpret_cast<const W*>(shared_memory() + at) + c * ld_w;
+        add_from([&](int j) { return kept + j * ld_w; });
       } else {
-        add([&](int j) { return w + column_of(units, kinds, first_unit, c + j) * width; });
+        add_from([&](int j) { return w + column_of(units, kinds, first_unit, c + j) * width; });
       }
     }
   };
-  if (n == 1)
+  const auto multiply = [&]<int R>() {
+    for_tiles(R, kTileColumns,
+              [&](float* sums, const float* from, int n_r, int n_c, int begin, int end,
+                  const auto& column) {
+                add_tile<R, W>(sums, ld, from, ld_x, n_r, n_c, begin, end, column);
+              });
+  };
+  const auto multiply_matrices = [&]<int R>() {
+    for_tiles(R * kMatrixRows, kMatrixColumns,
+              [&](float* sums, const float* from, int n_r, int n_c, int begin, int end,
+                  const auto& column) {
+                add_matrix_tile<R>(sums, ld, from, ld_x, n_r, n_c, begin, end, column);
+              });
+  };
+  if (n == 1) {
     multiply.template operator()<1>();
-  else if (n == 2)
+  } else if (n == 2) {
     multiply.template operator()<2>();
-  else if (n <= 4)
+  } else if (n <= 4) {
     multiply.template operator()<4>();
-  else
+  } else if constexpr (std::is_same_v<W, BFloat16>) {
+    if (n <= kMatrixRows)
+      multiply_matrices.template operator()<1>();
+    else
+      multiply_matrices.template operator()<2>();
+  } else {
     multiply.template operator()<kTileRows>();
+  }
 }
 
 // Makes a member's columns for all rows of its team, at most `rows` at once. `fill(row, k)` is
@@ -230,16 +342,17 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
                                              int rows, const Fill& fill, const Finish& finish) {
   const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
   if (n_units == 0) return;
-  const float* const parts = shared_memory() + memory + rows * p.width;
+  const int ld_x = p.x_floats();
+  const float* const parts = shared_memory() + memory + rows * ld_x;
   for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
     const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
     float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
     for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
-      x[i] = fill(row0 + i / quads, i % quads * 4);
+      x[i / quads * (ld_x / 4) + i % quads] = fill(row0 + i / quads, i % quads * 4);
     __syncthreads();
     const auto make = [&]<typename W>() {
       make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
-                n_units * p.kinds, ld, p.splits, p.at, memory, rows, n);
+                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, rows, n);
     };
     if constexpr (any_type) {
       if (p.type == Type::kBFloat16)

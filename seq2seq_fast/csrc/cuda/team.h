@@ -27,11 +27,21 @@ inline TeamProduct team_product_of(const Tensor& w, int kinds) {
 
 namespace detail {
 
+// Whether the tensor cores make it.
+inline bool by_matrices(const TeamProduct& p, int rows) {
+  return p.type == Type::kBFloat16 && rows > 4;
+}
+
 // Sets how a product is shared out.
 inline void share_out(TeamProduct& p, int members, int rows) {
   p.units_of_member = static_cast<int>(ceil_div(p.units, members));
-  const int R = rows > 4 ? kTileRows : rows > 2 ? 4 : rows;
-  const int64_t tiles = ceil_div(rows, R) * ceil_div(p.columns_of_member(), kTileColumns);
+  const bool matrices = by_matrices(p, rows);
+  const int R = matrices ? std::min(2, static_cast<int>(ceil_div(rows, kMatrixRows))) * kMatrixRows
+                : rows > 4 ? kTileRows
+                : rows > 2 ? 4
+                           : rows;
+  const int C = matrices ? kMatrixColumns : kTileColumns;
+  const int64_t tiles = ceil_div(rows, R) * ceil_div(p.columns_of_member(), C);
   const int64_t pieces = ceil_div(p.width, 4 * kWarp);
   int64_t least = INT64_MAX;
   for (int64_t n = 1; n <= std::min<int64_t>(pieces, kTeamWarps); ++n) {
@@ -49,7 +59,7 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
                        int64_t floats) {
   constexpr int kRowsAtOnce = 2 * kTileRows;
   // Clocks of a multiprocessor: products a clock, bytes it gets of the L2, a team's meeting.
-  constexpr double kProducts = 90, kBytes = 32, kMeeting = 1500;
+  constexpr double kProducts = 90, kMatrixProducts = 300, kBytes = 32, kMeeting = 1500;
   const int64_t groups = ceil_div(rows, group), limit = device.shared_floats_of_block;
   double least = 1e30;
   std::vector<TeamProduct> chosen;
@@ -75,9 +85,10 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
     if (plan.rows_at_once == 0) continue;
     double cost = kMeeting * static_cast<double>(products.size());
     for (TeamProduct& p : shared) {
-      const int64_t kept = int64_t{p.columns_of_member()} * p.floats_of_column();
+      const int64_t kept = int64_t{p.columns_of_member()} * p.kept_floats();
       const double n = plan.team.rows;
-      const double work = n * p.columns_of_member() * p.width / kProducts;
+      const double work = n * p.columns_of_member() * p.width /
+                          (detail::by_matrices(p, plan.rows_at_once) ? kMatrixProducts : kProducts);
       cost += work + n * p.width * 4 / kBytes;
       if (plan.shared_floats + kept <= limit) {
         p.at = static_cast<int>(plan.memory);
