@@ -20,10 +20,10 @@ namespace {
 constexpr int64_t kPiece = 128;      // of k: 32 KiB of a panel
 constexpr int64_t kRowsOfTask = 96;  // at least: enough for what is copied to be little
 
-// MKL makes no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150 to
-// 210 GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only one
-// that has AVX-512), whose vectors of 512 bits take two turns, it is 100 to 175 against 120 to 195,
-// and 1 to 6 % of a training step. On Intel's processors MKL has the edge.
+// MKL makes no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150
+// to 210 GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only
+// one that has AVX-512), whose vectors of 512 bits take two turns, it is 100 to 175 against 120 to
+// 195, and 1 to 6 % of a training step. On Intel's processors MKL has the edge.
 bool ours_are_faster() {
 #ifdef __x86_64__
   static const bool faster = [] {

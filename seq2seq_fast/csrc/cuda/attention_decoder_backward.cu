@@ -100,7 +100,7 @@ class Backward {
     TeamPlan plan;
     const int64_t floats =
         one_query_backward_shared_floats(a.attention.S, a.attention.D, kTeamWarps);
-    if (!plan_teams(plan, device_, products, B_, 1, floats)) return false;
+    if (!plan_teams(plan, device_, products, B_, floats)) return false;
     a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
     const Tensor counts = counts_of(device_, plan, run_.gates);
     a.team = plan.team;

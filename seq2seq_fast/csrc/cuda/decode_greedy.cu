@@ -71,7 +71,7 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
     if (a.attention.ranges > 1) return nothing();
   }
   TeamPlan plan;
-  if (!plan_teams(plan, device, products, a.B, 1, floats)) return nothing();
+  if (!plan_teams(plan, device, products, a.B, floats)) return nothing();
   a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
 
   const int64_t B = a.B, L = a.L, H = a.H;

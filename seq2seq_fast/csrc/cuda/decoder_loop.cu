@@ -55,7 +55,7 @@ class Launches : public TogetherForward {
       a.bias[l] = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
     }
     possible_ =
-        (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, 1, floats);
+        (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, floats);
     a.memory = static_cast<int>(plan_.memory), a.rows_at_once = plan_.rows_at_once;
   }
 

@@ -52,20 +52,20 @@ inline void share_out(TeamProduct& p, int members, int rows) {
 
 }  // namespace detail
 
-// Rows of `group` neighbours stay in one team; `floats` of shared memory are what a member needs
-// when it makes no product. False if that, or a row of a product, does not fit.
+// Which of the ways to divide rows and blocks into teams should take the least time. `floats` of
+// shared memory are what a member needs when it makes no product. False if that, or a row of a
+// product, does not fit.
 inline bool plan_teams(TeamPlan& best, const Device& device,
-                       const std::vector<TeamProduct*>& products, int64_t rows, int64_t group,
-                       int64_t floats) {
+                       const std::vector<TeamProduct*>& products, int64_t rows, int64_t floats) {
   constexpr int kRowsAtOnce = 2 * kTileRows;
   // Clocks of a multiprocessor: products a clock, bytes it gets of the L2, a team's meeting.
   constexpr double kProducts = 90, kMatrixProducts = 300, kBytes = 32, kMeeting = 1500;
-  const int64_t groups = ceil_div(rows, group), limit = device.shared_floats_of_block;
+  const int64_t limit = device.shared_floats_of_block;
   double least = 1e30;
   std::vector<TeamProduct> chosen;
-  for (int64_t teams = 1; teams <= std::min<int64_t>(groups, device.multiprocessors); ++teams) {
+  for (int64_t teams = 1; teams <= std::min<int64_t>(rows, device.multiprocessors); ++teams) {
     TeamPlan plan;
-    plan.team.rows = static_cast<int>(ceil_div(groups, teams) * group);
+    plan.team.rows = static_cast<int>(ceil_div(rows, teams));
     plan.teams = static_cast<int>(ceil_div(rows, plan.team.rows));
     if (plan.teams != teams) continue;
     plan.team.size = static_cast<int>(device.multiprocessors / teams);
