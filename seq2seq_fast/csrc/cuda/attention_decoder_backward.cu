@@ -71,6 +71,7 @@ class Backward {
       return FloatRows{floats_of(kept.back()), x.size(x.dim() - 1)};
     };
     DecoderBackwardLoopArguments a{};
+    a.cell = cell_;
     a.T = static_cast<int>(T_), a.B = static_cast<int>(B_), a.L = static_cast<int>(L_);
     a.H = static_cast<int>(H_), a.G = size_of(run_.gates, 3);
     a.grad_outputs = flat(given_.outputs).data;
@@ -106,10 +107,8 @@ class Backward {
     a.team = plan.team;
     // Nothing is carried to the context of the last step.
     if (query_after_) torch::stable::zero_(products_[0]);
-    const auto kernel = cell_ == Cell::kLstm  ? decoder_backward_loop<Cell::kLstm>
-                        : cell_ == Cell::kGru ? decoder_backward_loop<Cell::kGru>
-                                              : decoder_backward_loop<Cell::kRnn>;
-    device_.launch_together(kernel, plan.blocks(), dim3(kTeamThreads), plan.shared_floats, a);
+    device_.launch_together(decoder_backward_loop, plan.blocks(), dim3(kTeamThreads),
+                            plan.shared_floats, a);
     return true;
   }
 

@@ -25,6 +25,7 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   const Cell kind = cell_of(cell_type);
   const bool attends = !source.empty();
   GreedyArguments a{};
+  a.cell_type = kind;
   a.T = static_cast<int>(steps), a.P = size_of(prefix, 1);
   a.L = size_of(hidden, 0), a.B = size_of(hidden, 1), a.H = size_of(hidden, 2);
   a.V = size_of(weights.at(0), 0), a.E = size_of(weights[0], 1);
@@ -125,10 +126,7 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
 
   const Tensor counts = counts_of(device, plan, hidden);
   a.team = plan.team;
-  const auto kernel = kind == Cell::kLstm  ? decode_greedy<Cell::kLstm>
-                      : kind == Cell::kGru ? decode_greedy<Cell::kGru>
-                                           : decode_greedy<Cell::kRnn>;
-  device.launch_together(kernel, plan.blocks(), dim3(kTeamThreads), plan.shared_floats, a);
+  device.launch_together(decode_greedy, plan.blocks(), dim3(kTeamThreads), plan.shared_floats, a);
   return {tokens, lengths, log_probs, scores, finished, kept};
 }
 

@@ -6,9 +6,8 @@
 // largest of their logits and the sum of their exponentials. One warp for each row makes a token of
 // these, beside attention if that comes first in a step, and else in a phase of its own.
 #pragma once
-#include "cells.cuh"
 #include "choice.cuh"
-#include "decoder_loop.cuh"
+#include "team_steps.cuh"
 
 namespace seq2seq_fast {
 
@@ -21,6 +20,7 @@ struct alignas(16) Found {
 };
 
 struct GreedyArguments {
+  Cell cell_type;
   Team team;
   TeamProduct query, layers[kMostLoopLayers], readout;
   const float *b_query, *bias[kMostLoopLayers], *b_readout;
@@ -46,7 +46,6 @@ struct GreedyArguments {
   bool attends, query_after, by_four;
 };
 
-template <Cell cell>
 class Greedy {
  public:
   __device__ explicit Greedy(const GreedyArguments& a) : a_(a), member_(a.team, a.B) {
@@ -139,17 +138,14 @@ class Greedy {
     CellArguments c{};
     c.bias = {const_cast<float*>(a_.bias[l]), 0};
     c.hidden_before = own.from, c.hidden = state(l, t + 1);
-    if (cell == Cell::kLstm) {
+    if (a_.cell_type == Cell::kLstm) {
       const int64_t layer = static_cast<int64_t>(l) * a_.B * a_.H;
       c.cell = {a_.cells + layer, a_.H};
       c.cell_before = t == 0 ? FloatRows{const_cast<float*>(a_.cell) + layer, a_.H} : c.cell;
     }
     c.H = a_.H;
     const auto finish = [&](int row, int unit, const auto& sum) {
-      float gates[kBlocksOf<cell>];
-#pragma unroll
-      for (int k = 0; k < kBlocksOf<cell>; ++k) gates[k] = sum(k);
-      advance_unit<cell>(c, row, unit, gates);
+      advance_in_loop(a_.cell_type, c, row, unit, sum);
     };
     const Columns x{
         l == 0 ? FloatRows{a_.inputs, a_.E} : state(l - 1, t + 1), {}, l == 0 ? a_.E : a_.H};
@@ -243,10 +239,9 @@ class Greedy {
   Member member_;
 };
 
-template <Cell cell>
-__global__ void __launch_bounds__(kTeamThreads, 1)
+static __global__ void __launch_bounds__(kTeamThreads, 1)
     decode_greedy(const __grid_constant__ GreedyArguments a) {
-  Greedy<cell>(a).run();
+  Greedy(a).run();
 }
 
 }  // namespace seq2seq_fast

@@ -13,6 +13,7 @@
 namespace seq2seq_fast {
 
 struct DecoderBackwardLoopArguments {
+  Cell cell;
   Team team;
   // The columns of layer 0 are those of [context | hidden state]; above there are two kinds for
   // each unit, of the layer below and of its own.
@@ -41,28 +42,33 @@ static __device__ __noinline__ void retreat_query_in_loop(const OneQueryBackward
 
 // The same of a cell's step, given what a product that has just been made adds to the gradient of
 // its state.
-template <Cell cell>
-__device__ __noinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a, int l,
-                                                  int t, int row, int unit, float of_product) {
+static __device__ __noinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a,
+                                                         int l, int t, int row, int unit,
+                                                         float of_product) {
   const bool last = t + 1 == a.T;
   CellBackwardArguments c{};
   c.passed = a.rows(a.grad_hidden, l, a.H);
-  if (last || cell == Cell::kGru) c.grad.passed = c.passed;
+  if (last || a.cell == Cell::kGru) c.grad.passed = c.passed;
   if (!last) c.grad.self = a.self[l];
   if (l + 1 == a.L) c.grad.output = a.rows(a.grad_outputs, t, a.H);
   c.gates = a.rows(a.gates, l * a.T + t, a.G);
   c.grad_gates = a.rows(a.grad_gates, l * a.T + t, a.G);
   c.hidden_before = a.rows(a.hiddens, l * (a.T + 1) + t, a.H);
-  if (cell == Cell::kLstm) {
+  if (a.cell == Cell::kLstm) {
     c.cell_before = a.rows(a.cells, l * (a.T + 1) + t, a.H);
     c.cell = a.rows(a.cells, l * (a.T + 1) + t + 1, a.H);
     c.grad_cell = a.rows(a.grad_cell, l, a.H);
   }
   c.H = a.H;
-  retreat_unit<cell>(c, row, unit, c.grad(row, unit) + of_product);
+  const float grad = c.grad(row, unit) + of_product;
+  if (a.cell == Cell::kLstm)
+    retreat_unit<Cell::kLstm>(c, row, unit, grad);
+  else if (a.cell == Cell::kGru)
+    retreat_unit<Cell::kGru>(c, row, unit, grad);
+  else
+    retreat_unit<Cell::kRnn>(c, row, unit, grad);
 }
 
-template <Cell cell>
 class DecoderBackwardLoop {
  public:
   __device__ DecoderBackwardLoop(const DecoderBackwardLoopArguments& a)
@@ -85,7 +91,7 @@ class DecoderBackwardLoop {
   __device__ __forceinline__ void begin() {
     const int first = a_.query.first_unit(member_), n = a_.query.n_units(member_);
     for (int i = threadIdx.x; i < member_.n_rows * n; i += kTeamThreads)
-      retreat_unit_in_loop<cell>(a_, a_.L - 1, a_.T - 1, member_.row0 + i / n, first + i % n, 0.f);
+      retreat_unit_in_loop(a_, a_.L - 1, a_.T - 1, member_.row0 + i / n, first + i % n, 0.f);
     member_.meet();
   }
 
@@ -102,7 +108,7 @@ class DecoderBackwardLoop {
         [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
         [&](int row, int unit, const auto& sum) {
           if (state >= 0)
-            retreat_unit_in_loop<cell>(a_, a_.L - 1, state, row, unit, sum(0));
+            retreat_unit_in_loop(a_, a_.L - 1, state, row, unit, sum(0));
           else
             a_.of_query(row, unit) = sum(0);
         });
@@ -121,7 +127,7 @@ class DecoderBackwardLoop {
                      self(row, unit) = sum(1);
                      float below = sum(0);
                      if (factors.data != nullptr) below *= factors(row, unit);
-                     retreat_unit_in_loop<cell>(a_, l - 1, t, row, unit, below);
+                     retreat_unit_in_loop(a_, l - 1, t, row, unit, below);
                    });
     } else {
       team_product(a_.layers[0], member_, a_.memory, a_.rows_at_once, fill,
@@ -134,10 +140,9 @@ class DecoderBackwardLoop {
   Member member_;
 };
 
-template <Cell cell>
-__global__ void __launch_bounds__(kTeamThreads, 1)
+static __global__ void __launch_bounds__(kTeamThreads, 1)
     decoder_backward_loop(const __grid_constant__ DecoderBackwardLoopArguments a) {
-  DecoderBackwardLoop<cell>(a).run();
+  DecoderBackwardLoop(a).run();
 }
 
 }  // namespace seq2seq_fast

@@ -19,8 +19,9 @@ class Launches : public TogetherForward {
   Launches(const Device& device, const std::vector<Tensor>& layers,
            const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
            bool query_after, const Run& run)
-      : device_(device), like_(run.hiddens), cell_(cell) {
+      : device_(device), like_(run.hiddens) {
     DecoderLoopArguments& a = a_;
+    a.cell = cell;
     a.L = size_of(run.hiddens, 0), a.T = size_of(run.gates, 1), a.B = size_of(run.hiddens, 2);
     a.H = size_of(run.hiddens, 3), a.G = size_of(run.gates, 3);
     a.attends = source.has_value(), a.query_after = query_after;
@@ -66,16 +67,13 @@ class Launches : public TogetherForward {
     const Tensor counts = counts_of(device_, plan_, like_);
     a_.team = plan_.team;
     a_.begin = static_cast<int>(begin), a_.end = static_cast<int>(end);
-    const auto kernel = cell_ == Cell::kLstm  ? decoder_loop<Cell::kLstm>
-                        : cell_ == Cell::kGru ? decoder_loop<Cell::kGru>
-                                              : decoder_loop<Cell::kRnn>;
-    device_.launch_together(kernel, plan_.blocks(), dim3(kTeamThreads), plan_.shared_floats, a_);
+    device_.launch_together(decoder_loop, plan_.blocks(), dim3(kTeamThreads), plan_.shared_floats,
+                            a_);
   }
 
  private:
   const Device& device_;
   const Tensor like_;
-  const Cell cell_;
   DecoderLoopArguments a_{};
   TeamPlan plan_;
   Tensor dropout_;

@@ -4,13 +4,12 @@
 // attention, and for each layer the product of [x | hidden state] with its weights, whose columns'
 // owner makes the cell's step of its units at once.
 #pragma once
-#include "cells.cuh"
-#include "one_query.cuh"
-#include "team.cuh"
+#include "team_steps.cuh"
 
 namespace seq2seq_fast {
 
 struct DecoderLoopArguments {
+  Cell cell;
   Team team;
   TeamProduct query, layers[kMostLoopLayers];
   const float* b_query;             // (A,)
@@ -25,13 +24,6 @@ struct DecoderLoopArguments {
   bool attends, query_after, by_four;
 };
 
-// Not inlined, as make_sums is not, which leaves registers to each.
-static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
-                                                   int64_t row, int64_t context_row, int memory) {
-  attend_one_query<float>(a, b, t, row, context_row, 0, shared_memory() + memory);
-}
-
-template <Cell cell>
 class DecoderLoop {
  public:
   __device__ DecoderLoop(const DecoderLoopArguments& a) : a_(a), member_(a.team, a.B) {
@@ -89,18 +81,13 @@ class DecoderLoop {
     c.gates = rows(a_.gates, l * a_.T, t, a_.G);
     if (l == 0) c.input = c.gates;
     c.hidden_before = own.from, c.hidden = state(a_.hiddens, l, t + 1);
-    if (cell == Cell::kLstm)
+    if (a_.cell == Cell::kLstm)
       c.cell_before = state(a_.cells, l, t), c.cell = state(a_.cells, l, t + 1);
     c.H = a_.H;
     team_product(
         a_.layers[l], member_, a_.memory, a_.rows_at_once,
         [&](int row, int k) { return four_of(a_.by_four, row, k, x, own); },
-        [&](int row, int unit, const auto& sum) {
-          float gates[kBlocksOf<cell>];
-#pragma unroll
-          for (int k = 0; k < kBlocksOf<cell>; ++k) gates[k] = sum(k);
-          advance_unit<cell>(c, row, unit, gates);
-        });
+        [&](int row, int unit, const auto& sum) { advance_in_loop(a_.cell, c, row, unit, sum); });
     member_.meet();
   }
 
@@ -108,10 +95,9 @@ class DecoderLoop {
   Member member_;
 };
 
-template <Cell cell>
-__global__ void __launch_bounds__(kTeamThreads, 1)
+static __global__ void __launch_bounds__(kTeamThreads, 1)
     decoder_loop(const __grid_constant__ DecoderLoopArguments a) {
-  DecoderLoop<cell>(a).run();
+  DecoderLoop(a).run();
 }
 
 }  // namespace seq2seq_fast
