@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seq2seq_fast import DecoderState
 from seq2seq_fast.decoding import DecodingOptions, graphed, stepwise
 from seq2seq_fast.ops.additive_attention import PreparedKeys
 
@@ -211,6 +212,29 @@ def test_it_stops_a_block_after_all_searches_are_over(monkeypatch):
     ours, theirs = both(model, src, max_length=80)
     assert (ours.lengths == 1).all() and sum(steps) == 2 * graphed.BLOCK
     plain.check_same(model, src, ours, theirs)
+
+
+def test_states_that_begin_anywhere_in_memory(loop):
+    """Not on a boundary of four numbers, which widths would allow."""
+    model = plain.make(("lstm", True, True), H=8).eval()
+    model.decoder.embedding = torch.nn.Embedding(11, 8)
+    model.decoder.lstm = torch.nn.LSTM(16, 8, 2, batch_first=True)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        n = torch.Size(shape).numel()
+        return torch.randn(n + 1, generator=g)[1:].view(shape)
+
+    source = model.decoder.source(torch.randn(3, 5, 8, generator=g))
+    source = source._replace(keys=PreparedKeys(source.keys.keys.detach()))
+    state = DecoderState(draw(2, 3, 8), draw(2, 3, 8), draw(3, 8))
+    o = DecodingOptions(bos=BOS, eos=EOS, max_length=6)
+    with torch.no_grad():
+        ours, theirs = (
+            f(model.decoder, source, state, o) for f in (graphed.generate, stepwise.generate)
+        )
+    assert torch.equal(ours.tokens, theirs.tokens)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("beam_size", [1, 2])

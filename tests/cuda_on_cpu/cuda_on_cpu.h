@@ -91,6 +91,7 @@ inline std::mt19937 draw(0);
 inline int multiprocessors = 16;
 inline int64_t launches_together = 0;
 inline char asked;
+inline bool misaligned = false;  // whether something was read so; told when the launch ends
 
 inline void wait(Wait reason) {
   current->wait = reason;
@@ -237,7 +238,7 @@ inline bool Block::run() {
 }
 
 // `together`: blocks may wait for each other.
-inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
+inline void run_all(dim3 grid, dim3 size, size_t shared_floats, bool together) {
   const int threads = static_cast<int>(size.x * size.y * size.z);
   STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
   block_size = size;
@@ -265,6 +266,12 @@ inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = fals
       });
     }
   }
+}
+
+inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
+  misaligned = false;
+  run_all(grid, size, shared_floats, together);
+  STD_TORCH_CHECK(!misaligned, "a misaligned read");
 }
 
 inline uint32_t exchange(Exchange kind, uint32_t value, uint32_t argument) {
@@ -317,7 +324,10 @@ inline unsigned atomicAdd(unsigned* x, unsigned y) {
 }
 template <typename T>
 T __ldcg(const T* x) {
-  return *x;
+  cuda_on_cpu::misaligned |= reinterpret_cast<uintptr_t>(x) % sizeof(T) != 0;
+  T y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
 }
 
 namespace seq2seq_fast {

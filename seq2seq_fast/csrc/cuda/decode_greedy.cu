@@ -31,7 +31,8 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   a.V = size_of(weights.at(0), 0), a.E = size_of(weights[0], 1);
   a.D = attends ? size_of(source[2], 2) : size_of(*context, 1);
   a.attends = attends, a.query_after = query_after;
-  a.by_four = a.H % 4 == 0 && a.D % 4 == 0 && a.E % 4 == 0;
+  a.by_four = a.H % 4 == 0 && a.D % 4 == 0 && a.E % 4 == 0 && aligned(hidden);
+  if (context) a.by_four = a.by_four && aligned(*context);
   a.bos = static_cast<int>(whole.at(0)), a.eos = static_cast<int>(whole.at(1));
   a.fill = static_cast<int>(whole.at(2)), a.min_length = static_cast<int>(whole.at(3));
   a.length_penalty = length_penalty;

@@ -28,7 +28,10 @@ class Launches : public TogetherForward {
     a.by_four = a.H % 4 == 0;
     a.hiddens = floats_of(run.hiddens), a.gates = floats_of(run.gates);
     if (cell == Cell::kLstm) a.cells = floats_of(run.cells);
-    if (dropout) dropout_ = torch::stable::contiguous(*dropout), a.dropout = floats_of(dropout_);
+    if (dropout) {
+      dropout_ = torch::stable::contiguous(*dropout), a.dropout = floats_of(dropout_);
+      a.by_four = a.by_four && aligned(dropout_);
+    }
     std::vector<TeamProduct*> products;
     int64_t floats = 0;
     if (source) {

@@ -105,6 +105,11 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
   return true;
 }
 
+// Whether rows can be read in aligned fours, where their widths are multiples of 4.
+inline bool aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % (4 * sizeof(float)) == 0;
+}
+
 // The counts that members meet by, zero.
 inline Tensor counts_of(const Device& device, TeamPlan& plan, const Tensor& like) {
   const int64_t n = int64_t{plan.teams} * kCountStride;
