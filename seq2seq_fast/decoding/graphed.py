@@ -240,19 +240,22 @@ class Loops:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.of: tuple = ()
-        self.weights: list[Tensor] = []
-        self.together: list[Tensor] = []  # the same for together.py, once they are wanted
+        self.weights: dict[tuple, list[Tensor]] = {}
         self.kept: OrderedDict[tuple, Loop] = OrderedDict()
 
     def __reduce__(self):
         return Loops, ()
 
-    def renew(self, decoder: "Decoder") -> None:
-        """Takes over a decoder's weights if they have changed."""
+    def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
+        """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         now = state_of(decoder)
         if now != self.of:
-            self.of, self.weights, self.together = now, weights_of(decoder), []
+            self.of = now
+            self.weights.clear()
             self.kept.clear()
+        if form not in self.weights:
+            self.weights[form] = weights_of(decoder, *form)
+        return self.weights[form]
 
     def take(
         self,
@@ -264,14 +267,13 @@ class Loops:
         """A loop of these shapes, locked."""
         key = _key(source, state, options)
         with self.lock:
-            self.renew(decoder)
+            weights = self.weights_of(decoder)
             loop = self.kept.get(key)
             if loop is None:
-                loop = self.kept[key] = Loop(decoder, self.weights, source, state, options)
+                loop = self.kept[key] = Loop(decoder, weights, source, state, options)
                 if len(self.kept) > MOST_LOOPS:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
-            weights = self.weights
         if not loop.lock.acquire(blocking=False):
             loop = Loop(decoder, weights, source, state, options)
             loop.lock.acquire()
@@ -331,7 +333,7 @@ def prepare(decoder: "Decoder") -> None:
     if decoder.loops is None:
         decoder.loops = Loops()
     with torch.inference_mode(False), decoder.loops.lock:
-        decoder.loops.renew(decoder)
+        decoder.loops.weights_of(decoder)
 
 
 def generate(

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 def wanted(options: DecodingOptions) -> bool:
     """Whether a call may be one launch: the environment's SEQ2SEQ_FAST_GPU_LOOP is "together"."""
-    simple = options.beam_size == 1 and not options.no_repeat_ngram
-    simple = simple and options.coverage_penalty == 0
-    return simple and os.environ.get("SEQ2SEQ_FAST_GPU_LOOP") == "together"
+    return (
+        os.environ.get("SEQ2SEQ_FAST_GPU_LOOP") == "together"
+        and options.beam_size == 1
+        and options.no_repeat_ngram == 0
+        and options.coverage_penalty == 0
+    )
 
 
 def _weights(decoder: "Decoder", loops: "graphed.Loops") -> list[Tensor]:
+    dtype = decoder.fc_out.weight.dtype
     with loops.lock:
-        loops.renew(decoder)
-        if not loops.together:
-            dtype = decoder.fc_out.weight.dtype
-            loops.together = graphed.weights_of(decoder, dtype, 16 // dtype.itemsize)
-        return loops.together
+        return loops.weights_of(decoder, dtype, 16 // dtype.itemsize)
 
 
 def generate(
