@@ -238,7 +238,8 @@ inline bool Block::run() {
 }
 
 // `together`: blocks may wait for each other.
-inline void run_all(dim3 grid, dim3 size, size_t shared_floats, bool together) {
+inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
+  misaligned = false;
   const int threads = static_cast<int>(size.x * size.y * size.z);
   STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
   block_size = size;
@@ -266,11 +267,6 @@ inline void run_all(dim3 grid, dim3 size, size_t shared_floats, bool together) {
       });
     }
   }
-}
-
-inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
-  misaligned = false;
-  run_all(grid, size, shared_floats, together);
   STD_TORCH_CHECK(!misaligned, "a misaligned read");
 }
 

@@ -102,7 +102,6 @@ class Backward {
     const int64_t floats =
         one_query_backward_shared_floats(a.attention.S, a.attention.D, kTeamWarps);
     if (!plan_teams(plan, device_, products, B_, floats)) return false;
-    a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
     const Tensor counts = counts_of(device_, plan, run_.gates);
     a.team = plan.team;
     // Nothing is carried to the context of the last step.

@@ -61,20 +61,13 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
     a.query = team_product_of(weights.at(weights.size() - 4), 1);
     a.b_query = floats_of(weights.at(weights.size() - 3));
     products.push_back(&a.query);
-    Softmax softmax{};
-    softmax.scale = 1.f;
-    if (mask) {
-      softmax.mask = static_cast<const uint8_t*>(mask->data_ptr());
-      softmax.mask_stride[0] = mask->stride(0), softmax.mask_stride[2] = mask->stride(1);
-    }
-    a.attention =
-        attention_arguments(device, queries, source[0], source[2], source[3], softmax, source[1]);
+    a.attention = attention_arguments(device, queries, source[0], source[2], source[3],
+                                      softmax_over(mask), source[1]);
     floats = one_query_shared_floats(A, a.attention.keys_of_range);
     if (a.attention.ranges > 1) return nothing();
   }
   TeamPlan plan;
   if (!plan_teams(plan, device, products, a.B, floats)) return nothing();
-  a.memory = static_cast<int>(plan.memory), a.rows_at_once = plan.rows_at_once;
 
   const int64_t B = a.B, L = a.L, H = a.H;
   a.hidden = floats_of(hidden);

@@ -42,7 +42,6 @@ struct GreedyArguments {
   double length_penalty;
   int T, B, L, H, E, A, D, V, P;
   int bos, eos, fill, min_length;
-  int memory, rows_at_once;
   bool attends, query_after, by_four;
 };
 
@@ -116,8 +115,7 @@ class Greedy {
   __device__ __forceinline__ void attend(int t, int at, int chosen) {
     const Columns x{state(a_.L - 1, at), {}, a_.H};
     team_product<true>(
-        a_.query, member_, a_.memory, a_.rows_at_once,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
         [&](int row, int unit, const auto& sum) {
           a_.queries[static_cast<int64_t>(row) * a_.A + unit] = sum(0) + a_.b_query[unit];
         });
@@ -125,7 +123,7 @@ class Greedy {
     const int64_t step = a_.keeps_weights ? int64_t{t} * a_.B : 0;
     for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
       const int b = member_.row0 + i;
-      attend_in_loop(a_.attention, b, 0, step + b, b, a_.memory);
+      attend_in_loop(a_.attention, b, 0, step + b, b, a_.team.memory);
       __syncthreads();
     }
     if (chosen >= 0) for_own_rows([&](int row) { choose(row, chosen); });
@@ -151,7 +149,7 @@ class Greedy {
         l == 0 ? FloatRows{a_.inputs, a_.E} : state(l - 1, t + 1), {}, l == 0 ? a_.E : a_.H};
     const Columns of_context{context(t == 0 && a_.query_after), {}, l == 0 ? a_.D : 0};
     team_product<true>(
-        a_.layers[l], member_, a_.memory, a_.rows_at_once,
+        a_.layers[l], member_,
         [&](int row, int k) { return four_of(a_.by_four, row, k, x, of_context, own); }, finish);
     if (l + 1 < a_.L)
       ask_for_weights(a_.layers[l + 1], member_);
@@ -163,7 +161,7 @@ class Greedy {
   __device__ __forceinline__ void read_out(int t) {
     const Columns of_context{context(false), {}, a_.D}, top{state(a_.L - 1, t + 1), {}, a_.H};
     team_product<true>(
-        a_.readout, member_, a_.memory, a_.rows_at_once,
+        a_.readout, member_,
         [&](int row, int k) { return four_of(a_.by_four, row, k, of_context, top); },
         [&](int row, int unit, const auto& sum) {
           a_.logits[static_cast<int64_t>(row) * a_.V + unit] = sum(0) + a_.b_readout[unit];

@@ -83,14 +83,11 @@ struct Weights {
 // Keys, powers, values, v and a mask.
 struct Attended {
   Tensor keys, powers, values, v;
-  Softmax softmax{};
+  Softmax softmax;
   Attended(const std::vector<Tensor>& x, const Tensor& mask)
-      : keys(x.at(0)), powers(x.at(1)), values(x.at(2)), v(x.at(3)) {
+      : keys(x.at(0)), powers(x.at(1)), values(x.at(2)), v(x.at(3)), softmax(softmax_over(mask)) {
     STD_TORCH_CHECK(keys.size(2) <= kMostFeaturesInShared, "attention of width ", keys.size(2),
                     " is too wide, expected at most ", kMostFeaturesInShared);
-    softmax.scale = 1.f;
-    softmax.mask = static_cast<const uint8_t*>(mask.data_ptr());
-    softmax.mask_stride[0] = mask.stride(0), softmax.mask_stride[2] = mask.stride(1);
   }
 };
 

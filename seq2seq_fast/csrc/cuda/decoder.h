@@ -60,6 +60,16 @@ inline Tensor turned(const Tensor& w) {
   return out;
 }
 
+// Over the positions of a mask (B, S), or over all.
+inline Softmax softmax_over(const std::optional<Tensor>& mask) {
+  Softmax softmax{};
+  softmax.scale = 1.f;
+  if (!mask) return softmax;
+  softmax.mask = static_cast<const uint8_t*>(mask->data_ptr());
+  softmax.mask_stride[0] = mask->stride(0), softmax.mask_stride[2] = mask->stride(1);
+  return softmax;
+}
+
 struct Source {
   Tensor w_context, w_query, b_query, keys, values, v, powers;
   Softmax softmax;
@@ -73,14 +83,10 @@ struct Source {
         values(x[4]),
         v(x[5]),
         powers(powers_ ? *powers_ : prepare_keys(keys)),
-        softmax{} {
+        softmax(softmax_over(mask)) {
     STD_TORCH_CHECK(keys.size(1) > 0, "expected keys (B, S, A) of at least one place");
     STD_TORCH_CHECK(keys.size(2) <= kMostFeaturesInShared, "attention of width ", keys.size(2),
                     " is too wide, expected at most ", kMostFeaturesInShared);
-    softmax.scale = 1.f;
-    if (!mask) return;
-    softmax.mask = static_cast<const uint8_t*>(mask->data_ptr());
-    softmax.mask_stride[0] = mask->stride(0), softmax.mask_stride[2] = mask->stride(1);
   }
 };
 

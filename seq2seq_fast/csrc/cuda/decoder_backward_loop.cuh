@@ -26,7 +26,6 @@ struct DecoderBackwardLoopArguments {
   float *grad_gates, *grad_queries, *grad_hidden, *grad_cell;  // (T, B, A), (L, B, H)
   OneQueryBackwardArguments attention;                         // of all steps
   int T, B, L, H, G, A;
-  int memory, rows_at_once;
   bool query_after, by_four;
 
   __device__ __forceinline__ FloatRows rows(float* of, int i, int width) const {
@@ -99,13 +98,12 @@ class DecoderBackwardLoop {
   __device__ __forceinline__ void attend(int t, int state) {
     for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
       const int b = member_.row0 + i;
-      retreat_query_in_loop(a_.attention, b, t * a_.B + b, a_.memory);
+      retreat_query_in_loop(a_.attention, b, t * a_.B + b, a_.team.memory);
     }
     member_.meet();
     const Columns x{a_.rows(a_.grad_queries, t, a_.A), {}, a_.A};
     team_product(
-        a_.query, member_, a_.memory, a_.rows_at_once,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
         [&](int row, int unit, const auto& sum) {
           if (state >= 0)
             retreat_unit_in_loop(a_, a_.L - 1, state, row, unit, sum(0));
@@ -122,15 +120,14 @@ class DecoderBackwardLoop {
       const FloatRows self = a_.self[l];
       FloatRows factors{};
       if (a_.dropout != nullptr) factors = a_.rows(a_.dropout, (l - 1) * a_.T + t, a_.H);
-      team_product(a_.layers[l], member_, a_.memory, a_.rows_at_once, fill,
-                   [&](int row, int unit, const auto& sum) {
-                     self(row, unit) = sum(1);
-                     float below = sum(0);
-                     if (factors.data != nullptr) below *= factors(row, unit);
-                     retreat_unit_in_loop(a_, l - 1, t, row, unit, below);
-                   });
+      team_product(a_.layers[l], member_, fill, [&](int row, int unit, const auto& sum) {
+        self(row, unit) = sum(1);
+        float below = sum(0);
+        if (factors.data != nullptr) below *= factors(row, unit);
+        retreat_unit_in_loop(a_, l - 1, t, row, unit, below);
+      });
     } else {
-      team_product(a_.layers[0], member_, a_.memory, a_.rows_at_once, fill,
+      team_product(a_.layers[0], member_, fill,
                    [&](int row, int column, const auto& sum) { a_.lowest(row, column) = sum(0); });
     }
     member_.meet();

@@ -60,7 +60,6 @@ class Launches : public TogetherForward {
     }
     possible_ =
         (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, floats);
-    a.memory = static_cast<int>(plan_.memory), a.rows_at_once = plan_.rows_at_once;
   }
 
   bool possible() const { return possible_; }

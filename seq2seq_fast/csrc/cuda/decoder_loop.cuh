@@ -20,7 +20,6 @@ struct DecoderLoopArguments {
   OneQueryArguments attention;  // of all steps
   int begin, end;               // steps
   int T, B, L, H, G, A, D;
-  int memory, rows_at_once;
   bool attends, query_after, by_four;
 };
 
@@ -40,19 +39,18 @@ class DecoderLoop {
   }
 
  private:
-  __device__ __forceinline__ FloatRows rows(float* of, int n, int i, int width) const {
-    return rows_at(of, int64_t{n} + i, a_.B, width);
+  __device__ __forceinline__ FloatRows rows(float* of, int i, int width) const {
+    return rows_at(of, i, a_.B, width);
   }
   __device__ __forceinline__ FloatRows state(float* of, int l, int t) const {
-    return rows(of, l * (a_.T + 1), t, a_.H);
+    return rows(of, l * (a_.T + 1) + t, a_.H);
   }
 
   __device__ __forceinline__ void attend(int t, int at) {
-    const FloatRows queries = rows(a_.queries, 0, t, a_.A);
+    const FloatRows queries = rows(a_.queries, t, a_.A);
     const Columns x{state(a_.hiddens, a_.L - 1, at), {}, a_.H};
     team_product(
-        a_.query, member_, a_.memory, a_.rows_at_once,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
         [&](int row, int unit, const auto& sum) {
           queries(row, unit) = sum(0) + a_.b_query[unit];
         });
@@ -60,7 +58,7 @@ class DecoderLoop {
     for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
       const int b = member_.row0 + i;
       const int64_t row = int64_t{t} * a_.B + b;
-      attend_in_loop(a_.attention, b, t, row, row, a_.memory);
+      attend_in_loop(a_.attention, b, t, row, row, a_.team.memory);
       __syncthreads();
     }
     member_.meet();
@@ -72,21 +70,20 @@ class DecoderLoop {
     if (l > 0) {
       x.from = state(a_.hiddens, l - 1, t + 1);
       if (a_.dropout != nullptr)
-        x.factors = rows(const_cast<float*>(a_.dropout), (l - 1) * a_.T, t, a_.H);
+        x.factors = rows(const_cast<float*>(a_.dropout), (l - 1) * a_.T + t, a_.H);
     } else if (a_.attends) {
-      x.from = rows(a_.contexts, 0, a_.query_after ? t : t + 1, a_.D);
+      x.from = rows(a_.contexts, a_.query_after ? t : t + 1, a_.D);
     }
     CellArguments c{};
     c.bias = a_.bias[l];
-    c.gates = rows(a_.gates, l * a_.T, t, a_.G);
+    c.gates = rows(a_.gates, l * a_.T + t, a_.G);
     if (l == 0) c.input = c.gates;
     c.hidden_before = own.from, c.hidden = state(a_.hiddens, l, t + 1);
     if (a_.cell == Cell::kLstm)
       c.cell_before = state(a_.cells, l, t), c.cell = state(a_.cells, l, t + 1);
     c.H = a_.H;
     team_product(
-        a_.layers[l], member_, a_.memory, a_.rows_at_once,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, x, own); },
+        a_.layers[l], member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x, own); },
         [&](int row, int unit, const auto& sum) { advance_in_loop(a_.cell, c, row, unit, sum); });
     member_.meet();
   }

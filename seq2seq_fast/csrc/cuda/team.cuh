@@ -19,23 +19,26 @@ constexpr int kMostLoopLayers = 8;  // of a recurrence
 struct Team {
   unsigned* arrived;  // (teams, kCountStride), zero before
   int size, rows;     // of a team: blocks, and at most so many rows
+  int memory;         // where shared memory for one phase begins, behind the weights that stay
+  int rows_at_once;   // of a product
 };
 
 // A block's place, and how often its team has met.
 class Member {
  public:
-  int index, row0, n_rows;
-  __device__ Member(const Team& team, int rows)
-      : index(blockIdx.x % team.size),
+  const Team& team;
+  const int index, row0, n_rows;
+  __device__ Member(const Team& team_, int rows)
+      : team(team_),
+        index(blockIdx.x % team.size),
         row0(blockIdx.x / team.size * team.rows),
         n_rows(min(team.rows, rows - row0)),
-        size_(team.size),
         arrived_(team.arrived + blockIdx.x / team.size * kCountStride),
         target_(0) {}
 
   // What members have written before is there behind it.
   __device__ __forceinline__ void meet() {
-    target_ += size_;
+    target_ += team.size;
     __syncthreads();
     if (threadIdx.x == 0) {
       announce(arrived_);
@@ -45,7 +48,6 @@ class Member {
   }
 
  private:
-  const int size_;
   unsigned* const arrived_;
   unsigned target_;
 };
@@ -334,15 +336,15 @@ static __device__ __noinline__ void make_sums(const W* w, int width, int units, 
   }
 }
 
-// Makes a member's columns for all rows of its team, at most `rows` at once. `fill(row, k)` is
+// Makes a member's columns for all rows of its team. `fill(row, k)` is
 // x[row, k..k + 3]; `finish(row, unit, sum)` is called for each with sum(kind), always by the same
 // thread for the same row and unit. `any_type`: weights may have 16 bits.
 template <bool any_type = false, typename Fill, typename Finish>
-__device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member, int memory,
-                                             int rows, const Fill& fill, const Finish& finish) {
+__device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member,
+                                             const Fill& fill, const Finish& finish) {
   const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
   if (n_units == 0) return;
-  const int ld_x = p.x_floats();
+  const int ld_x = p.x_floats(), memory = member.team.memory, rows = member.team.rows_at_once;
   const float* const parts = shared_memory() + memory + rows * ld_x;
   for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
     const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;

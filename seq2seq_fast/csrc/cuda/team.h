@@ -9,8 +9,7 @@ namespace seq2seq_fast {
 
 struct TeamPlan {
   Team team{};
-  int teams = 0, rows_at_once = 0;  // of a product
-  int64_t memory = 0;               // where what is not kept begins, in floats
+  int teams = 0;
   int64_t shared_floats = 0;
   int64_t blocks() const { return int64_t{teams} * team.size; }
 };
@@ -70,32 +69,33 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
     if (plan.teams != teams) continue;
     plan.team.size = static_cast<int>(device.multiprocessors / teams);
     std::vector<TeamProduct> shared;
-    for (plan.rows_at_once = std::min(plan.team.rows, kRowsAtOnce); plan.rows_at_once > 0;
-         plan.rows_at_once /= 2) {
+    for (plan.team.rows_at_once = std::min(plan.team.rows, kRowsAtOnce); plan.team.rows_at_once > 0;
+         plan.team.rows_at_once /= 2) {
       shared.clear();
       int64_t working = floats;
       for (const TeamProduct* p : products) {
         shared.push_back(*p);
-        detail::share_out(shared.back(), plan.team.size, plan.rows_at_once);
-        working = std::max(working, team_product_floats(shared.back(), plan.rows_at_once));
+        detail::share_out(shared.back(), plan.team.size, plan.team.rows_at_once);
+        working = std::max(working, team_product_floats(shared.back(), plan.team.rows_at_once));
       }
       plan.shared_floats = round_up(working, 4);
       if (plan.shared_floats <= limit) break;
     }
-    if (plan.rows_at_once == 0) continue;
+    if (plan.team.rows_at_once == 0) continue;
     double cost = kMeeting * static_cast<double>(products.size());
     for (TeamProduct& p : shared) {
       const int64_t kept = int64_t{p.columns_of_member()} * p.kept_floats();
       const double n = plan.team.rows;
-      const double work = n * p.columns_of_member() * p.width /
-                          (detail::by_matrices(p, plan.rows_at_once) ? kMatrixProducts : kProducts);
+      const double work =
+          n * p.columns_of_member() * p.width /
+          (detail::by_matrices(p, plan.team.rows_at_once) ? kMatrixProducts : kProducts);
       cost += work + n * p.width * 4 / kBytes;
       if (plan.shared_floats + kept <= limit) {
-        p.at = static_cast<int>(plan.memory);
-        plan.memory += kept, plan.shared_floats += kept;
+        p.at = plan.team.memory;
+        plan.team.memory += static_cast<int>(kept), plan.shared_floats += kept;
       } else {
-        cost +=
-            static_cast<double>(ceil_div(plan.team.rows, plan.rows_at_once) * kept) * 4 / kBytes;
+        cost += static_cast<double>(ceil_div(plan.team.rows, plan.team.rows_at_once) * kept) * 4 /
+                kBytes;
       }
     }
     if (cost < least) least = cost, best = plan, chosen = shared;
