@@ -33,6 +33,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
+    # a with each of b in turn
+    "products": "(Tensor a, Tensor[] b) -> Tensor[]",
     "dropout_factors": "(Tensor seed, int[] size, float p) -> Tensor",
     "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
@@ -89,6 +91,10 @@ def _product(a, b, blas=None):
     return a @ b
 
 
+def _products(a, b):
+    return [a @ x for x in b]
+
+
 def _dropout_factors(seed, size, p):
     generator = torch.Generator(seed.device).manual_seed(int(seed))
     kept = torch.rand(size, generator=generator, device=seed.device).ge_(p)
@@ -113,6 +119,7 @@ _FALLBACKS = {
     "attention_decoder": reference_decoder.attention_decoder,
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
     "product": _product,
+    "products": _products,
     "dropout_factors": _dropout_factors,
     "weights_memory": _weights_memory,
     "linear_cross_entropy": reference.linear_cross_entropy,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from seq2seq_fast.ops.kernels import product
+from seq2seq_fast.ops.kernels import product, products
 
 SIZES = [
     (1, 1, 1),
@@ -76,7 +76,24 @@ def test_the_faster_one_is_a_product(dtype):
     torch.library.opcheck(torch.ops.seq2seq_fast.product, (a, b))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_products_are_the_product_of_each(layout):
+    a = LAYOUTS[layout](torch.randn(530, 270))
+    b = [
+        LAYOUTS[name](torch.randn(270, n)) for name, n in zip(LAYOUTS, (100, 1, 64, 0), strict=True)
+    ]
+    found = products(a, b)
+    assert len(found) == len(b) and products(a, []) == []
+    for x, y in zip(found, b, strict=True):
+        assert torch.equal(x, product(a, y)) and x.is_contiguous()
+    torch.library.opcheck(torch.ops.seq2seq_fast.products, (a, b))
+    none = products(a[:, :0], [x[:0] for x in b])
+    assert all(torch.equal(x, torch.zeros_like(y)) for x, y in zip(none, found, strict=True))
+
+
 def test_shapes_that_disagree_are_refused():
     for a, b in (((2, 3), (2, 3)), ((2,), (2, 3))):
         with pytest.raises(RuntimeError, match="expected a"):
             torch.ops.seq2seq_fast.product(torch.ones(a), torch.ones(b))
+        with pytest.raises(RuntimeError, match="each of b"):
+            products(torch.ones(a), [torch.ones(b)])

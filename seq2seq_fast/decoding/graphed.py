@@ -314,8 +314,7 @@ def weights_of(
         return F.pad(w, (0, _up(w.shape[1], multiple) - w.shape[1])).to(dtype)
 
     all_weights = [[cast(w) for w in layer] for layer in decoder.layers.all_weights]
-    layers, w_context = _weights_of(all_weights, decoder.embedding.embedding_dim, decoder.cell_type)
-    layers[0] = torch.cat([layers[0], w_context], 1)
+    layers = _weights_of(all_weights, decoder.cell_type)
     weights = [cast(decoder.embedding.weight)]
     for w_input, w_hidden, bias in zip(*(layers[i::3] for i in range(3)), strict=True):
         G = len(bias)

@@ -77,17 +77,14 @@ def _named(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
 
 def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
     H, kind = decoder.layers.hidden_size, decoder.cell_type
-    layers, w_context = _weights_of(
-        decoder.layers.all_weights, decoder.embedding.embedding_dim, kind
-    )
+    layers, E = _weights_of(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
     like = decoder.fc_out.weight
     nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
     if decoder.output_dim <= FEW_TOKENS:
-        packed = [_gates_of_tokens(decoder, layers[0], layers[2])]
-        layers[0] = w_context
+        packed = [_gates_of_tokens(decoder, layers[0][:, :E], layers[2])]
+        layers[0] = layers[0][:, E:]
     else:
         packed = [decoder.embedding.weight.detach().contiguous()]
-        layers[0] = torch.cat([layers[0], w_context], 1)
     for i in range(0, len(layers), 3):
         w_input, w_hidden, bias = layers[i : i + 3]
         blocks = len(bias) // H

@@ -16,7 +16,7 @@ from ..reference_decoder import BLOCKS, Run
 from . import decoder_checks as checks
 from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
 from .dropout import dropout_factors
-from .kernels import OPS, fake, product
+from .kernels import OPS, fake, product, products
 
 
 @fake("attention_decoder")
@@ -101,9 +101,11 @@ class DecoderOutput(NamedTuple):
 
 
 class _Decoder(torch.autograd.Function):
+    """weights are those of `_split`."""
+
     @staticmethod
     def forward(ctx, inputs, hidden, cell, context, mask, powers, dropout, options, run, *weights):
-        layers, attention = _split(weights, hidden)
+        layers, attention = _split(weights, inputs, hidden)
         if run is None:
             run = _run(options.backend, inputs, hidden, cell, layers, attention, mask, powers,
                        context, dropout, *options[:2], [], [], None)  # fmt: skip
@@ -140,9 +142,15 @@ def _run(backend: str, *args) -> Run:
     return Run(*OPS["attention_decoder", backend](*args))
 
 
-def _split(weights, hidden):
-    n = 3 * hidden.shape[0]
-    return list(weights[:n]), list(weights[n:])
+def _split(weights, inputs, hidden):
+    """The ops' layers and attention, of weights of which the first is over [input; context]: a
+    gradient of its parts would be put together in passes over all of it."""
+    n, E = 3 * hidden.shape[0], inputs.shape[2]
+    layers, attention = list(weights[:n]), list(weights[n:])
+    if attention:
+        attention = [layers[0][:, E:], *attention]
+        layers[0] = layers[0][:, :E]
+    return layers, attention
 
 
 def _results(run: Run):
@@ -157,9 +165,9 @@ def _results(run: Run):
     )
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Gradient of a weight: sum over steps and batch of a (T, B, N) times b (T, B, M)."""
-    return product(a.flatten(0, 1).T, b.flatten(0, 1))
+def _products(a: Tensor, *b: Tensor) -> list[Tensor]:
+    """Gradients of weights: sums over steps and batch of a (T, B, N) times each b (T, B, M)."""
+    return products(a.flatten(0, 1).T, [x.flatten(0, 1) for x in b])
 
 
 def _layer_inputs(inputs, hiddens, dropout, i):
@@ -185,7 +193,7 @@ def _backward(
     *weights,
 ):  # fmt: skip
     cell_type, query_after, _, backend = options
-    layers, attention = _split(weights, hiddens)
+    layers, attention = _split(weights, inputs, hiddens)
     L = hiddens.shape[0]
     fed = contexts[:-1] if query_after else contexts[1:]
     if gates is None:
@@ -210,17 +218,22 @@ def _backward(
     found = []
     for i in range(L):
         need_input, need_hidden, need_bias = needs["weights"][3 * i : 3 * i + 3]
-        rows = _layer_inputs(inputs, hiddens, dropout, i)
-        over = (0, 1) if layers[3 * i + 2].dim() == 1 else 0
-        found.append(_product(dx[i], rows) if need_input else None)
-        found.append(_product(dh[i], hiddens[i, :-1]) if need_hidden else None)
-        found.append(dgates[i].sum(over) if need_bias else None)
+        rows, state = _layer_inputs(inputs, hiddens, dropout, i), hiddens[i, :-1]
+        if attention and i == 0:
+            rows = torch.cat([rows, fed], -1)
+        if need_input and need_hidden and n_in == n_hidden == G:
+            found += _products(dx[i], rows, state)
+        else:
+            found += _products(dx[i], rows) if need_input else [None]
+            found += _products(dh[i], state) if need_hidden else [None]
+        found.append(
+            dgates[i].sum((0, 1) if layers[3 * i + 2].dim() == 1 else 0) if need_bias else None
+        )
     if attention:
         *_, keys, values, v = attention
-        _, need_query, _, need_keys, need_values, need_v = needs["weights"][3 * L :]
+        need_query, _, need_keys, need_values, need_v = needs["weights"][3 * L :]
         state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
-        found.append(_product(dx[0], fed))
-        found.append(_product(dq, state) if need_query else None)
+        found += _products(dq, state) if need_query else [None]
         found.append(dq.sum((0, 1)))
         _, dkeys, dv = OPS["additive_scores_backward", backend](
             ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
@@ -235,9 +248,9 @@ def _backward(
     return dinputs, dhidden, dcell, dcontext, None, None, None, None, None, *found
 
 
-def _weights_of(layers, inputs_width, cell_type):
+def _weights_of(layers, cell_type):
     """nn.LSTM's, nn.GRU's or nn.RNN's weights in the ops' order: w_input, w_hidden and bias of each
-    layer, and the first layer's weights for the context apart."""
+    layer, but the first w_input is over [input; context] still."""
     weights = []
     for w_input, w_hidden, b_input, b_hidden in layers:
         bias = b_input + b_hidden
@@ -246,9 +259,7 @@ def _weights_of(layers, inputs_width, cell_type):
             w_input = torch.cat([w_input[n:], w_input[:n]])
             bias = torch.cat([b_input[n:], bias[:n], b_hidden[n:]])
         weights += [w_input, w_hidden, bias]
-    w_context = weights[0][:, inputs_width:]
-    weights[0] = weights[0][:, :inputs_width]
-    return weights, w_context
+    return weights
 
 
 def attention_decoder(
@@ -365,12 +376,13 @@ def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
 def _decode(
     inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback
 ):  # fmt: skip
-    layers, w_context = _weights_of(layers, inputs.shape[2], options.cell_type)
-    if attention:
-        attention = [w_context, *attention]
-    elif w_context.shape[1]:  # the same at every step: a part of the bias
-        from_context = context @ w_context.T
-        layers[2] = layers[2] + F.pad(from_context, (0, len(layers[2]) - from_context.shape[1]))
+    weights = [*_weights_of(layers, options.cell_type), *attention]
+    E = inputs.shape[2]
+    if not attention and weights[0].shape[1] > E:  # the same at every step: a part of the bias
+        from_context, bias = context @ weights[0][:, E:].T, weights[2]
+        weights[0] = weights[0][:, :E]
+        weights[2] = bias + F.pad(from_context, (0, len(bias) - from_context.shape[1]))
+    layers, attention = _split(weights, inputs, hidden)
     steps, readout, input_dropout = [], [], None
     if feedback:
         steps, *readout, input_dropout = feedback
@@ -378,7 +390,7 @@ def _decode(
             input_dropout = input_dropout.transpose(0, 1).contiguous()
     source = (mask, powers, context, dropout)
     args = (*source, *options[:2], steps, readout, input_dropout)
-    grad = _needs_grad(inputs, hidden, cell, context, *layers, *attention, *readout)
+    grad = _needs_grad(inputs, hidden, cell, context, *weights, *readout)
     if options.backend == "reference":
         run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args)
         results = _results(run)
@@ -397,7 +409,7 @@ def _decode(
             inputs = _replaced(inputs, steps, fed)
         results = _Decoder.apply(
             inputs, hidden, cell, context if attention else None, mask, powers, dropout, options,
-            run, *layers, *attention,
+            run, *weights,
         )  # fmt: skip
     outputs, contexts, weights, hidden, cell = results
     if not attention:

@@ -39,6 +39,16 @@ def _(a, b, blas=None):
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+@torch.library.register_fake("seq2seq_fast::products")
+def _(a, b):
+    return [a.new_empty(a.shape[0], x.shape[1]) for x in b]
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b of matrices (M, K) and (K, N), by what is fastest on this machine; has no gradient."""
     return torch.ops.seq2seq_fast.product(a, b)
+
+
+def products(a: Tensor, b: list[Tensor]) -> list[Tensor]:
+    """`product` of a with each of b, for which a is read once."""
+    return torch.ops.seq2seq_fast.products(a, b)

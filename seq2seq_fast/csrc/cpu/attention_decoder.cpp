@@ -52,9 +52,8 @@ struct Feedback {
     const int64_t t = steps[i], B = hidden.size(0), H = hidden.size(1), E = embedding.size(1);
     const int64_t V = weight.size(0), ld = logits.stride(0);
     const Tensor rows = view(logits, {B, V}, {ld, 1}, t * V);
-    fill(rows, bias);
-    product(rows, hidden, transposed(columns(weight, 0, H)), true);
-    product(rows, context, transposed(columns(weight, H, context.size(1))), true);
+    product(rows, hidden, transposed(columns(weight, 0, H)), &bias);
+    product(rows, context, transposed(columns(weight, H, context.size(1))), &rows);
     int64_t* ids = data<int64_t>(tokens) + static_cast<int64_t>(i) * B;
     const Rows<A> table(embedding);
     const A* factors = dropout ? data<A>(*dropout) + t * B * E : nullptr;
@@ -111,7 +110,6 @@ class Forward {
   }
 
   void run() {
-    for (int64_t t = 0; t < T_; ++t) fill(at(run_.gates, 0, t), layers_[0].bias);
     from_inputs(0, 0);
     size_t next = 0;
     const Tensor fed_back = empty(inputs_, {B_, feedback_.steps.empty() ? 0 : inputs_.size(2)});
@@ -119,7 +117,7 @@ class Forward {
       if (feedback_.is(next, t)) {
         feedback_.read(next, at(run_.hiddens, L_ - 1, t), source_ ? at(run_.contexts, t) : *fixed_,
                        fed_back);
-        add_to_gates(t, 1, fed_back);
+        begin_gates(t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
       if (source_ && !query_after_) attend(t, t);
@@ -129,16 +127,28 @@ class Forward {
   }
 
  private:
-  void add_to_gates(int64_t t, int64_t steps, const Tensor& x) {
-    const Tensor w = transposed(layers_[0].w_input);
-    product(view(run_.gates, {steps * B_, w.size(1)}, {G_, 1}, t * B_ * G_), x, w, true);
+  // The first layer's gates of `steps` from t on: the bias, and what comes of their inputs.
+  void begin_gates(int64_t t, int64_t steps, const Tensor& x) {
+    const Tensor w = transposed(layers_[0].w_input), &bias = layers_[0].bias;
+    const int64_t rows = steps * B_, first = t * B_ * G_, n = w.size(1);
+    const Tensor gates = view(run_.gates, {rows, n}, {G_, 1}, first);
+    if (bias.dim() == 1) {
+      const Tensor of_input = view(bias, {n}, {1});
+      product(gates, x, w, &of_input);
+      if (n < G_)  // a GRU's gate that does not read the input
+        copy(view(run_.gates, {rows, G_ - n}, {G_, 1}, first + n),
+             view(bias, {rows, G_ - n}, {0, 1}, n));
+    } else {
+      for (int64_t i = t; i < t + steps; ++i) fill(at(run_.gates, 0, i), bias);
+      product(gates, x, w, &gates);
+    }
   }
 
-  // The input's part of gates of the steps [t, the next one fed back), as one product.
+  // Those of the steps [t, the next one fed back), as one product.
   void from_inputs(int64_t t, size_t next) {
     const int64_t end = next < feedback_.steps.size() ? feedback_.steps[next] : T_;
     const int64_t E = inputs_.size(2);
-    if (t < end) add_to_gates(t, end - t, view(inputs_, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
+    if (t < end) begin_gates(t, end - t, view(inputs_, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
   }
 
   // Step t's query is the top layer's hidden state `state`.
@@ -224,6 +234,7 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, mask, powers);
   const std::vector<Layer> weights = layers_of(layers);
+  if (!readout.empty()) readout[2] = torch::stable::contiguous(readout[2]);
   const auto go = [&]<typename A>() {
     const Feedback<A> steps = {feedback, readout, input_dropout, run.tokens, run.logits};
     Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run).run();

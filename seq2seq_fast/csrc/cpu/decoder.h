@@ -1,5 +1,6 @@
 // What the attention decoder's forward and backward share on the CPU: packed weights, the source.
 #pragma once
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -56,7 +57,11 @@ class Packed {
     const A* from = data<A>(w);
     const int64_t sn = w.stride(0), sk = w.stride(1);
     parallel(layout.panels(), 2 * K_ * kPanel, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p)
+      for (int64_t p = begin; p < end; ++p) {
+        if (sn == 1 && layout.step == kPanel) {
+          copy_rows(from + p * kPanel, sk, layout.units(p), panels_ + p * K_ * kPanel);
+          continue;
+        }
         for (int64_t j = 0; j < kBlocks; ++j) {
           A* to = panels_ + p * K_ * kPanel + j * kBlock;
           const bool there = j >= blocks.first && j < blocks.first + blocks.count;
@@ -64,6 +69,7 @@ class Packed {
           const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
           copy(n > 0 ? from + row * sn : from, sn, sk, n, to);
         }
+      }
     });
   }
 
@@ -88,6 +94,16 @@ class Packed {
   const Layout layout;
 
  private:
+  // A whole panel, to (K, kPanel), = rows (K, n), sk apart, and zeros.
+  void copy_rows(const A* rows, int64_t sk, int64_t n, A* to) const {
+    for (int64_t k = 0; k < K_; ++k, rows += sk, to += kPanel) {
+      if (n == kPanel) {
+        std::memcpy(to, rows, kPanel * sizeof(A));
+      } else {
+        std::fill(std::copy_n(rows, n, to), to + kPanel, A(0));
+      }
+    }
+  }
   // to (K, kBlock), kPanel apart, = n rows (n, K) transposed, and zeros.
   void copy(const A* rows, int64_t sn, int64_t sk, int64_t n, A* to) const {
     if (sizeof(A) == 4 && sk == 1 && sn != 1)

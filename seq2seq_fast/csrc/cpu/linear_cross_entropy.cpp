@@ -191,7 +191,8 @@ class CrossEntropy {
       for (int64_t i = 0; i < n; ++i)
         std::copy_n(row_of(dx, i), K_, row_of(d_.input, rows[i].b * T_ + rows[i].t));
     }
-    if (d_.weight.numel() > 0) product(d_.weight, transposed(logits), x, !first_);
+    if (d_.weight.numel() > 0)
+      product(d_.weight, transposed(logits), x, first_ ? nullptr : &d_.weight);
     if (d_.bias.numel() > 0) {
       A* out = row_of(d_.bias, 0);
       if (first_) std::fill_n(out, V_, A(0));

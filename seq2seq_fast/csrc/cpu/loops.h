@@ -135,10 +135,11 @@ struct Loops {
                        const double* init, int64_t ld_init, int64_t block_init, double* out,
                        int64_t ldo, int64_t block_out, const int64_t* used);
 
-  // out (m, n), ldo apart, = a b, or += it. a is (m, K), lda apart, or where `across` (K, m); b (K,
-  // n) has rows kPanel apart, whose last vector can be read to its end.
+  // out (m, n), ldo apart, = init + a b. a is (m, K), lda apart, or where `across` (K, m); b (K, n)
+  // has rows kPanel apart, whose last vector can be read to its end. init may be null, or out.
   void (*product_panel)(const float* a, int64_t lda, bool across, int64_t m, int64_t K,
-                        const float* b, int64_t n, float* out, int64_t ldo, bool add);
+                        const float* b, int64_t n, const float* init, int64_t ld_init, float* out,
+                        int64_t ldo);
   // to (N, M), ld_to apart, = from (M, N) transposed
   void (*transpose)(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to);
 

@@ -74,7 +74,10 @@ S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, in
         for (int j = 0; j < N; ++j) acc[i][j] += x[i * ld + k] * b[j];
     }
   }
+  // Sums that the compiler has to find by their number would all lie in memory.
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float* to = out + i * ldo + j * kVec;
       store(to, load(to) + acc[i][j]);

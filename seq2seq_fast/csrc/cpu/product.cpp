@@ -1,5 +1,5 @@
 // See product.h. A task has some rows of the result and some panels of kPanel columns. It goes
-// through k in pieces, so that the piece of a panel, copied together, stays in the first level of
+// through k in pieces, so that the piece of a panel, copied together, stays in the first levels of
 // the cache while all of the task's rows pass by.
 #include "product.h"
 
@@ -11,14 +11,18 @@
 #endif
 
 #include <string_view>
+#include <vector>
 
 #include "loops.h"
 
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kPiece = 128;      // of k: 32 KiB of a panel
-constexpr int64_t kRowsOfTask = 96;  // at least: enough for what is copied to be little
+constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
+// Of a task: enough for what is copied to be little, but such that a piece of them stays in the
+// cache's second level.
+constexpr int64_t kLeastRows = 96, kMostRows = 512;
+constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
 // MKL makes no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150
 // to 210 GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only
@@ -38,10 +42,10 @@ bool ours_are_faster() {
 #endif
 }
 
-void by_blas(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+void by_blas(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
   STABLE_TORCH_ERROR_CODE_CHECK(
-      add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-          : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+      init ? aoti_torch_cpu_addmm_out(out.get(), init->get(), a.get(), b.get(), 1.0, 1.0)
+           : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 struct Strided {
@@ -68,39 +72,64 @@ struct Strided {
   }
 };
 
-void by_loops(const Tensor& out, const Tensor& a_, const Tensor& b_, bool add) {
-  const Strided a(a_), b(b_);
-  const int64_t M = out.size(0), N = out.size(1), K = a_.size(1), ldo = out.stride(0);
-  float* const to = static_cast<float*>(out.data_ptr());
-  if (M == 0 || N == 0) return;
-  if (K == 0 && !add)
-    for (int64_t i = 0; i < M; ++i) std::fill_n(to + i * ldo, N, 0.f);
-  const int64_t panels = (N + kPanel - 1) / kPanel;
-  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t chunks = std::clamp<int64_t>(M / kRowsOfTask, 1, std::max(wanted, M / 768));
-  const int64_t groups = std::clamp<int64_t>(wanted / chunks, 1, panels);
+// Up to kPanel columns of a result, and what they are made of.
+struct Panel {
+  Strided b;
+  int64_t first, n, ld_init, ldo;  // columns of b and out
+  const float* init;
+  float* out;
+};
+void add_panels(std::vector<Panel>& to, const Tensor& out, const Tensor& b, const Tensor* init) {
+  const int64_t N = out.size(1);
+  for (int64_t j = 0; j < N; j += kPanel)
+    to.push_back({Strided(b), j, std::min(kPanel, N - j),
+                  init && init->dim() == 2 ? init->stride(0) : 0, out.stride(0),
+                  init ? static_cast<const float*>(init->data_ptr()) + j : nullptr,
+                  static_cast<float*>(out.data_ptr()) + j});
+}
+
+// What a (M, K) is multiplied by may be columns of several matrices: a is read once for all.
+void by_loops(const Tensor& a_, const std::vector<Panel>& all) {
+  const Strided a(a_);
+  const int64_t M = a_.size(0), K = a_.size(1), panels = static_cast<int64_t>(all.size());
+  if (M == 0 || panels == 0) return;
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  // As many chunks of rows for each thread as it takes to stay below the most.
+  const int64_t most = threads * ((M + threads * kMostRows - 1) / (threads * kMostRows));
+  const int64_t chunks = std::clamp<int64_t>(M / kLeastRows, 1, most);
+  const int64_t groups = std::clamp<int64_t>(threads / chunks, 1, panels);
   const int64_t rows = (M + chunks - 1) / chunks, each = (panels + groups - 1) / groups;
+  const int64_t ld_copied = rows + kLine;
+  // Pieces of one size: the results are read and written again for each.
+  const int64_t piece = K == 0 ? 0 : (K - 1) / ((K + kPiece - 1) / kPiece) + 1;
   parallel(chunks * groups, rows * each * K * kPanel / 16, [&](int64_t begin, int64_t end) {
-    Buffer<float> panel(kPiece * kPanel), copied(a.column == 1 ? 0 : kPiece * rows);
+    Buffer<float> panel(piece * kPanel), copied(a.column == 1 ? 0 : piece * ld_copied);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % chunks * rows, m = std::min(rows, M - first);
       const int64_t first_panel = task / chunks * each;
-      for (int64_t k = 0; k < K && m > 0; k += kPiece) {
-        const int64_t piece = std::min(kPiece, K - k);
+      for (int64_t k = 0; m > 0 && (k < K || k == 0); k += std::max<int64_t>(piece, 1)) {
+        const int64_t n_k = std::min(piece, K - k);
         const bool across = a.column != 1;
-        if (across) a.transposed().copy(k, first, piece, m, copied, m);
-        for (int64_t p = first_panel; p < std::min(panels, first_panel + each); ++p) {
-          const int64_t column = p * kPanel, n = std::min(kPanel, N - column);
-          const int64_t filled = round_up(n, kBlock);
-          b.copy(k, column, piece, n, panel, kPanel);
-          for (int64_t i = 0; n < filled && i < piece; ++i)
-            std::fill_n(panel + i * kPanel + n, filled - n, 0.f);
-          loops.product_panel(across ? copied : a.at(first, k), across ? m : a.row, across, m,
-                              piece, panel, n, to + first * ldo + column, ldo, add || k > 0);
+        if (across) a.transposed().copy(k, first, n_k, m, copied, ld_copied);
+        for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
+          const Panel& p = all[i];
+          const int64_t filled = round_up(p.n, kBlock);
+          p.b.copy(k, p.first, n_k, p.n, panel, kPanel);
+          for (int64_t r = 0; p.n < filled && r < n_k; ++r)
+            std::fill_n(panel + r * kPanel + p.n, filled - p.n, 0.f);
+          float* const out = p.out + first * p.ldo;
+          const float* const init = k > 0 ? out : p.init ? p.init + first * p.ld_init : nullptr;
+          loops.product_panel(across ? copied : a.at(first, k), across ? ld_copied : a.row, across,
+                              m, n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
         }
       }
     }
   });
+}
+void by_loops(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
+  std::vector<Panel> panels;
+  add_panels(panels, out, b, init);
+  by_loops(a, panels);
 }
 
 // blas: which of the two is taken; None for the faster one.
@@ -112,25 +141,46 @@ Tensor product_op(Tensor a, Tensor b, std::optional<bool> blas) {
   if (!blas) {
     product(out, a, b);
   } else if (*blas) {
-    by_blas(out, a, b, false);
+    by_blas(out, a, b, nullptr);
   } else {
     STD_TORCH_CHECK(a.scalar_type() == ScalarType::Float, "expected float32");
-    by_loops(out, a, b, false);
+    by_loops(out, a, b, nullptr);
   }
   return out;
 }
 
+std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b) {
+  std::vector<Tensor> outs;
+  for (const Tensor& x : b) {
+    STD_TORCH_CHECK(a.dim() == 2 && x.dim() == 2 && a.size(1) == x.size(0) &&
+                        a.scalar_type() == x.scalar_type(),
+                    "expected a (M, K) and each of b (K, N) of one dtype");
+    outs.push_back(empty(a, {a.size(0), x.size(1)}));
+  }
+  const bool ours = a.scalar_type() == ScalarType::Float && ours_are_faster();
+  std::vector<Panel> panels;
+  for (size_t i = 0; i < b.size(); ++i) {
+    if (ours)
+      add_panels(panels, outs[i], b[i], nullptr);
+    else
+      by_blas(outs[i], a, b[i], nullptr);
+  }
+  by_loops(a, panels);
+  return outs;
+}
+
 }  // namespace
 
-void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
   if (out.scalar_type() == ScalarType::Float && ours_are_faster())
-    by_loops(out, a, b, add);
+    by_loops(out, a, b, init);
   else
-    by_blas(out, a, b, add);
+    by_blas(out, a, b, init);
 }
 
 }  // namespace seq2seq_fast
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("product", TORCH_BOX(&seq2seq_fast::product_op));
+  m.impl("products", TORCH_BOX(&seq2seq_fast::products_op));
 }

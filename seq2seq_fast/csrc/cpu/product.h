@@ -4,8 +4,9 @@
 
 namespace seq2seq_fast {
 
-// out (M, N) = a (M, K) b (K, N), or += it; all strided, out with rows in one piece. By the BLAS
-// behind torch, or by loops of our own where they are faster.
-void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add = false);
+// out (M, N) = init + a (M, K) b (K, N), where init is out itself, or what each of its rows begins
+// with (N,), or null; all strided, but rows of out and init are in one piece. By the BLAS behind
+// torch, or by loops of our own where they are faster.
+void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init = nullptr);
 
 }  // namespace seq2seq_fast

@@ -10,11 +10,11 @@ namespace {
 // Rows and vectors whose sums stay in registers.
 constexpr int kSumVectors = S2S_LANES == 16 ? 4 : 2, kSumRows = 6;
 
-// out (M, N vectors, of which n columns are there) (+)= a b. Where kAcross, a is (K, M), else (M,
-// K), rows lda apart.
+// out (M, N vectors, of which n columns are there) = init + a b. Where kAcross, a is (K, M), else
+// (M, K), rows lda apart.
 template <bool kAcross, int M, int N>
 S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float* b, int64_t n,
-                             float* out, int64_t ldo, bool add) {
+                             const float* init, int64_t ld_init, float* out, int64_t ldo) {
   Vec acc[M][N] = {};
   for (int64_t k = 0; k < K; ++k, b += kPanel) {
     Vec row[N];
@@ -22,20 +22,26 @@ S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < N; ++j) acc[i][j] += (kAcross ? a[k * lda + i] : a[i * lda + k]) * row[j];
   }
+  // Only the last vector may not be there in full. Where the compiler does not know which sums a
+  // turn is about, it keeps all of them in memory, and begins with a loop that clears it.
+  const int64_t last = n - (N - 1) * kVec;
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      float* to = out + i * ldo + j * kVec;
-      const int64_t there = n - j * kVec;
-      if (there <= 0) break;
-      store_some(to, add ? load_some(to, there) + acc[i][j] : acc[i][j], there);
+      const int64_t there = j + 1 < N ? kVec : last;
+      if (init != nullptr) acc[i][j] += load_some(init + i * ld_init + j * kVec, there);
+      store_some(out + i * ldo + j * kVec, acc[i][j], there);
     }
 }
 
 template <bool kAcross, int N>
 S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, const float* b,
-                             int64_t n, float* out, int64_t ldo, bool add) {
+                             int64_t n, const float* init, int64_t ld_init, float* out,
+                             int64_t ldo) {
   const auto rows = [&]<int M>() S2S_LAMBDA {
-    product_tile<kAcross, M, N>(a, lda, K, b, n, out, ldo, add);
+    product_tile<kAcross, M, N>(a, lda, K, b, n, init, ld_init, out, ldo);
+    if (init != nullptr) init += M * ld_init;
     a += kAcross ? M : M * lda, out += M * ldo, m -= M;
   };
   if constexpr (2 * N <= kSumVectors)
@@ -46,14 +52,16 @@ S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, 
 }
 
 void product_panel(const float* a, int64_t lda, bool across, int64_t m, int64_t K, const float* b,
-                   int64_t n, float* out, int64_t ldo, bool add) {
+                   int64_t n, const float* init, int64_t ld_init, float* out, int64_t ldo) {
   for (int64_t j = 0; j < n; j += kSumVectors * kVec) {
     const int64_t vectors = (std::min(n - j, kSumVectors * kVec) + kVec - 1) / kVec;
     const auto go = [&]<int N>() S2S_LAMBDA {
       if (across)
-        product_rows<true, N>(a, lda, m, K, b + j, n - j, out + j, ldo, add);
+        product_rows<true, N>(a, lda, m, K, b + j, n - j, init ? init + j : init, ld_init, out + j,
+                              ldo);
       else
-        product_rows<false, N>(a, lda, m, K, b + j, n - j, out + j, ldo, add);
+        product_rows<false, N>(a, lda, m, K, b + j, n - j, init ? init + j : init, ld_init, out + j,
+                               ldo);
     };
     if constexpr (kSumVectors == 4) {
       if (vectors == 4) go.template operator()<4>();
@@ -68,6 +76,40 @@ void product_panel(const float* a, int64_t lda, bool across, int64_t m, int64_t 
 void transpose(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   int64_t i = 0;
+#if S2S_LANES == 16
+  // Sixteen rows by four columns: quarter q of x[r] is of row 4 q + r.
+  for (; i + 16 <= M; i += 16) {
+    int64_t j = 0;
+    for (; j + 4 <= N; j += 4) {
+      Vec x[4], y[4];
+      for (int r = 0; r < 4; ++r) {
+        Four of[4];
+        for (int q = 0; q < 4; ++q)
+          of[q] = *reinterpret_cast<const Four*>(from + (i + 4 * q + r) * ld + j);
+        x[r] =
+            __builtin_shufflevector(__builtin_shufflevector(of[0], of[1], 0, 1, 2, 3, 4, 5, 6, 7),
+                                    __builtin_shufflevector(of[2], of[3], 0, 1, 2, 3, 4, 5, 6, 7),
+                                    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      }
+      for (int r = 0; r < 4; r += 2) {
+        y[r] = __builtin_shufflevector(x[r], x[r + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12,
+                                       28, 13, 29);
+        y[r + 1] = __builtin_shufflevector(x[r], x[r + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11,
+                                           27, 14, 30, 15, 31);
+      }
+      for (int r = 0; r < 2; ++r) {
+        store(to + (j + 2 * r) * ld_to + i,
+              __builtin_shufflevector(y[r], y[r + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12,
+                                      13, 28, 29));
+        store(to + (j + 2 * r + 1) * ld_to + i,
+              __builtin_shufflevector(y[r], y[r + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27,
+                                      14, 15, 30, 31));
+      }
+    }
+    for (; j < N; ++j)
+      for (int r = 0; r < 16; ++r) to[j * ld_to + i + r] = from[(i + r) * ld + j];
+  }
+#endif
   for (; i + 4 <= M; i += 4) {
     int64_t j = 0;
     for (; j + 4 <= N; j += 4) {

@@ -80,7 +80,9 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
                                const float* scale, const char* ahead, float* out, int64_t ldo) {
   const int8_t* digits = x.digits + row * 2 * x.ld;
   VecInt high[M][N], low[M][N];
+#pragma GCC unroll 3
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       high[i][j] = x.offsets[2 * (row + i)] + VecInt{};
       low[i][j] = x.offsets[2 * (row + i) + 1] + VecInt{};
@@ -95,7 +97,9 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
       for (int j = 0; j < N; ++j) add_four(low[i][j], b[j], four + x.ld);
     }
   }
+#pragma GCC unroll 3
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float* to = out + i * ldo + j * kVec;
       const Vec sum = 128.f * __builtin_convertvector(high[i][j], Vec) +
