@@ -29,7 +29,7 @@ SCHEMAS = {
     "attention_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
-    " Tensor? dropout, str cell_type, bool query_after)"
+    " Tensor? dropout, str cell_type, bool query_after, bool need_state)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",

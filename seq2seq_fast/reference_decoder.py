@@ -216,6 +216,7 @@ def attention_decoder_backward(
     dropout: Tensor | None,
     cell_type: str,
     query_after: bool,
+    need_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence of `attention_decoder` backward; what is no recurrence is left to the caller.
 
@@ -226,7 +227,7 @@ def attention_decoder_backward(
     Returns:
         Gradients of the gates before their nonlinearities (L, T, B, G), of the queries (T, B, A),
         scores (T, B, S) and contexts (T, B, D) of each step, of the initial hidden and cell state
-        (L, B, H), and of the context before the first step (B, D).
+        (L, B, H), empty unless `need_state`, and of the context before the first step (B, D).
     """
     L, T = gates.shape[:2]
     lstm = cell_type == "lstm"
@@ -274,5 +275,7 @@ def attention_decoder_backward(
                 attend_backward(t)
     if not query_after:
         carried = torch.zeros_like(carried)
-    dcell = torch.stack(dc) if lstm else grad_cell.new_empty(0)
-    return dgates, dqueries, dscores, dcontexts, torch.stack(dh), dcell, carried
+    none = grad_hidden.new_empty(0)
+    dhidden = torch.stack(dh) if need_state else none
+    dcell = torch.stack(dc) if need_state and lstm else none
+    return dgates, dqueries, dscores, dcontexts, dhidden, dcell, carried

@@ -81,8 +81,12 @@ struct States {
 // To be filled in but for those of the last state, which the loop goes on from.
 struct Gradients {
   Tensor gates, queries, scores, contexts, hidden, cell, context;
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
-    return {gates, queries, scores, contexts, hidden, cell, context};
+  // Those of the state before the first step are empty unless they are needed.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results(
+      bool need_state) const {
+    const Tensor none = empty(gates, {0});
+    return {gates, queries, scores, contexts, need_state ? hidden : none, need_state ? cell : none,
+            context};
   }
 };
 

@@ -68,14 +68,13 @@ def _(
     gates,
     queries,
     weights,
-    *_,
+    *others,
 ):
-    def like(x):
-        return x.new_empty(x.shape)
-
+    *_, need_state = others
     first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
-    same = (gates, queries, weights, grad_contexts, grad_hidden, grad_cell)
-    return *(like(x) for x in same), first
+    same = (gates, queries, weights, grad_contexts)
+    state = (x.new_empty(x.shape if need_state else 0) for x in (grad_hidden, grad_cell))
+    return *(x.new_empty(x.shape) for x in same), *state, first
 
 
 class Feedback(NamedTuple):
@@ -211,7 +210,7 @@ def _backward(
         dense(last, hiddens[:, -1]),
         dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
         hiddens, cells, gates, queries, w, layers, attention, powers, dropout,
-        cell_type, query_after,
+        cell_type, query_after, needs["hidden"] or needs["cell"],
     )  # fmt: skip
     n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
     dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]

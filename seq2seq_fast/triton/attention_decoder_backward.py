@@ -111,9 +111,13 @@ def attention_decoder_backward(
     dropout: Tensor | None,
     cell_type: str,
     query_after: bool,
+    need_state: bool,
 ) -> tuple[Tensor, ...]:
     """Of powers, what other kernels derive from keys, these have no use."""
-    return _Backward(
+    *found, d_hidden, d_cell, d_context = _Backward(
         grad_outputs, grad_contexts, grad_weights, grad_hidden, grad_cell, hiddens, cells, gates,
         queries, weights, layers, attention, dropout, cell_type, query_after,
     ).run()  # fmt: skip
+    if not need_state:
+        d_hidden, d_cell = d_hidden.new_empty(0), d_cell.new_empty(0)
+    return *found, d_hidden, d_cell, d_context

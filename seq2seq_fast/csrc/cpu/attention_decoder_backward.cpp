@@ -37,13 +37,14 @@ class Backward {
  public:
   Backward(const Given& given, const States& run, const std::vector<Layer>& layers,
            const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
-           bool query_after, const Gradients& d)
+           bool query_after, bool need_state, const Gradients& d)
       : given_(given),
         run_(run),
         source_(source),
         dropout_(dropout),
         cell_(cell),
         query_after_(query_after),
+        need_state_(need_state),
         d_(d),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
@@ -130,16 +131,19 @@ class Backward {
       dx = of < 0 ? data<A>(d_.context) : data<A>(d_.contexts) + of * B_ * width;
       init = of < 0 ? nullptr : data<A>(given_.contexts) + of * B_ * width;
     }
-    const int64_t hidden_panels = w_hidden.layout.panels();
-    const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
+    const int64_t hidden_panels = t > 0 || need_state_ ? w_hidden.layout.panels() : 0;
+    const int64_t x_panels = w_x ? w_x->layout.panels() : 0, panels = hidden_panels + x_panels;
+    // In turns, since those of x are more work.
+    const int64_t in_turns = 2 * std::min(hidden_panels, x_panels);
     over_panels(panels, B_, w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
-      if (p < hidden_panels) {
+      const bool of_x = p < in_turns ? p % 2 != 0 : x_panels > hidden_panels;
+      p = p < in_turns ? p / 2 : p - in_turns / 2;
+      if (!of_x) {
         // Of a GRU a part has passed the gates by.
         w_hidden.product(p, dg + b * G_ + first_hidden_, G_, n,
                          cell_ == Cell::kGru ? dh + b * H_ : nullptr, H_, dh + b * H_, H_);
         return;
       }
-      p -= hidden_panels;
       const A* from = dg + b * G_;
       if (!factors) {
         w_x->product(p, from, G_, n, init ? init + b * width : nullptr, width, dx + b * width,
@@ -159,7 +163,7 @@ class Backward {
   const std::optional<Source>& source_;
   const std::optional<Tensor>& dropout_;
   const Cell cell_;
-  const bool query_after_;
+  const bool query_after_, need_state_;
   const Gradients& d_;
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
   Buffer<A> dropped_;
@@ -172,7 +176,7 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
                                 Tensor gates, Tensor queries, Tensor weights,
                                 std::vector<Tensor> layers, std::vector<Tensor> attention,
                                 std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                                std::string cell_type, bool query_after) {
+                                std::string cell_type, bool query_after, bool need_state) {
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
   const Given given = {grad_outputs, grad_contexts, grad_weights};
@@ -182,13 +186,14 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
   ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
   const std::vector<Layer> all = layers_of(layers);
   const auto go = [&]<typename A>() {
-    Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, d).run();
+    Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, need_state, d)
+        .run();
   };
   if (gates.scalar_type() == ScalarType::Double)
     go.template operator()<double>();
   else
     go.template operator()<float>();
-  return d.results();
+  return d.results(need_state);
 }
 
 }  // namespace

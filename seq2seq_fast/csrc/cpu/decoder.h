@@ -77,16 +77,17 @@ class Packed {
   void product(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
                A* out, int64_t ldo) const {
     const int64_t column = p * layout.step;
-    run(p, a, lda, m, init ? init + column : nullptr, ld_init, layout.ld_block, out + column, ldo,
-        layout.ld_block);
+    run(p, a, lda, m, K_, init ? init + column : nullptr, ld_init, layout.ld_block, out + column,
+        ldo, layout.ld_block);
   }
-  // To a tile (m, kPanel). init: columns of the whole product, or null for what the tile holds.
+  // To a tile (m, kPanel), of a's first K columns. init: columns of the whole product, or null for
+  // what the tile holds.
   void to_tile(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
-               A* tile) const {
+               A* tile, int64_t K) const {
     if (init)
-      run(p, a, lda, m, init + p * layout.step, ld_init, layout.ld_block, tile, kPanel, kBlock);
+      run(p, a, lda, m, K, init + p * layout.step, ld_init, layout.ld_block, tile, kPanel, kBlock);
     else
-      run(p, a, lda, m, tile, kPanel, kBlock, tile, kPanel, kBlock);
+      run(p, a, lda, m, K, tile, kPanel, kBlock, tile, kPanel, kBlock);
   }
   // Of a row and a panel, in what `parallel` counts: 16 multiply-adds take the time of one.
   int64_t operations() const { return K_ * kPanel / 16; }
@@ -118,12 +119,12 @@ class Packed {
     }
   }
 
-  void run(int64_t p, const A* a, int64_t lda, int64_t m, const A* init, int64_t ld_init,
+  void run(int64_t p, const A* a, int64_t lda, int64_t m, int64_t K, const A* init, int64_t ld_init,
            int64_t block_init, A* out, int64_t ldo, int64_t block_out) const {
     int64_t used[kBlocks];
     for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
     const auto go = [&](auto* loop) {
-      loop(a, lda, m, K_, panels_ + p * K_ * kPanel, init, ld_init, block_init, out, ldo, block_out,
+      loop(a, lda, m, K, panels_ + p * K_ * kPanel, init, ld_init, block_init, out, ldo, block_out,
            used);
     };
     if constexpr (sizeof(A) == 4)
@@ -139,6 +140,7 @@ class Packed {
 // Calls f(panel, first row, rows) for all panels and rows, in parallel.
 template <typename F>
 void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f) {
+  if (panels == 0) return;
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t chunks = std::clamp<int64_t>(wanted / panels, 1, (rows + kBlock - 1) / kBlock);
   const int64_t each = (rows + chunks - 1) / chunks;

@@ -17,7 +17,8 @@ class Backward {
  public:
   Backward(const Device& device, const Given& given, const States& run,
            const std::vector<Tensor>& layers, const std::optional<Source>& source,
-           const std::optional<Tensor>& dropout, Cell cell, bool query_after, const Gradients& d)
+           const std::optional<Tensor>& dropout, Cell cell, bool query_after, bool need_state,
+           const Gradients& d)
       : device_(device),
         given_(given),
         run_(run),
@@ -25,6 +26,7 @@ class Backward {
         dropout_(dropout),
         cell_(cell),
         query_after_(query_after),
+        need_state_(need_state),
         d_(d),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
@@ -41,7 +43,7 @@ class Backward {
   void run() {
     if (T_ == 0) return;
     if (!run_together()) run_steps();
-    for (int64_t l = 0; l < L_; ++l) {
+    for (int64_t l = 0; l < L_ && need_state_; ++l) {
       const Tensor to = hidden(l);
       SumArguments a{later(l, 0), float_rows(to)};
       if (source_ && !query_after_ && l == L_ - 1) a.grad.query = float_rows(of_query_);
@@ -181,7 +183,7 @@ class Backward {
   const std::optional<Source>& source_;
   const std::optional<Tensor>& dropout_;
   const Cell cell_;
-  const bool query_after_;
+  const bool query_after_, need_state_;
   const Gradients& d_;
   const int64_t L_, T_, B_, H_;
   const Tensor of_query_;  // (B, H)
@@ -194,7 +196,7 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
                                 Tensor gates, Tensor queries, Tensor weights,
                                 std::vector<Tensor> layers, std::vector<Tensor> attention,
                                 std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                                std::string cell_type, bool query_after) {
+                                std::string cell_type, bool query_after, bool need_state) {
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Device device(gates);
@@ -204,8 +206,10 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
   const States run = {hiddens, cells, gates, queries, weights};
   const Gradients d =
       gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
-  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, d).run();
-  return d.results();
+  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
+           d)
+      .run();
+  return d.results(need_state);
 }
 
 }  // namespace
