@@ -79,7 +79,9 @@ def results(loss, args, **options):
     ),
 )
 def test_loss_and_gradients_keep_the_accuracy_rule(drawn, options):
-    """Errors against float64, ours at most twice plain PyTorch's in float32 plus rounding."""
+    """Errors against float64, ours at most twice plain PyTorch's in float32 plus rounding, of which
+    there is one unit of the largest logit: what a gradient is moved by, all of it, if that is the
+    one logit that counts."""
     used: dict[str, list[float]] = {}
     eps = torch.finfo(torch.float32).eps
     for seed in range(3):
@@ -88,6 +90,8 @@ def test_loss_and_gradients_keep_the_accuracy_rule(drawn, options):
             args["target"][0] = options["ignore_index"] = drawn["V"] - 1
             options["ignore_index"] = -100
         exact = results(plain, args, **options)
+        logits = args["input"] @ args["linear_weight"].T
+        units = 4 + logits.abs().max().item()
         torch.testing.assert_close(results(s2s.linear_cross_entropy, args, **options), exact)
         args = cast(args, torch.float32)
         ours = results(s2s.linear_cross_entropy, args, **options)
@@ -95,7 +99,7 @@ def test_loss_and_gradients_keep_the_accuracy_rule(drawn, options):
         assert ours.keys() == theirs.keys() == exact.keys()
         for name, want in exact.items():
             error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
-            rounding = 4 * eps * max(want.abs().max().item(), 1e-3)
+            rounding = units * eps * max(want.abs().max().item(), 1e-3)
             used.setdefault(name, []).append(error / (2 * allowed + rounding))
     medians = {name: statistics.median(ratios) for name, ratios in used.items()}
     assert max(medians.values()) <= 1, medians
