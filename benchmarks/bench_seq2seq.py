@@ -96,7 +96,7 @@ def contender(kind, case):
     g = torch.Generator().manual_seed(1)
     src = torch.randint(case.V, (case.B, case.S), generator=g)
     trg = torch.randint(case.V, (case.B, case.T + 1), generator=g)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)  # for all, as in the demo
     grad = torch.randn(case.B, case.T + 1, case.V, generator=g) if case.what == DECODER else None
 
     def loss():

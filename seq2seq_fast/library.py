@@ -33,8 +33,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
-    # a with each of b in turn
-    "products": "(Tensor a, Tensor[] b) -> Tensor[]",
+    # a with each of b in turn, and then, if they are wanted, the sums of its rows
+    "products": "(Tensor a, Tensor[] b, bool sums) -> Tensor[]",
     "dropout_factors": "(Tensor seed, int[] size, float p) -> Tensor",
     "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
@@ -91,8 +91,8 @@ def _product(a, b, blas=None):
     return a @ b
 
 
-def _products(a, b):
-    return [a @ x for x in b]
+def _products(a, b, sums):
+    return [*(a @ x for x in b), *([a.sum(1)] if sums else [])]
 
 
 def _dropout_factors(seed, size, p):

@@ -66,6 +66,38 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
     assert max(medians.values()) <= 1, medians
 
 
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize(("cell_type", "after"), ORDERS)
+def test_a_first_state_of_zeros_with_and_without_a_gradient(cell_type, after, attention):
+    """As an encoder begins: a kernel spares the products with it, and those of its gradient."""
+    args = problem(cell_type, after=after and attention, attention=attention, dropout=True)
+    for name in ("hidden", "cell"):
+        args[name] = None if args[name] is None else torch.zeros_like(args[name])
+    args = cast(args, torch.float32)
+    want = {}
+    for wanted in (True, False):
+        for name in ("hidden", "cell"):
+            if args[name] is not None:
+                args[name].requires_grad_(wanted)
+        found, _ = results(args)
+        want = want or results(args, backend="reference")[0]
+        assert ("dhidden" in found) == wanted
+        for name, x in found.items():
+            torch.testing.assert_close(x, want[name], msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_outputs_may_be_parts_of_longer_rows():
+    args = cast(problem(), torch.float32)
+    leaves = [*tensors(args).values()]
+    outputs, contexts = s2s.attention_decoder(**args)[:2]
+    whole = torch.randn(3, 5, 7 + 3 + 2)
+    want = torch.autograd.grad(
+        (outputs, contexts), leaves, (whole[..., :7].clone(), whole[..., 7:10].clone()), True
+    )
+    found = torch.autograd.grad((outputs, contexts), leaves, (whole[..., :7], whole[..., 7:10]))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.booleans())
 def test_in_float64_it_is_the_reference(drawn, recompute):

@@ -79,6 +79,12 @@ def test_larger_sizes_keep_the_accuracy_rule(cell_type, options):
     keeps_the_rule(dict(cell_type=cell_type) | options)
 
 
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize(("cell_type", "after"), plain.ORDERS)
+def test_a_first_state_without_a_gradient(cell_type, after, attention):
+    plain.test_a_first_state_of_zeros_with_and_without_a_gradient(cell_type, after, attention)
+
+
 @pytest.mark.parametrize("size", [1e-3, 0.3, 6.0, 40.0, 1e4])
 @pytest.mark.parametrize("after", [False, True])
 def test_queries_and_keys_of_every_magnitude(size, after, **options):

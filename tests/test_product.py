@@ -84,9 +84,13 @@ def test_several_products_are_the_product_of_each(layout):
     ]
     found = products(a, b)
     assert len(found) == len(b) and products(a, []) == []
+    *same, sums = products(a, b, sums=True)
+    assert all(torch.equal(x, y) for x, y in zip(same, found, strict=True))
+    torch.testing.assert_close(sums, a.sum(1), rtol=0, atol=1e-4)
+    assert torch.equal(products(a, [], sums=True)[0], a.sum(1))
     for x, y in zip(found, b, strict=True):
         assert torch.equal(x, product(a, y)) and x.is_contiguous()
-    torch.library.opcheck(torch.ops.seq2seq_fast.products, (a, b))
+    torch.library.opcheck(torch.ops.seq2seq_fast.products, (a, b, True))
     none = products(a[:, :0], [x[:0] for x in b])
     assert all(torch.equal(x, torch.zeros_like(y)) for x, y in zip(none, found, strict=True))
 

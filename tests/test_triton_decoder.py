@@ -74,6 +74,11 @@ def test_what_is_not_finite(where, bad, like):
         torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
 
 
+@pytest.mark.parametrize("cell_type", plain.MODULES)
+def test_a_first_state_without_a_gradient(cell_type):
+    plain.test_a_first_state_of_zeros_with_and_without_a_gradient(cell_type, False, True)
+
+
 def test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient():
     plain.test_a_source_masked_everywhere_gives_contexts_of_zero_and_no_gradient()
 

@@ -85,7 +85,7 @@ struct Gradients {
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results(
       bool need_state) const {
     const Tensor none = empty(gates, {0});
-    return {gates, queries, scores, contexts, need_state ? hidden : none, need_state ? cell : none,
+    return {gates,  queries, scores, contexts, need_state ? hidden : none, need_state ? cell : none,
             context};
   }
 };

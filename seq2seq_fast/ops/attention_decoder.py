@@ -164,9 +164,10 @@ def _results(run: Run):
     )
 
 
-def _products(a: Tensor, *b: Tensor) -> list[Tensor]:
-    """Gradients of weights: sums over steps and batch of a (T, B, N) times each b (T, B, M)."""
-    return products(a.flatten(0, 1).T, [x.flatten(0, 1) for x in b])
+def _products(a: Tensor, *b: Tensor, sums: bool = False) -> list[Tensor]:
+    """Gradients of weights: sums over steps and batch of a (T, B, N) times each b (T, B, M), and if
+    it is wanted that of a bias."""
+    return products(a.flatten(0, 1).T, [x.flatten(0, 1) for x in b], sums)
 
 
 def _layer_inputs(inputs, hiddens, dropout, i):
@@ -201,11 +202,15 @@ def _backward(
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
 
+    def rows_of(grad, like):  # which may be parts of longer ones
+        in_place = backend == "native" and grad is not None and grad.stride(-1) == 1
+        return grad if in_place else dense(grad, like)
+
     outputs, steps, rows, last, last_cell = grads
     backward = OPS["attention_decoder_backward", backend]
     dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = backward(
-        dense(outputs, hiddens[-1, 1:]),
-        dense(steps, contexts[1:]),
+        rows_of(outputs, hiddens[-1, 1:]),
+        rows_of(steps, contexts[1:]),
         dense(rows, w),
         dense(last, hiddens[:, -1]),
         dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
@@ -220,20 +225,17 @@ def _backward(
         rows, state = _layer_inputs(inputs, hiddens, dropout, i), hiddens[i, :-1]
         if attention and i == 0:
             rows = torch.cat([rows, fed], -1)
-        if need_input and need_hidden and n_in == n_hidden == G:
-            found += _products(dx[i], rows, state)
-        else:
-            found += _products(dx[i], rows) if need_input else [None]
-            found += _products(dh[i], state) if need_hidden else [None]
-        found.append(
-            dgates[i].sum((0, 1) if layers[3 * i + 2].dim() == 1 else 0) if need_bias else None
-        )
+        one_bias = layers[3 * i + 2].dim() == 1
+        if need_input and need_hidden and need_bias and one_bias and n_in == n_hidden == G:
+            found += _products(dx[i], rows, state, sums=True)
+            continue
+        found += _products(dx[i], rows) if need_input else [None]
+        found += _products(dh[i], state) if need_hidden else [None]
+        found.append(dgates[i].sum((0, 1) if one_bias else 0) if need_bias else None)
     if attention:
         *_, keys, values, v = attention
-        need_query, _, need_keys, need_values, need_v = needs["weights"][3 * L :]
-        state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
-        found += _products(dq, state) if need_query else [None]
-        found.append(dq.sum((0, 1)))
+        *_, need_keys, _, need_v = needs["weights"]
+        found += _products(dq, hiddens[-1, 1:] if query_after else hiddens[-1, :-1], sums=True)
         _, dkeys, dv = OPS["additive_scores_backward", backend](
             ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
         )

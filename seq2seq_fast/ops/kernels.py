@@ -40,8 +40,9 @@ def _(a, b, blas=None):
 
 
 @torch.library.register_fake("seq2seq_fast::products")
-def _(a, b):
-    return [a.new_empty(a.shape[0], x.shape[1]) for x in b]
+def _(a, b, sums):
+    found = [a.new_empty(a.shape[0], x.shape[1]) for x in b]
+    return [*found, a.new_empty(a.shape[0])] if sums else found
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.seq2seq_fast.product(a, b)
 
 
-def products(a: Tensor, b: list[Tensor]) -> list[Tensor]:
-    """`product` of a with each of b, for which a is read once."""
-    return torch.ops.seq2seq_fast.products(a, b)
+def products(a: Tensor, b: list[Tensor], sums: bool = False) -> list[Tensor]:
+    """`product` of a with each of b, and if they are wanted the sums (M,) of its rows: a is read
+    once for all of them."""
+    return torch.ops.seq2seq_fast.products(a, b, sums)

@@ -99,12 +99,14 @@ class Backward {
     const A* from = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
     const A* h = data<A>(run_.hiddens) + before;
     const A* c = cell_ == Cell::kLstm ? data<A>(run_.cells) + before : nullptr;
-    const A* output = l == L_ - 1 ? data<A>(given_.outputs) + t * slab : nullptr;
+    const Tensor& outputs = given_.outputs;
+    const A* output = l == L_ - 1 ? data<A>(outputs) + t * outputs.stride(0) : nullptr;
+    const int64_t ld_output = outputs.stride(1);
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
     parallel(B_, 20 * H_, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t row = b * H_;
-        for (int64_t i = row; output && i < row + H_; ++i) dh[i] += output[i];
+        for (int64_t i = 0; output && i < H_; ++i) dh[row + i] += output[b * ld_output + i];
         retreat_units(cell_, from + b * G_, H_, h + row, c ? c + row : nullptr,
                       c ? c + slab + row : nullptr, H_, dh + row, c ? dc + row : nullptr,
                       dg + b * G_);
@@ -120,7 +122,7 @@ class Backward {
     const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
     A* dx = nullptr;
     const A *init = nullptr, *factors = nullptr;  // dx = init + factors * product
-    int64_t width = H_;
+    int64_t width = H_, ld_init = H_;
     if (l > 0) {
       dx = hidden(l - 1);
       init = dx;
@@ -129,7 +131,8 @@ class Backward {
       const int64_t of = query_after_ ? t - 1 : t;  // whose context the step read
       width = given_.contexts.size(2);
       dx = of < 0 ? data<A>(d_.context) : data<A>(d_.contexts) + of * B_ * width;
-      init = of < 0 ? nullptr : data<A>(given_.contexts) + of * B_ * width;
+      init = of < 0 ? nullptr : data<A>(given_.contexts) + of * given_.contexts.stride(0);
+      ld_init = given_.contexts.stride(1);
     }
     const int64_t hidden_panels = t > 0 || need_state_ ? w_hidden.layout.panels() : 0;
     const int64_t x_panels = w_x ? w_x->layout.panels() : 0, panels = hidden_panels + x_panels;
@@ -146,7 +149,7 @@ class Backward {
       }
       const A* from = dg + b * G_;
       if (!factors) {
-        w_x->product(p, from, G_, n, init ? init + b * width : nullptr, width, dx + b * width,
+        w_x->product(p, from, G_, n, init ? init + b * ld_init : nullptr, ld_init, dx + b * width,
                      width);
         return;
       }

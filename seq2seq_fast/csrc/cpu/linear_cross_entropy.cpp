@@ -188,8 +188,10 @@ class CrossEntropy {
     if (d_.input.numel() > 0) {
       const Tensor dx = first_rows(d_features_, n);
       product(dx, logits, weight_);
-      for (int64_t i = 0; i < n; ++i)
-        std::copy_n(row_of(dx, i), K_, row_of(d_.input, rows[i].b * T_ + rows[i].t));
+      parallel(n, K_, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          std::copy_n(row_of(dx, i), K_, row_of(d_.input, rows[i].b * T_ + rows[i].t));
+      });
     }
     if (d_.weight.numel() > 0)
       product(d_.weight, transposed(logits), x, first_ ? nullptr : &d_.weight);

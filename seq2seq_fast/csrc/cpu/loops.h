@@ -140,6 +140,8 @@ struct Loops {
   void (*product_panel)(const float* a, int64_t lda, bool across, int64_t m, int64_t K,
                         const float* b, int64_t n, const float* init, int64_t ld_init, float* out,
                         int64_t ldo);
+  // out (m,), = the sum of n rows, ld apart, or += it.
+  void (*sum_rows)(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, float* out);
   // to (N, M), ld_to apart, = from (M, N) transposed
   void (*transpose)(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to);
 

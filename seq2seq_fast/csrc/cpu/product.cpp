@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #endif
 
+#include <array>
 #include <string_view>
 #include <vector>
 
@@ -88,8 +89,9 @@ void add_panels(std::vector<Panel>& to, const Tensor& out, const Tensor& b, cons
                   static_cast<float*>(out.data_ptr()) + j});
 }
 
-// What a (M, K) is multiplied by may be columns of several matrices: a is read once for all.
-void by_loops(const Tensor& a_, const std::vector<Panel>& all) {
+// What a (M, K) is multiplied by may be columns of several matrices: a is read once for all, and
+// for the sums (M,) of its rows, if they are wanted, of an `a` of which a column lies in one piece.
+void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nullptr) {
   const Strided a(a_);
   const int64_t M = a_.size(0), K = a_.size(1), panels = static_cast<int64_t>(all.size());
   if (M == 0 || panels == 0) return;
@@ -111,6 +113,8 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all) {
         const int64_t n_k = std::min(piece, K - k);
         const bool across = a.column != 1;
         if (across) a.transposed().copy(k, first, n_k, m, copied, ld_copied);
+        if (sums != nullptr && first_panel == 0)
+          loops.sum_rows(copied, ld_copied, n_k, m, k > 0, sums + first);
         for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
           const Panel& p = all[i];
           const int64_t filled = round_up(p.n, kBlock);
@@ -149,7 +153,13 @@ Tensor product_op(Tensor a, Tensor b, std::optional<bool> blas) {
   return out;
 }
 
-std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b) {
+Tensor sums_of_rows(const Tensor& a) {
+  constexpr std::array<int64_t, 1> kColumns = {1};
+  return torch::stable::sum(a, kColumns);
+}
+
+// Of each b, and then, where `sums` asks for it, of ones.
+std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
   std::vector<Tensor> outs;
   for (const Tensor& x : b) {
     STD_TORCH_CHECK(a.dim() == 2 && x.dim() == 2 && a.size(1) == x.size(0) &&
@@ -157,15 +167,17 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b) {
                     "expected a (M, K) and each of b (K, N) of one dtype");
     outs.push_back(empty(a, {a.size(0), x.size(1)}));
   }
-  const bool ours = a.scalar_type() == ScalarType::Float && ours_are_faster();
-  std::vector<Panel> panels;
-  for (size_t i = 0; i < b.size(); ++i) {
-    if (ours)
-      add_panels(panels, outs[i], b[i], nullptr);
-    else
-      by_blas(outs[i], a, b[i], nullptr);
+  if (a.scalar_type() == ScalarType::Float && ours_are_faster()) {
+    std::vector<Panel> panels;
+    for (size_t i = 0; i < b.size(); ++i) add_panels(panels, outs[i], b[i], nullptr);
+    const bool with_sums = sums && !panels.empty() && a.stride(1) != 1;
+    Tensor of_rows = empty(a, {with_sums ? a.size(0) : 0});
+    by_loops(a, panels, with_sums ? static_cast<float*>(of_rows.data_ptr()) : nullptr);
+    if (sums) outs.push_back(with_sums ? of_rows : sums_of_rows(a));
+  } else {
+    for (size_t i = 0; i < b.size(); ++i) by_blas(outs[i], a, b[i], nullptr);
+    if (sums) outs.push_back(sums_of_rows(a));
   }
-  by_loops(a, panels);
   return outs;
 }
 

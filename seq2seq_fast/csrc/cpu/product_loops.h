@@ -72,6 +72,27 @@ void product_panel(const float* a, int64_t lda, bool across, int64_t m, int64_t 
   }
 }
 
+// out (m,), = the sum of n rows, ld apart, or += it.
+void sum_rows(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, float* out) {
+  constexpr int kTogether = 4;  // vectors
+  int64_t i = 0;
+  for (; i + kTogether * kVec <= m; i += kTogether * kVec) {
+    Vec acc[kTogether] = {};
+    for (int64_t k = 0; k < n; ++k)
+      for (int j = 0; j < kTogether; ++j) acc[j] += load(rows + k * ld + i + j * kVec);
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; ++j) {
+      float* const to = out + i + j * kVec;
+      store(to, add ? load(to) + acc[j] : acc[j]);
+    }
+  }
+  for (; i < m; ++i) {
+    float sum = 0.f;
+    for (int64_t k = 0; k < n; ++k) sum += rows[k * ld + i];
+    out[i] = add ? out[i] + sum : sum;
+  }
+}
+
 // to (N, M), ld_to apart, = from (M, N) transposed.
 void transpose(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to) {
   typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
