@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -153,6 +154,27 @@ void parallel(int64_t n, int64_t operations_each, F f) {
   } else {
     torch::stable::parallel_for(0, n, grain, f);
   }
+}
+
+// Calls f(i) for i in [0, n): as `parallel`, but each thread takes the next when it has done with
+// one, every other thread from the end, so that one that is held up has less to do, and each meets
+// mostly what it had in its cache the last time.
+template <typename F>
+void parallel_in_turns(int64_t n, int64_t operations_each, F f) {
+  const int64_t most = n * operations_each / kLeastOperations;
+  const int64_t threads =
+      std::min({n, most, static_cast<int64_t>(torch::stable::get_num_threads())});
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  std::atomic<int64_t> taken = 0, front = 0, back = n;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      while (taken.fetch_add(1, std::memory_order_relaxed) < n)
+        f(thread % 2 == 0 ? front.fetch_add(1, std::memory_order_relaxed)
+                          : back.fetch_sub(1, std::memory_order_relaxed) - 1);
+  });
 }
 
 }  // namespace seq2seq_fast

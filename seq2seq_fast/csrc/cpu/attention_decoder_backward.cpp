@@ -103,8 +103,9 @@ class Backward {
     const A* output = l == L_ - 1 ? data<A>(outputs) + t * outputs.stride(0) : nullptr;
     const int64_t ld_output = outputs.stride(1);
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
-    parallel(B_, 20 * H_, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
+    constexpr int64_t kRows = 4;
+    parallel_in_turns((B_ + kRows - 1) / kRows, kRows * 20 * H_, [&](int64_t task) {
+      for (int64_t b = task * kRows; b < std::min(B_, (task + 1) * kRows); ++b) {
         const int64_t row = b * H_;
         for (int64_t i = 0; output && i < H_; ++i) dh[row + i] += output[b * ld_output + i];
         retreat_units(cell_, from + b * G_, H_, h + row, c ? c + row : nullptr,

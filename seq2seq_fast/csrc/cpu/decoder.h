@@ -56,19 +56,15 @@ class Packed {
       : layout(layout), K_(w.size(1)), panels_(layout.panels() * K_ * kPanel) {
     const A* from = data<A>(w);
     const int64_t sn = w.stride(0), sk = w.stride(1);
-    parallel(layout.panels(), 2 * K_ * kPanel, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        if (sn == 1 && layout.step == kPanel) {
-          copy_rows(from + p * kPanel, sk, layout.units(p), panels_ + p * K_ * kPanel);
-          continue;
-        }
-        for (int64_t j = 0; j < kBlocks; ++j) {
-          A* to = panels_ + p * K_ * kPanel + j * kBlock;
-          const bool there = j >= blocks.first && j < blocks.first + blocks.count;
-          const int64_t n = there ? layout.used(p, j) : 0;
-          const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
-          copy(n > 0 ? from + row * sn : from, sn, sk, n, to);
-        }
+    parallel_in_turns(layout.panels(), 2 * K_ * kPanel, [&](int64_t p) {
+      if (sn == 1 && layout.step == kPanel)
+        return copy_rows(from + p * kPanel, sk, layout.units(p), panels_ + p * K_ * kPanel);
+      for (int64_t j = 0; j < kBlocks; ++j) {
+        A* to = panels_ + p * K_ * kPanel + j * kBlock;
+        const bool there = j >= blocks.first && j < blocks.first + blocks.count;
+        const int64_t n = there ? layout.used(p, j) : 0;
+        const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
+        copy(n > 0 ? from + row * sn : from, sn, sk, n, to);
       }
     });
   }
@@ -144,11 +140,9 @@ void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f)
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t chunks = std::clamp<int64_t>(wanted / panels, 1, (rows + kBlock - 1) / kBlock);
   const int64_t each = (rows + chunks - 1) / chunks;
-  parallel(panels * chunks, each * operations_of_a_row, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % chunks * each, n = std::min(each, rows - first);
-      if (n > 0) f(i / chunks, first, n);
-    }
+  parallel_in_turns(panels * chunks, each * operations_of_a_row, [&](int64_t i) {
+    const int64_t first = i % chunks * each, n = std::min(each, rows - first);
+    if (n > 0) f(i / chunks, first, n);
   });
 }
 

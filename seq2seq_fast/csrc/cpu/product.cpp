@@ -104,28 +104,27 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nul
   const int64_t ld_copied = rows + kLine;
   // Pieces of one size: the results are read and written again for each.
   const int64_t piece = K == 0 ? 0 : (K - 1) / ((K + kPiece - 1) / kPiece) + 1;
-  parallel(chunks * groups, rows * each * K * kPanel / 16, [&](int64_t begin, int64_t end) {
+  parallel_in_turns(chunks * groups, rows * each * K * kPanel / 16, [&](int64_t task) {
+    const int64_t first = task % chunks * rows, m = std::min(rows, M - first);
+    const int64_t first_panel = task / chunks * each;
+    if (m <= 0) return;
     Buffer<float> panel(piece * kPanel), copied(a.column == 1 ? 0 : piece * ld_copied);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % chunks * rows, m = std::min(rows, M - first);
-      const int64_t first_panel = task / chunks * each;
-      for (int64_t k = 0; m > 0 && (k < K || k == 0); k += std::max<int64_t>(piece, 1)) {
-        const int64_t n_k = std::min(piece, K - k);
-        const bool across = a.column != 1;
-        if (across) a.transposed().copy(k, first, n_k, m, copied, ld_copied);
-        if (sums != nullptr && first_panel == 0)
-          loops.sum_rows(copied, ld_copied, n_k, m, k > 0, sums + first);
-        for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
-          const Panel& p = all[i];
-          const int64_t filled = round_up(p.n, kBlock);
-          p.b.copy(k, p.first, n_k, p.n, panel, kPanel);
-          for (int64_t r = 0; p.n < filled && r < n_k; ++r)
-            std::fill_n(panel + r * kPanel + p.n, filled - p.n, 0.f);
-          float* const out = p.out + first * p.ldo;
-          const float* const init = k > 0 ? out : p.init ? p.init + first * p.ld_init : nullptr;
-          loops.product_panel(across ? copied : a.at(first, k), across ? ld_copied : a.row, across,
-                              m, n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
-        }
+    for (int64_t k = 0; k < K || k == 0; k += std::max<int64_t>(piece, 1)) {
+      const int64_t n_k = std::min(piece, K - k);
+      const bool across = a.column != 1;
+      if (across) a.transposed().copy(k, first, n_k, m, copied, ld_copied);
+      if (sums != nullptr && first_panel == 0)
+        loops.sum_rows(copied, ld_copied, n_k, m, k > 0, sums + first);
+      for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
+        const Panel& p = all[i];
+        const int64_t filled = round_up(p.n, kBlock);
+        p.b.copy(k, p.first, n_k, p.n, panel, kPanel);
+        for (int64_t r = 0; p.n < filled && r < n_k; ++r)
+          std::fill_n(panel + r * kPanel + p.n, filled - p.n, 0.f);
+        float* const out = p.out + first * p.ldo;
+        const float* const init = k > 0 ? out : p.init ? p.init + first * p.ld_init : nullptr;
+        loops.product_panel(across ? copied : a.at(first, k), across ? ld_copied : a.row, across, m,
+                            n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
       }
     }
   });
