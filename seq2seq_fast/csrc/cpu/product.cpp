@@ -27,8 +27,8 @@ constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin i
 
 // MKL makes no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150
 // to 210 GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only
-// one that has AVX-512), whose vectors of 512 bits take two turns, it is 100 to 175 against 120 to
-// 195, and 1 to 6 % of a training step. On Intel's processors MKL has the edge.
+// one that has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to
+// 215, the most for small results. On Intel's processors MKL has the edge.
 bool ours_are_faster() {
 #ifdef __x86_64__
   static const bool faster = [] {
