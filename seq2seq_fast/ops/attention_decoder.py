@@ -70,7 +70,7 @@ def _(
     weights,
     *others,
 ):
-    *_, need_state = others
+    need_state = others[-1]
     first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
     same = (gates, queries, weights, grad_contexts)
     state = (x.new_empty(x.shape if need_state else 0) for x in (grad_hidden, grad_cell))
@@ -234,8 +234,10 @@ def _backward(
         found.append(dgates[i].sum((0, 1) if one_bias else 0) if need_bias else None)
     if attention:
         *_, keys, values, v = attention
-        *_, need_keys, _, need_v = needs["weights"]
-        found += _products(dq, hiddens[-1, 1:] if query_after else hiddens[-1, :-1], sums=True)
+        need_query, need_bias, need_keys, _, need_v = needs["weights"][3 * L :]
+        state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
+        need = need_query or need_bias
+        found += _products(dq, state, sums=True) if need else [None, None]
         _, dkeys, dv = OPS["additive_scores_backward", backend](
             ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
         )

@@ -136,18 +136,15 @@ class Backward {
       ld_init = given_.contexts.stride(1);
     }
     const int64_t hidden_panels = t > 0 || need_state_ ? w_hidden.layout.panels() : 0;
-    const int64_t x_panels = w_x ? w_x->layout.panels() : 0, panels = hidden_panels + x_panels;
-    // In turns, since those of x are more work.
-    const int64_t in_turns = 2 * std::min(hidden_panels, x_panels);
+    const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
     over_panels(panels, B_, w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
-      const bool of_x = p < in_turns ? p % 2 != 0 : x_panels > hidden_panels;
-      p = p < in_turns ? p / 2 : p - in_turns / 2;
-      if (!of_x) {
+      if (p < hidden_panels) {
         // Of a GRU a part has passed the gates by.
         w_hidden.product(p, dg + b * G_ + first_hidden_, G_, n,
                          cell_ == Cell::kGru ? dh + b * H_ : nullptr, H_, dh + b * H_, H_);
         return;
       }
+      p -= hidden_panels;
       const A* from = dg + b * G_;
       if (!factors) {
         w_x->product(p, from, G_, n, init ? init + b * ld_init : nullptr, ld_init, dx + b * width,

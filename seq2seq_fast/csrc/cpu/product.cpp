@@ -90,7 +90,8 @@ void add_panels(std::vector<Panel>& to, const Tensor& out, const Tensor& b, cons
 }
 
 // What a (M, K) is multiplied by may be columns of several matrices: a is read once for all, and
-// for the sums (M,) of its rows, if they are wanted, of an `a` of which a column lies in one piece.
+// for the sums (M,) of its rows, which can be had of an `a` that is copied, its columns not next to
+// each other.
 void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nullptr) {
   const Strided a(a_);
   const int64_t M = a_.size(0), K = a_.size(1), panels = static_cast<int64_t>(all.size());
@@ -152,6 +153,8 @@ Tensor product_op(Tensor a, Tensor b, std::optional<bool> blas) {
   return out;
 }
 
+bool by_ours(const Tensor& x) { return x.scalar_type() == ScalarType::Float && ours_are_faster(); }
+
 Tensor sums_of_rows(const Tensor& a) {
   constexpr std::array<int64_t, 1> kColumns = {1};
   return torch::stable::sum(a, kColumns);
@@ -166,7 +169,7 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
                     "expected a (M, K) and each of b (K, N) of one dtype");
     outs.push_back(empty(a, {a.size(0), x.size(1)}));
   }
-  if (a.scalar_type() == ScalarType::Float && ours_are_faster()) {
+  if (by_ours(a)) {
     std::vector<Panel> panels;
     for (size_t i = 0; i < b.size(); ++i) add_panels(panels, outs[i], b[i], nullptr);
     const bool with_sums = sums && !panels.empty() && a.stride(1) != 1;
@@ -183,7 +186,7 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
 }  // namespace
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
-  if (out.scalar_type() == ScalarType::Float && ours_are_faster())
+  if (by_ours(out))
     by_loops(out, a, b, init);
   else
     by_blas(out, a, b, init);
