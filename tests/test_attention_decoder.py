@@ -66,6 +66,18 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
     assert max(medians.values()) <= 1, medians
 
 
+@pytest.mark.parametrize("x", [float("nan"), float("inf"), 1e4, -1e4, 1e-30])
+@pytest.mark.parametrize("cell_type", [*MODULES])
+def test_cells_take_numbers_of_any_size_as_plain_pytorch_does(cell_type, x):
+    args = cast(problem(cell_type, B=3, T=5, H=37, attention=False, seed=0), torch.float32)
+    args["inputs"].data[1, 2] = x
+    ours, _ = results(args)
+    theirs, _ = results(args, backend="reference")
+    for name, got in ours.items():
+        torch.testing.assert_close(got, theirs[name], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert ours["outputs"][::2].isfinite().all()  # the other sequences
+
+
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(("cell_type", "after"), ORDERS)
 def test_a_first_state_of_zeros_with_and_without_a_gradient(cell_type, after, attention):

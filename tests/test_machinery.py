@@ -127,8 +127,7 @@ def test_the_same_bits_with_any_number_of_threads():
             check=True,
             capture_output=True,
             text=True,
-            # Products around the decoder's loop may be MKL's, which sums up as threads are unless it
-            # is told not to.
+            # MKL's products around the decoder's loop sum up as threads are, unless told not to.
             env={**os.environ, "PYTHONHASHSEED": "0", "MKL_CBWR": "AVX2,STRICT"},
         ).stdout
 

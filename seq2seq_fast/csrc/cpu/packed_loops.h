@@ -66,6 +66,7 @@ S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, in
   for (int s = 0; s < kOperands; ++s) {
     const int64_t ld = operands[s].ld, K = operands[s].K;
     const float* x = operands[s].x + row * ld;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < K; ++k, w += width, ahead += kLineBytes) {
       if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
       Vec b[N];
@@ -139,7 +140,7 @@ Peak peak(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kVec) {
     const Vec below =
         load_some(x + i, n - i, -INFINITY) - shift;  // less than exp(-87) is nothing beside exp(0)
-    sums += exp_moderate(below < -87.f ? -87.f + Vec{} : below);
+    sums += exp_moderate(at_least(-87.f, below));
   }
   p.sum = sum(sums);
   int64_t at = 0;

@@ -11,44 +11,51 @@ constexpr int64_t kAhead = 12;
 template <typename A>
 constexpr int64_t kLine = 64 / sizeof(A);
 
-// Four blocks of a panel by M rows, one vector of each block at a time in registers. Meanwhile a
-// line for each k is asked for from `ahead` on.
+// Sums of a row that stay in registers: one vector of each block, or with few registers all of one
+// block, which is what lies in a line of the cache.
+constexpr int kAtOnce = S2S_LANES == 16 ? kBlocks : 1;  // blocks
+
+// A panel by M rows. Meanwhile a line for each k is asked for from `ahead` on.
 template <typename A, int M, bool kFull>
 S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, const A* init,
                            int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
                            int64_t block_out, const int64_t* used, const A* ahead) {
   typedef A V __attribute__((vector_size(4 * S2S_LANES), aligned(sizeof(A)), may_alias));
   constexpr int64_t kLanes = 4 * S2S_LANES / sizeof(A);
-  for (int64_t part = 0; part < kBlock; part += kLanes) {
-    const auto bytes = [&](int j) -> size_t {
-      if (kFull || used[j] >= part + kLanes) return sizeof(V);
-      return used[j] > part ? sizeof(A) * (used[j] - part) : 0;
-    };
-    V acc[M][kBlocks] = {};
-    if (init != nullptr)
+  constexpr int kOfBlock = kAtOnce == kBlocks ? 1 : 64 / sizeof(V), kVectors = kAtOnce * kOfBlock;
+  for (int64_t first = 0; first < kBlocks; first += kAtOnce)
+    for (int64_t part = 0; part < kBlock; part += kOfBlock * kLanes) {
+      const auto block = [&](int j) { return first + j / kOfBlock; };
+      const auto lane = [&](int j) { return part + j % kOfBlock * kLanes; };
+      const auto bytes = [&](int j) -> size_t {
+        const int64_t there = used[block(j)] - lane(j);
+        return kFull || there >= kLanes ? sizeof(V) : there > 0 ? sizeof(A) * there : 0;
+      };
+      V acc[M][kVectors] = {};
+      if (init != nullptr)
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < kVectors; ++j)
+            std::memcpy(&acc[i][j], init + i * ld_init + block(j) * block_init + lane(j), bytes(j));
+      const A* w = panel + first * kBlock + part;
+      for (int64_t k = 0; k < K; ++k, w += kPanel) {
+        for (int j = 0; j < kAtOnce; ++j) __builtin_prefetch(w + kAhead * kPanel + j * kBlock);
+        if (first == 0) __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
+        V row[kVectors];
+        for (int j = 0; j < kVectors; ++j)
+          row[j] = *reinterpret_cast<const V*>(w + j / kOfBlock * kBlock + j % kOfBlock * kLanes);
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < kVectors; ++j) acc[i][j] += a[i * lda + k] * row[j];
+      }
       for (int i = 0; i < M; ++i)
-        for (int j = 0; j < kBlocks; ++j)
-          std::memcpy(&acc[i][j], init + i * ld_init + j * block_init + part, bytes(j));
-    const A* w = panel + part;
-    for (int64_t k = 0; k < K; ++k, w += kPanel) {
-      for (int j = 0; j < kBlocks; ++j) __builtin_prefetch(w + kAhead * kPanel + j * kBlock);
-      __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
-      V row[kBlocks];
-      for (int j = 0; j < kBlocks; ++j) row[j] = *reinterpret_cast<const V*>(w + j * kBlock);
-      for (int i = 0; i < M; ++i)
-        for (int j = 0; j < kBlocks; ++j) acc[i][j] += a[i * lda + k] * row[j];
+        for (int j = 0; j < kVectors; ++j)
+          std::memcpy(out + i * ldo + block(j) * block_out + lane(j), &acc[i][j], bytes(j));
     }
-    for (int i = 0; i < M; ++i)
-      for (int j = 0; j < kBlocks; ++j)
-        std::memcpy(out + i * ldo + j * block_out + part, &acc[i][j], bytes(j));
-  }
 }
 
 template <typename A, bool kFull>
 S2S_INLINE void panel_rows(const A* a, int64_t lda, int64_t m, int64_t K, const A* panel,
                            const A* init, int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
                            int64_t block_out, const int64_t* used) {
-  constexpr int kMost = S2S_LANES == 16 ? 6 : 2;  // what fits into the registers
   const A *ahead = panel + K * kPanel, *end = ahead + K * kPanel;
   const auto rows = [&]<int M>() S2S_LAMBDA {
     panel_tile<A, M, kFull>(a, lda, K, panel, init, ld_init, block_init, out, ldo, block_out, used,
@@ -57,10 +64,8 @@ S2S_INLINE void panel_rows(const A* a, int64_t lda, int64_t m, int64_t K, const 
     if (init != nullptr) init += M * ld_init;
     if (ahead < end) ahead += K * kLine<A>;
   };
-  if constexpr (kMost == 6) {
-    while (m >= 6 && m != 8) rows.template operator()<6>();
-    while (m >= 4) rows.template operator()<4>();
-  }
+  while (m >= 6 && m != 8) rows.template operator()<6>();
+  while (m >= 4) rows.template operator()<4>();
   while (m >= 2) rows.template operator()<2>();
   if (m > 0) rows.template operator()<1>();
 }

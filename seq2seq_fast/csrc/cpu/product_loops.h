@@ -16,6 +16,7 @@ template <bool kAcross, int M, int N>
 S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float* b, int64_t n,
                              const float* init, int64_t ld_init, float* out, int64_t ldo) {
   Vec acc[M][N] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k, b += kPanel) {
     Vec row[N];
     for (int j = 0; j < N; ++j) row[j] = load(b + j * kVec);
@@ -47,7 +48,8 @@ S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, 
   if constexpr (2 * N <= kSumVectors)
     while (m >= 2 * kSumRows) rows.template operator()<2 * kSumRows>();
   while (m >= kSumRows) rows.template operator()<kSumRows>();
-  while (m >= 2) rows.template operator()<2>();
+  if (m >= 4) rows.template operator()<4>();
+  if (m >= 2) rows.template operator()<2>();
   if (m > 0) rows.template operator()<1>();
 }
 

@@ -6,10 +6,6 @@
 #include "packed_loops.h"
 #include "scores_loops.h"
 
-#ifdef S2S_INTRINSICS
-#include <immintrin.h>
-#endif
-
 namespace seq2seq_fast {
 namespace {
 

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef S2S_INTRINSICS
+#include <immintrin.h>
+#endif
 
 // Inlined everywhere, so that no vector ever crosses a call in the wrong instruction set.
 #define S2S_INLINE inline __attribute__((always_inline))
@@ -85,28 +88,69 @@ S2S_INLINE float largest_lane(Vec x) {
   return lanes[0];
 }
 
-// 2^k for whole k in [-126, 127]
-S2S_INLINE Vec power_of_two(Vec k) {
-  const VecInt bits = (__builtin_convertvector(k, VecInt) + 127) << 23;
+// x where it lies above the bound, or below it, and a NaN where x is one.
+S2S_INLINE Vec at_least(float bound, Vec x) {
+#if defined(S2S_INTRINSICS) && S2S_LANES == 16
+  return (Vec)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(S2S_INTRINSICS)
+  return (Vec)_mm256_max_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return x < bound ? bound + Vec{} : x;
+#endif
+}
+S2S_INLINE Vec at_most(float bound, Vec x) {
+#if defined(S2S_INTRINSICS) && S2S_LANES == 16
+  return (Vec)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)x);
+#elif defined(S2S_INTRINSICS)
+  return (Vec)_mm256_min_ps(_mm256_set1_ps(bound), (__m256)x);
+#else
+  return x > bound ? bound + Vec{} : x;
+#endif
+}
+
+// x without its sign, and y, which has none, with that of x.
+S2S_INLINE Vec magnitude(Vec x) {
+  VecInt bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffff;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+S2S_INLINE Vec with_sign_of(Vec x, Vec y) {
+  VecInt from, bits;
+  std::memcpy(&from, &x, sizeof from);
+  std::memcpy(&bits, &y, sizeof bits);
+  bits |= from & INT32_MIN;
+  std::memcpy(&y, &bits, sizeof bits);
+  return y;
+}
+
+// 2^k for k in [-126, 127]
+S2S_INLINE Vec power_of_two(VecInt k) {
+  const VecInt bits = (k + 127) << 23;
   Vec out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
 }
 
-// exp(x) = 2^k (1 + p), |x| < 2^21
+// exp(x) = 2^k (1 + p), |x| < 2^21; p is NaN where x is. The polynomial is the best of its degree
+// for exp(f) and for the relative error of exp(f) - 1 together, |f| < ln(2) / 2: 2^-27 and 2^-26.
 struct Exponential {
-  Vec k, p;
+  VecInt k;
+  Vec p;
 };
 S2S_INLINE Exponential exponential(Vec x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec k = (x * 1.44269504f + kRound) - kRound;
+  constexpr int32_t kRoundBits = 0x4b400000;
+  const Vec shifted = x * 1.44269504f + kRound, k = shifted - kRound;
+  VecInt bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
   const Vec f = (x - k * 0.693359375f) + k * 2.12194440e-4f;  // ln 2 in two parts
-  Vec p = f * (1.f / 5040.f) + 1.f / 720.f;
-  p = p * f + 1.f / 120.f;
-  p = p * f + 1.f / 24.f;
-  p = p * f + 1.f / 6.f;
-  p = p * f + 0.5f;
-  return {k, p * f * f + f};
+  const Vec ff = f * f;
+  const Vec low = f * 0.16666542f + 0.49999997f,
+            high = f * 8.366747759282589e-3f + 4.1667431592941284e-2f;
+  const Vec p = (ff * 1.386428251862526e-3f + high) * ff + low;
+  return {bits - kRoundBits, p * ff + f};
 }
 
 // exp(x) for |x| < 87
@@ -125,31 +169,24 @@ S2S_INLINE Vec expm1_moderate(Vec x) {
 
 // exp(x) for x <= 0, with subnormal results, 0 for -inf, NaN for NaN
 S2S_INLINE Vec exp_negative(Vec x) {
-  const Vec floored = x < -110.f ? -110.f + Vec{} : x;
-  const Exponential e = exponential(floored);
-  const Vec half = __builtin_convertvector(__builtin_convertvector(e.k, VecInt) >> 1, Vec);
-  const Vec y = (e.p + 1.f) * power_of_two(half) * power_of_two(e.k - half);
-  return x == x ? y : x;
+  const Exponential e = exponential(at_least(-110.f, x));
+  const VecInt half = e.k >> 1;
+  return (e.p + 1.f) * power_of_two(half) * power_of_two(e.k - half);
 }
 
 // tanh to about one unit in the last place; coefficients of the small part from Cephes' tanhf
 S2S_INLINE Vec tanh(Vec x) {
-  const Vec magnitude = x < 0.f ? -x : x;
-  const Vec m = magnitude < 10.f ? magnitude : 10.f + Vec{};  // tanh(10) rounds to 1
-  const Vec large = 1.f - 2.f / (exp_moderate(2.f * m) + 1.f);
+  const Vec m = magnitude(x);
+  const Vec large = 1.f - 2.f / (exp_moderate(2.f * at_most(10.f, m)) + 1.f);  // tanh(10) is 1
   const Vec z = x * x;
-  Vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const Vec y = m < 0.625f ? p * z * x + x : (x < 0.f ? -large : large);
-  return x == x ? y : x;
+  const Vec low = z * 1.33314422036e-1f - 3.33332819422e-1f;
+  const Vec high = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  const Vec p = ((z * high - 5.37397155531e-2f) * (z * z)) + low;
+  return m < 0.625f ? p * z * x + x : with_sign_of(x, large);
 }
 
 S2S_INLINE Vec sigmoid(Vec x) {
-  const Vec low = x < -87.f ? -87.f + Vec{} : x;
-  const Vec y = 1.f / (1.f + exp_moderate(-(low < 87.f ? low : 87.f + Vec{})));
-  return x == x ? y : x;
+  return 1.f / (1.f + exp_moderate(at_least(-87.f, at_most(87.f, -x))));
 }
 
 }  // namespace
