@@ -25,22 +25,25 @@ constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
 constexpr int64_t kLeastRows = 96, kMostRows = 512;
 constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
-// MKL makes no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150
-// to 210 GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only
-// one that has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to
-// 215, the most for small results. On Intel's processors MKL has the edge.
-bool ours_are_faster() {
+// Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
+// no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150 to 210
+// GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only one that
+// has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to 215, the
+// most for small results. On Intel's processors (measured on Emerald Rapids) these loops have the
+// edge for small products, and where several have one factor; MKL, by a tenth, for large ones.
+int64_t most_of_ours() {
+  static const int64_t most = []() -> int64_t {
+    if (!std::string_view(loops.name).starts_with("avx512")) return 0;
 #ifdef __x86_64__
-  static const bool faster = [] {
     unsigned a, b, c, d;
-    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &a, &b, &c, &d) == 0) return false;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0) return 0;
     const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-    return family >= 25 && std::string_view(loops.name).starts_with("avx512");
-  }();
-  return faster;
-#else
-  return false;
+    if (__builtin_cpu_is("amd")) return family >= 25 ? INT64_MAX : 0;
+    if (__builtin_cpu_is("intel")) return int64_t{1} << 29;
 #endif
+    return 0;
+  }();
+  return most;
 }
 
 void by_blas(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
@@ -153,7 +156,10 @@ Tensor product_op(Tensor a, Tensor b, std::optional<bool> blas) {
   return out;
 }
 
-bool by_ours(const Tensor& x) { return x.scalar_type() == ScalarType::Float && ours_are_faster(); }
+// Whether a (M, K) and N columns are multiplied here.
+bool by_ours(const Tensor& a, int64_t N) {
+  return a.scalar_type() == ScalarType::Float && a.numel() * N < most_of_ours();
+}
 
 Tensor sums_of_rows(const Tensor& a) {
   constexpr std::array<int64_t, 1> kColumns = {1};
@@ -169,7 +175,9 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
                     "expected a (M, K) and each of b (K, N) of one dtype");
     outs.push_back(empty(a, {a.size(0), x.size(1)}));
   }
-  if (by_ours(a)) {
+  int64_t columns = 0;
+  for (const Tensor& x : b) columns += x.size(1);
+  if (by_ours(a, columns)) {
     std::vector<Panel> panels;
     for (size_t i = 0; i < b.size(); ++i) add_panels(panels, outs[i], b[i], nullptr);
     const bool with_sums = sums && !panels.empty() && a.stride(1) != 1;
@@ -186,7 +194,7 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
 }  // namespace
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
-  if (by_ours(out))
+  if (by_ours(a, b.size(1)))
     by_loops(out, a, b, init);
   else
     by_blas(out, a, b, init);
