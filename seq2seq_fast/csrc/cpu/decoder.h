@@ -133,6 +133,9 @@ class Packed {
   Buffer<A> panels_;
 };
 
+// To read a panel's weights takes as long as to multiply so many rows by them.
+constexpr int64_t kRowsOfReading = 8;
+
 // Calls f(panel, first row, rows) for all panels and rows, in parallel.
 template <typename F>
 void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f) {
@@ -140,7 +143,8 @@ void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f)
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t chunks = std::clamp<int64_t>(wanted / panels, 1, (rows + kBlock - 1) / kBlock);
   const int64_t each = (rows + chunks - 1) / chunks;
-  parallel_in_turns(panels * chunks, each * operations_of_a_row, [&](int64_t i) {
+  const int64_t operations = std::max(each, kRowsOfReading) * operations_of_a_row;
+  parallel_in_turns(panels * chunks, operations, [&](int64_t i) {
     const int64_t first = i % chunks * each, n = std::min(each, rows - first);
     if (n > 0) f(i / chunks, first, n);
   });

@@ -7,7 +7,8 @@ namespace {
 
 // Steps of k that weights are asked for ahead of their use, from the second level of the cache. The
 // next panel comes from further away, and is asked for a whole panel ahead.
-constexpr int64_t kAhead = 12;
+template <int M>
+constexpr int64_t kAhead = M > 2 ? 12 : 48;
 template <typename A>
 constexpr int64_t kLine = 64 / sizeof(A);
 
@@ -38,7 +39,7 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
             std::memcpy(&acc[i][j], init + i * ld_init + block(j) * block_init + lane(j), bytes(j));
       const A* w = panel + first * kBlock + part;
       for (int64_t k = 0; k < K; ++k, w += kPanel) {
-        for (int j = 0; j < kAtOnce; ++j) __builtin_prefetch(w + kAhead * kPanel + j * kBlock);
+        for (int j = 0; j < kAtOnce; ++j) __builtin_prefetch(w + kAhead<M> * kPanel + j * kBlock);
         if (first == 0) __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
         V row[kVectors];
         for (int j = 0; j < kVectors; ++j)
