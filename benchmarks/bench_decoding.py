@@ -1,5 +1,6 @@
 """Decoding T tokens of each source, encoding left out: the library's engine, the tutorial's code,
-ONNX Runtime (`pip install onnxruntime onnx`), and what reading the weights once a step takes."""
+ONNX Runtime (`pip install onnxruntime onnx`), and what reading the weights once a step takes. Then
+a step of the decoder alone, as loops of one's own call it."""
 
 import copy
 import io
@@ -179,4 +180,25 @@ def test_decoding(name, sizes, B, beam, dtype, compare):
         shape={"B": B} | sizes | {"H": H},
         dtype=dtype,
         steps=T,
+    )
+
+
+@pytest.mark.parametrize("B", [1, 16])
+@pytest.mark.parametrize(("name", "sizes"), [ROWS[0][:2], ROWS[4][:2]], ids=["tutorial", "G2P"])
+@torch.no_grad()
+def test_step(name, sizes, B, compare):
+    V, S, _ = sizes.values()
+    model, twin = models(V)
+    values, hidden, cell = model.encoder(torch.randint(V, (B, S)))
+    source, token = model.decoder.source(values), torch.full((B,), BOS)
+    compare(
+        {
+            "library": lambda: model.decoder(token, hidden, cell, source),
+            "tutorial code": lambda: twin(token, hidden, cell, values),
+        },
+        kind="decoding",
+        name=name,
+        mode="`decoder(…)`, one step",
+        shape={"B": B, "V": V, "S": S, "H": H},
+        steps=1,
     )

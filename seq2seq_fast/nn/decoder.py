@@ -10,6 +10,7 @@ from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from ..ops.dropout import dropout_factors
+from ..ops.linear import linear
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
         features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
         context = out.contexts[:, 0] if self.query_after else None
         weights = None if out.weights is None else out.weights[:, 0]
-        return self.fc_out(features), DecoderState(out.hidden, out.cell, context), weights
+        return linear(self.fc_out, features), DecoderState(out.hidden, out.cell, context), weights
 
     def run(
         self,

@@ -332,8 +332,8 @@ def attention_decoder(
     within = torch.float64 if dtype == torch.float64 else torch.float32
     backend = choose("attention_decoder", inputs, backend)
 
-    def cast(x):
-        return None if x is None else x.to(within)
+    def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
+        return x if x is None or x.dtype is within else x.to(within)
 
     with torch.autocast(inputs.device.type, enabled=False):
         steps, first = cast(inputs).transpose(0, 1).contiguous(), cast(hidden).contiguous()
@@ -351,7 +351,7 @@ def attention_decoder(
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
         )
     return DecoderOutput(
-        *(x if x is None or x.dtype == torch.int64 else x.to(dtype) for x in found)
+        *(x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in found)
     )
 
 

@@ -24,6 +24,8 @@ def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, auto
         raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as inputs have")
     if x.device != like.device:
         raise ValueError(f"{name}: is on {x.device}, expected {like.device} as inputs are")
+    if x.shape == shape:
+        return
     sizes = zip(x.shape, shape, strict=False)
     if x.dim() != len(shape) or any(e is not None and n != e for n, e in sizes):
         wanted = ", ".join("any" if e is None else str(e) for e in shape)

@@ -100,13 +100,14 @@ class Forward {
         G_(run.gates.size(3)),
         dropped_(dropout ? (L_ - 1) * B_ * H_ : 0) {
     const Layout layout = Layout::of(cell, H_);
+    const bool few = in_place(T_, B_);
     for (const Layer& layer : layers)
-      w_hidden_.emplace_back(layer.w_hidden, layout, Blocks::of_hidden(cell));
+      w_hidden_.emplace_back(layer.w_hidden, layout, Blocks::of_hidden(cell), few);
     for (int64_t l = 1; l < L_; ++l)
-      w_input_.emplace_back(layers[l].w_input, layout, Blocks::of_input(cell));
+      w_input_.emplace_back(layers[l].w_input, layout, Blocks::of_input(cell), few);
     if (!source) return;
-    w_context_.emplace(source->w_context, layout, Blocks::of_input(cell));
-    w_query_.emplace(source->w_query, Layout::plain(source->w_query.size(0)));
+    w_context_.emplace(source->w_context, layout, Blocks::of_input(cell), few);
+    w_query_.emplace(source->w_query, Layout::plain(source->w_query.size(0)), Blocks{}, few);
   }
 
   void run() {

@@ -47,24 +47,35 @@ struct Blocks {
   static Blocks of_hidden(Cell cell) { return {cell == Cell::kGru ? 1 : 0, kBlocks}; }
 };
 
+// Rows that are multiplied, over all steps, for which weights are not worth a copy: one costs as
+// much as a step of eight rows, and eight of few.
+constexpr int64_t kRowsInPlace = 64;
+inline bool in_place(int64_t steps, int64_t rows) {
+  return steps * std::max<int64_t>(rows, 8) <= kRowsInPlace;
+}
+
 // Weights w (N, K) in panels: product(p) makes a panel's outputs of a (m, K) w^T. Blocks
 // that w does not have are zero.
 template <typename A>
 class Packed {
  public:
-  Packed(const Tensor& w, Layout layout, Blocks blocks = {})
-      : layout(layout), K_(w.size(1)), panels_(layout.panels() * K_ * kPanel) {
-    const A* from = data<A>(w);
-    const int64_t sn = w.stride(0), sk = w.stride(1);
+  // in_place: the rows of w are read as they are, which must be in one piece each.
+  Packed(const Tensor& w, Layout layout, Blocks blocks = {}, bool in_place = false)
+      : layout(layout),
+        blocks_(blocks),
+        w_(data<A>(w)),
+        sn_(w.stride(0)),
+        K_(w.size(1)),
+        in_place_(in_place && sizeof(A) == 4 && w.stride(1) == 1),
+        panels_(in_place_ ? 0 : layout.panels() * K_ * kPanel) {
+    if (in_place_) return;
+    const int64_t sn = sn_, sk = w.stride(1);
     parallel_in_turns(layout.panels(), 2 * K_ * kPanel, [&](int64_t p) {
       if (sn == 1 && layout.step == kPanel)
-        return copy_rows(from + p * kPanel, sk, layout.units(p), panels_ + p * K_ * kPanel);
+        return copy_rows(w_ + p * kPanel, sk, layout.units(p), panels_ + p * K_ * kPanel);
       for (int64_t j = 0; j < kBlocks; ++j) {
-        A* to = panels_ + p * K_ * kPanel + j * kBlock;
-        const bool there = j >= blocks.first && j < blocks.first + blocks.count;
-        const int64_t n = there ? layout.used(p, j) : 0;
-        const int64_t row = p * layout.step + (j - blocks.first) * layout.ld_block;
-        copy(n > 0 ? from + row * sn : from, sn, sk, n, to);
+        const Part part = block(p, j);
+        copy(part.first, sn, sk, part.n, panels_ + p * K_ * kPanel + j * kBlock);
       }
     });
   }
@@ -91,6 +102,17 @@ class Packed {
   const Layout layout;
 
  private:
+  // Rows of w whose products are a panel's block.
+  struct Part {
+    const A* first;
+    int64_t n;
+  };
+  Part block(int64_t p, int64_t j) const {
+    const bool there = j >= blocks_.first && j < blocks_.first + blocks_.count;
+    const int64_t n = there ? layout.used(p, j) : 0;
+    return {n > 0 ? w_ + (p * layout.step + (j - blocks_.first) * layout.ld_block) * sn_ : w_, n};
+  }
+
   // A whole panel, to (K, kPanel), = rows (K, n), sk apart, and zeros.
   void copy_rows(const A* rows, int64_t sk, int64_t n, A* to) const {
     for (int64_t k = 0; k < K_; ++k, rows += sk, to += kPanel) {
@@ -117,6 +139,11 @@ class Packed {
 
   void run(int64_t p, const A* a, int64_t lda, int64_t m, int64_t K, const A* init, int64_t ld_init,
            int64_t block_init, A* out, int64_t ldo, int64_t block_out) const {
+    if (in_place_) {
+      if constexpr (sizeof(A) == 4)
+        run_in_place(p, a, lda, m, K, init, ld_init, block_init, out, ldo, block_out);
+      return;
+    }
     int64_t used[kBlocks];
     for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
     const auto go = [&](auto* loop) {
@@ -128,13 +155,32 @@ class Packed {
     else
       go(loops.panel_double);
   }
+  void run_in_place(int64_t p, const A* a, int64_t lda, int64_t m, int64_t K, const A* init,
+                    int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
+                    int64_t block_out) const {
+    A sums[kBlock * kBlock];
+    for (int64_t j = 0; j < kBlocks; ++j) {
+      const Part part = block(p, j);
+      const int64_t used = layout.used(p, j);
+      for (int64_t first = 0; first < m; first += kBlock) {
+        const int64_t n = std::min(kBlock, m - first);
+        std::fill_n(sums, n * kBlock, A(0));
+        loops.products(a + first * lda, lda, part.first, sn_, n, part.n, K, sums, kBlock);
+        for (int64_t i = 0; i < n; ++i) {
+          const A* from = init + (first + i) * ld_init + j * block_init;
+          A* to = out + (first + i) * ldo + j * block_out;
+          for (int64_t c = 0; c < used; ++c) to[c] = (init ? from[c] : A(0)) + sums[i * kBlock + c];
+        }
+      }
+    }
+  }
 
-  int64_t K_;
+  const Blocks blocks_;
+  const A* const w_;
+  const int64_t sn_, K_;
+  const bool in_place_;
   Buffer<A> panels_;
 };
-
-// To read a panel's weights takes as long as to multiply so many rows by them.
-constexpr int64_t kRowsOfReading = 8;
 
 // Calls f(panel, first row, rows) for all panels and rows, in parallel.
 template <typename F>

@@ -23,6 +23,7 @@ constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
 // Of a task: enough for what is copied to be little, but such that a piece of them stays in the
 // cache's second level.
 constexpr int64_t kLeastRows = 96, kMostRows = 512;
+constexpr int64_t kFewRows = 16, kRowsOfSums = 32;
 constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
 // Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
@@ -139,6 +140,34 @@ void by_loops(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor*
   by_loops(a, panels);
 }
 
+// Of few rows with a weight's, (N, K): copies would cost more than the product, so that rows of the
+// weight are read as they lie, a block of them for all rows of a.
+void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor* init) {
+  const Strided a(a_), w = Strided(b_).transposed();
+  const int64_t M = a_.size(0), K = a_.size(1), N = b_.size(1), ldo = out.stride(0);
+  const int64_t ld_init = init && init->dim() == 2 ? init->stride(0) : 0;
+  auto* const to = static_cast<float*>(out.data_ptr());
+  const auto* const from = init ? static_cast<const float*>(init->data_ptr()) : nullptr;
+  parallel(
+      (N + kBlock - 1) / kBlock, std::max(M, kRowsOfReading) * K, [&](int64_t begin, int64_t end) {
+        float sums[kFewRows * kBlock];
+        for (int64_t first = begin * kBlock; first < std::min(N, end * kBlock); first += kBlock) {
+          const int64_t n = std::min(kBlock, N - first);
+          loops.products(a.data, a.row, w.at(first, 0), w.row, M, n, K, sums, kBlock);
+          for (int64_t i = 0; i < M; ++i)
+            for (int64_t j = 0; j < n; ++j) {
+              const float start = from ? from[i * ld_init + first + j] : 0.f;
+              to[i * ldo + first + j] = start + sums[i * kBlock + j];
+            }
+        }
+      });
+}
+// Adding up lanes at the end of a row of K is little beside K / kRowsOfSums rows.
+bool are_few(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::Float && a.stride(1) == 1 && b.stride(0) == 1 &&
+         b.size(1) > 1 && a.size(0) <= std::min(kFewRows, a.size(1) / kRowsOfSums);
+}
+
 // blas: which of the two is taken; None for the faster one.
 Tensor product_op(Tensor a, Tensor b, std::optional<bool> blas) {
   STD_TORCH_CHECK(
@@ -194,7 +223,9 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
 }  // namespace
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
-  if (by_ours(a, b.size(1)))
+  if (are_few(a, b))
+    by_rows(out, a, b, init);
+  else if (by_ours(a, b.size(1)))
     by_loops(out, a, b, init);
   else
     by_blas(out, a, b, init);
