@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..library import asked_for, choose
-from ..ops.attention_decoder import attention_decoder
+from ..ops.attention_decoder import DecoderOutput, attention_decoder
 from ..ops.dropout import dropout_factors
 from . import checks
 from .cells import recurrent
@@ -75,8 +75,8 @@ class Encoder(nn.Module):
         else:
             outputs, state = self.layers(embedded)
             hidden, cell = state if self.cell_type == "lstm" else (state, None)
-            hidden = self._both_directions(hidden)
-            cell = None if cell is None else self._both_directions(cell)
+        hidden = self._both_directions(hidden)
+        cell = None if cell is None else self._both_directions(cell)
         if hasattr(self, "bridge_hidden"):
             hidden = torch.tanh(self.bridge_hidden(hidden))
             cell = None if cell is None else self.bridge_cell(cell)
@@ -84,13 +84,13 @@ class Encoder(nn.Module):
 
     def _runs_in_decoder(self, embedded: Tensor) -> bool:
         """Whether the decoder's loop, which needs no attention, is the faster one. On the CPU it
-        takes a half to a third of the time of nn.GRU and nn.RNN. nn.LSTM, which is oneDNN's, takes
-        as long as it forward and a little longer backward."""
+        takes 20 to 90 % of the time of nn.GRU and nn.RNN, the least with few rows. nn.LSTM, which
+        is oneDNN's, takes as long as it forward and longer in training."""
         layers = self.layers
         return (
             (self.cell_type != "lstm" or (torch.is_grad_enabled() and self.training))
             and type(layers) in (nn.LSTM, nn.GRU, nn.RNN)
-            and not (layers.bidirectional or layers._forward_hooks or layers._forward_pre_hooks)
+            and not (layers._forward_hooks or layers._forward_pre_hooks)
             and embedded.is_cpu
             and embedded.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
@@ -98,19 +98,35 @@ class Encoder(nn.Module):
             and choose("attention_decoder", embedded, None) == "native"
         )
 
-    def _run(self, embedded: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        layers, B = self.layers, len(embedded)
-        zeros = embedded.new_zeros(layers.num_layers, B, layers.hidden_size)
-        out = attention_decoder(
-            embedded,
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the layers make of x (B, S, E), in the decoder's loop."""
+        layers, weights = self.layers, self.layers.all_weights
+        dropout = layers.dropout if self.training else 0.0
+        if not layers.bidirectional:
+            out = self._through(x, weights, dropout)
+            return out.outputs, out.hidden, out.cell
+        found: list[DecoderOutput] = []
+        for i in range(0, len(weights), 2):
+            if i > 0 and dropout > 0:
+                x = x * dropout_factors(x.shape, dropout, x)
+            found.append(self._through(x, weights[i : i + 1]))
+            found.append(self._through(x.flip(1), weights[i + 1 : i + 2]))
+            x = torch.cat([found[-2].outputs, found[-1].outputs.flip(1)], -1)
+        cells = [out.cell for out in found if out.cell is not None]
+        return x, torch.cat([out.hidden for out in found]), torch.cat(cells) if cells else None
+
+    def _through(self, x: Tensor, weights: list, dropout: float = 0.0) -> DecoderOutput:
+        """One direction through the layers that have these weights."""
+        zeros = x.new_zeros(len(weights), len(x), self.layers.hidden_size)
+        return attention_decoder(
+            x,
             zeros,
             zeros if self.cell_type == "lstm" else None,
-            layers.all_weights,
-            context=embedded.new_empty(B, 0),
+            weights,
+            context=x.new_empty(len(x), 0),
             cell_type=self.cell_type,
-            dropout=layers.dropout if self.training else 0.0,
+            dropout=dropout,
         )
-        return out.outputs, out.hidden, out.cell
 
     def _both_directions(self, state: Tensor) -> Tensor:
         """(2 n_layers, B, H), forward and backward in turn -> (n_layers, B, 2 H)."""
