@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
@@ -37,8 +38,9 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def machine() -> dict:
     import torch
 
+    lowered = os.environ.get("ATEN_CPU_CAPABILITY")  # the instruction set that was asked for
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_model() + (f", {lowered} alone" if lowered else ""),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,

@@ -14,6 +14,7 @@ SIZES = [
     (200, 300, 129),
     (1700, 20, 50),
     (3, 400, 700),
+    (15, 500, 41),
 ]
 LAYOUTS = {
     "rows": lambda x: x.contiguous(),
@@ -26,12 +27,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("b_layout", LAYOUTS)
 @pytest.mark.parametrize("a_layout", LAYOUTS)
-def test_own_loops_keep_the_accuracy_rule(a_layout, b_layout, size):
+@pytest.mark.parametrize("blas", [False, None], ids=["own loops", "the faster"])
+def test_products_keep_the_accuracy_rule(blas, a_layout, b_layout, size):
     torch.manual_seed(0)
     M, K, N = size
     a, b = LAYOUTS[a_layout](torch.randn(M, K)), LAYOUTS[b_layout](torch.randn(K, N))
     exact = a.double() @ b.double()
-    ours = torch.ops.seq2seq_fast.product(a, b, blas=False)
+    ours = torch.ops.seq2seq_fast.product(a, b, blas=blas)
     assert ours.shape == (M, N) and ours.is_contiguous()
     error, theirs = ((x - exact).abs().max().item() for x in (ours, a @ b))
     rounding = 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()

@@ -156,3 +156,12 @@ def test_a_processor_that_does_not_say_its_model_is_told_by_its_numbers(tmp_path
         path.write_text(text.format(name))
         assert report.cpu_model(path) == want
     assert report.cpu_model(tmp_path / "none")
+
+
+def test_a_lowered_instruction_set_is_part_of_the_machines_name(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    best = report.machine()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    lowered = report.machine()
+    assert lowered["cpu"] == best["cpu"] + ", avx2 alone"
+    assert report.file_stem(lowered) != report.file_stem(best)

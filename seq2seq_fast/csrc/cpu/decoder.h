@@ -47,8 +47,8 @@ struct Blocks {
   static Blocks of_hidden(Cell cell) { return {cell == Cell::kGru ? 1 : 0, kBlocks}; }
 };
 
-// Rows that are multiplied, over all steps, for which weights are not worth a copy: one costs as
-// much as a step of eight rows, and eight of few.
+// Whether weights are better read as they lie than copied into panels: for so many rows in all
+// steps, where up to eight rows, which take as long as reading, count as eight.
 constexpr int64_t kRowsInPlace = 64;
 inline bool in_place(int64_t steps, int64_t rows) {
   return steps * std::max<int64_t>(rows, 8) <= kRowsInPlace;
@@ -167,9 +167,9 @@ class Packed {
         std::fill_n(sums, n * kBlock, A(0));
         loops.products(a + first * lda, lda, part.first, sn_, n, part.n, K, sums, kBlock);
         for (int64_t i = 0; i < n; ++i) {
-          const A* from = init + (first + i) * ld_init + j * block_init;
+          const A* from = init ? init + (first + i) * ld_init + j * block_init : nullptr;
           A* to = out + (first + i) * ldo + j * block_out;
-          for (int64_t c = 0; c < used; ++c) to[c] = (init ? from[c] : A(0)) + sums[i * kBlock + c];
+          for (int64_t c = 0; c < used; ++c) to[c] = (from ? from[c] : A(0)) + sums[i * kBlock + c];
         }
       }
     }

@@ -23,7 +23,9 @@ constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
 // Of a task: enough for what is copied to be little, but such that a piece of them stays in the
 // cache's second level.
 constexpr int64_t kLeastRows = 96, kMostRows = 512;
-constexpr int64_t kFewRows = 16, kRowsOfSums = 32;
+// Rows that meet a weight as it lies: at most kFewRows, and one for each kOfSums of k, beside which
+// adding up lanes at the end is little.
+constexpr int64_t kFewRows = 16, kOfSums = 32;
 constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
 // Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
@@ -140,8 +142,7 @@ void by_loops(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor*
   by_loops(a, panels);
 }
 
-// Of few rows with a weight's, (N, K): copies would cost more than the product, so that rows of the
-// weight are read as they lie, a block of them for all rows of a.
+// Of few rows, with a weight's (N, K), of which a copy would take longer than the product.
 void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor* init) {
   const Strided a(a_), w = Strided(b_).transposed();
   const int64_t M = a_.size(0), K = a_.size(1), N = b_.size(1), ldo = out.stride(0);
@@ -162,10 +163,9 @@ void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor
         }
       });
 }
-// Adding up lanes at the end of a row of K is little beside K / kRowsOfSums rows.
 bool are_few(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Float && a.stride(1) == 1 && b.stride(0) == 1 &&
-         b.size(1) > 1 && a.size(0) <= std::min(kFewRows, a.size(1) / kRowsOfSums);
+         b.size(1) > 1 && a.size(0) <= std::min(kFewRows, a.size(1) / kOfSums);
 }
 
 // blas: which of the two is taken; None for the faster one.
