@@ -139,10 +139,14 @@ class Packed {
 
   void run(int64_t p, const A* a, int64_t lda, int64_t m, int64_t K, const A* init, int64_t ld_init,
            int64_t block_init, A* out, int64_t ldo, int64_t block_out) const {
-    if (in_place_) {
-      if constexpr (sizeof(A) == 4)
-        run_in_place(p, a, lda, m, K, init, ld_init, block_init, out, ldo, block_out);
-      return;
+    if constexpr (sizeof(A) == 4) {
+      for (int64_t j = 0; in_place_ && j < kBlocks; ++j) {
+        const Part part = block(p, j);
+        product_in_place(a, lda, m, K, part.first, sn_, part.n,
+                         init ? init + j * block_init : nullptr, ld_init, out + j * block_out, ldo,
+                         layout.used(p, j));
+      }
+      if (in_place_) return;
     }
     int64_t used[kBlocks];
     for (int64_t j = 0; j < kBlocks; ++j) used[j] = layout.used(p, j);
@@ -154,25 +158,6 @@ class Packed {
       go(loops.panel);
     else
       go(loops.panel_double);
-  }
-  void run_in_place(int64_t p, const A* a, int64_t lda, int64_t m, int64_t K, const A* init,
-                    int64_t ld_init, int64_t block_init, A* out, int64_t ldo,
-                    int64_t block_out) const {
-    A sums[kBlock * kBlock];
-    for (int64_t j = 0; j < kBlocks; ++j) {
-      const Part part = block(p, j);
-      const int64_t used = layout.used(p, j);
-      for (int64_t first = 0; first < m; first += kBlock) {
-        const int64_t n = std::min(kBlock, m - first);
-        std::fill_n(sums, n * kBlock, A(0));
-        loops.products(a + first * lda, lda, part.first, sn_, n, part.n, K, sums, kBlock);
-        for (int64_t i = 0; i < n; ++i) {
-          const A* from = init ? init + (first + i) * ld_init + j * block_init : nullptr;
-          A* to = out + (first + i) * ldo + j * block_out;
-          for (int64_t c = 0; c < used; ++c) to[c] = (from ? from[c] : A(0)) + sums[i * kBlock + c];
-        }
-      }
-    }
   }
 
   const Blocks blocks_;

@@ -149,19 +149,14 @@ void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor
   const int64_t ld_init = init && init->dim() == 2 ? init->stride(0) : 0;
   auto* const to = static_cast<float*>(out.data_ptr());
   const auto* const from = init ? static_cast<const float*>(init->data_ptr()) : nullptr;
-  parallel(
-      (N + kBlock - 1) / kBlock, std::max(M, kRowsOfReading) * K, [&](int64_t begin, int64_t end) {
-        float sums[kFewRows * kBlock];
-        for (int64_t first = begin * kBlock; first < std::min(N, end * kBlock); first += kBlock) {
-          const int64_t n = std::min(kBlock, N - first);
-          loops.products(a.data, a.row, w.at(first, 0), w.row, M, n, K, sums, kBlock);
-          for (int64_t i = 0; i < M; ++i)
-            for (int64_t j = 0; j < n; ++j) {
-              const float start = from ? from[i * ld_init + first + j] : 0.f;
-              to[i * ldo + first + j] = start + sums[i * kBlock + j];
-            }
-        }
-      });
+  parallel((N + kBlock - 1) / kBlock, std::max(M, kRowsOfReading) * K,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t j = begin * kBlock; j < std::min(N, end * kBlock); j += kBlock) {
+               const int64_t n = std::min(kBlock, N - j);
+               product_in_place(a.data, a.row, M, K, w.at(j, 0), w.row, n,
+                                from ? from + j : nullptr, ld_init, to + j, ldo, n);
+             }
+           });
 }
 bool are_few(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Float && a.stride(1) == 1 && b.stride(0) == 1 &&
@@ -221,6 +216,22 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
 }
 
 }  // namespace
+
+void product_in_place(const float* a, int64_t lda, int64_t m, int64_t K, const float* w, int64_t ld,
+                      int64_t n, const float* init, int64_t ld_init, float* out, int64_t ldo,
+                      int64_t used) {
+  float sums[kBlock * kBlock];
+  for (int64_t first = 0; first < m; first += kBlock) {
+    const int64_t rows = std::min(kBlock, m - first);
+    loops.products(a + first * lda, lda, w, ld, rows, n, K, sums, kBlock);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = init ? init + (first + i) * ld_init : nullptr;
+      float* to = out + (first + i) * ldo;
+      for (int64_t j = 0; j < used; ++j)
+        to[j] = (from ? from[j] : 0.f) + (j < n ? sums[i * kBlock + j] : 0.f);
+    }
+  }
+}
 
 void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
   if (are_few(a, b))

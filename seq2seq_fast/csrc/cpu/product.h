@@ -7,6 +7,12 @@ namespace seq2seq_fast {
 // To read weights takes as long as to multiply so many rows by them.
 constexpr int64_t kRowsOfReading = 8;
 
+// out (m, used) = init + a (m, K) w^T, whose n rows, ld apart, are read as they lie; columns from n
+// on have init alone, which may be out itself, or null. n <= used <= kBlock
+void product_in_place(const float* a, int64_t lda, int64_t m, int64_t K, const float* w, int64_t ld,
+                      int64_t n, const float* init, int64_t ld_init, float* out, int64_t ldo,
+                      int64_t used);
+
 // out (M, N) = init + a (M, K) b (K, N), where init is out itself, or what each of its rows begins
 // with (N,), or null; all strided, but rows of out and init are in one piece. By the BLAS behind
 // torch, or by loops of our own where they are faster.
