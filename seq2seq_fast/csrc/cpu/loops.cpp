@@ -7,7 +7,8 @@
 namespace seq2seq_fast {
 
 #ifdef __x86_64__
-extern const Loops kLoopsAvx512Vnni, kLoopsAvx512, kLoopsAvx2;
+extern const Loops kLoopsAvx512, kLoopsAvx2;
+extern const QuantisedPanel kQuantisedPanelAvx512Vnni, kQuantisedPanelAvx2Vnni;
 #endif
 extern const Loops kLoopsDefault;
 
@@ -21,10 +22,18 @@ static Loops choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && most != "avx2")
-    return most != "avx512" && __builtin_cpu_supports("avx512vnni") ? kLoopsAvx512Vnni
-                                                                    : kLoopsAvx512;
-  if (avx2) return kLoopsAvx2;
+  const auto with_vnni = [](Loops loops, const char* name, QuantisedPanel panel) {
+    loops.name = name, loops.quantised_panel = panel;
+    return loops;
+  };
+  if (avx512 && !most.starts_with("avx2")) {
+    if (most == "avx512" || !__builtin_cpu_supports("avx512vnni")) return kLoopsAvx512;
+    return with_vnni(kLoopsAvx512, "avx512_vnni", kQuantisedPanelAvx512Vnni);
+  }
+  if (avx2) {
+    if (most == "avx2" || !__builtin_cpu_supports("avxvnni")) return kLoopsAvx2;
+    return with_vnni(kLoopsAvx2, "avx2_vnni", kQuantisedPanelAvx2Vnni);
+  }
 #endif
   return kLoopsDefault;
 }

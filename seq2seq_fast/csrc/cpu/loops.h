@@ -79,6 +79,11 @@ struct Peak {
 // Numbers that `dropout` makes at once.
 constexpr int64_t kDropoutBlock = 256;
 
+// As `packed_panel` of Loops, of kInt8.
+using QuantisedPanel = void (*)(const QuantisedRows& x, int64_t first, int64_t rows,
+                                const uint8_t* w, int64_t width, const float* scale, float* out,
+                                int64_t ldo);
+
 struct Loops {
   const char* name;
 
@@ -166,8 +171,7 @@ struct Loops {
                        int64_t width, float* out, int64_t ldo);
   void (*packed_panel_half)(const Operand* operands, int64_t first, int64_t rows, const uint16_t* w,
                             int64_t width, float* out, int64_t ldo);
-  void (*quantised_panel)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
-                          int64_t width, const float* scale, float* out, int64_t ldo);
+  QuantisedPanel quantised_panel;
   // One row of [operands side by side], into the same row of x.
   void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);
   // n weights of bfloat16, a multiple of kBlock, as floats
@@ -178,8 +182,8 @@ struct Loops {
   int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };
 
-// The fastest that this processor has. ATEN_CPU_CAPABILITY=avx512 (without VNNI), =avx2 or =default
-// lowers it, as it does PyTorch's own kernels.
+// The fastest that this processor has. ATEN_CPU_CAPABILITY=avx512, =avx2 (both without VNNI) or
+// =default lowers it, as it does PyTorch's own kernels; =avx2_vnni lowers this alone.
 extern const Loops loops;
 
 }  // namespace seq2seq_fast

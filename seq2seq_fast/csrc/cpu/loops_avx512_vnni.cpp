@@ -3,16 +3,20 @@
 #define S2S_LANES 16
 #define S2S_INTRINSICS
 #define S2S_VNNI
-#define S2S_LOOPS kLoopsAvx512Vnni
-#define S2S_NAME "avx512_vnni"
 #ifdef __clang__
-#pragma clang attribute push(                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), \
-    apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512vnni,fma"))), \
+                             apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#pragma GCC target("avx512f,avx512vl,avx512vnni,fma")
 #endif
-#include "loops_table.h"
+#include "quantised_panel.h"
+
+namespace seq2seq_fast {
+
+extern const QuantisedPanel kQuantisedPanelAvx512Vnni;
+const QuantisedPanel kQuantisedPanelAvx512Vnni = quantised_panel;
+
+}  // namespace seq2seq_fast
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -7,6 +7,7 @@
 #include "panel_loops.h"
 #include "product_loops.h"
 #include "quantised_loops.h"
+#include "quantised_panel.h"
 #include "scores_loops.h"
 
 namespace seq2seq_fast {

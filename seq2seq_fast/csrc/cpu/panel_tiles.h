@@ -1,0 +1,51 @@
+// How products with packed weights divide a panel into tiles.
+#pragma once
+#include "vec.h"
+
+namespace seq2seq_fast {
+namespace {
+
+constexpr int64_t kLineBytes = 64;
+
+// The panel behind one of `steps` steps of `bytes` bytes: every tile of rows asks for as many of
+// its lines as it makes steps.
+class Ahead {
+ public:
+  Ahead(const void* panel, int64_t steps, int64_t bytes)
+      : steps_(steps),
+        at_(static_cast<const char*>(panel) + (steps * bytes)),
+        end_(at_ + (steps * bytes)) {}
+  const char* next() {
+    const char* from = at_;
+    if (at_ + steps_ * kLineBytes < end_) at_ += steps_ * kLineBytes;
+    return from;
+  }
+
+ private:
+  int64_t steps_;
+  const char *at_, *end_;
+};
+
+// Calls f<M> for tiles of rows, kMost at a time and then fewer.
+template <int kMost, typename F>
+S2S_INLINE void over_rows(int64_t rows, F f) {
+  for (; rows >= kMost; rows -= kMost) f.template operator()<kMost>();
+  if constexpr (kMost > 1) {
+    if (rows > 0) over_rows<kMost - 1>(rows, f);
+  }
+}
+
+// Calls f<N>(first column) for tiles of N vectors of a panel's columns.
+template <typename F>
+S2S_INLINE void over_columns(int64_t rows, int64_t width, F f) {
+  constexpr int kPerUnit = kBlock / kVec;  // vectors
+  if (kPerUnit == 1 && width == 4 * kBlock) return f.template operator()<4>(0);
+  if (kPerUnit == 1 && width == 3 * kBlock) return f.template operator()<3>(0);
+  int64_t at = 0;
+  if (rows == 1)  // what is read must be read at once
+    for (; at + 4 * kVec <= width; at += 4 * kVec) f.template operator()<4>(at);
+  for (; at < width; at += kBlock) f.template operator()<kPerUnit>(at);
+}
+
+}  // namespace
+}  // namespace seq2seq_fast

@@ -1,0 +1,87 @@
+// A panel of int8 weights, in the instructions that multiply bytes. See loops.h.
+//
+// Sums of products of bytes are exact in 32 bits: every instruction set makes the same ones, for
+// any number of rows together.
+#pragma once
+#include "panel_tiles.h"
+
+namespace seq2seq_fast {
+namespace {
+
+// Four unsigned bytes of each of a vector's columns.
+typedef int32_t FourBytes __attribute__((vector_size(4 * S2S_LANES), aligned(1), may_alias));
+
+// acc += sum_i w[i] x[i] in each lane, over the four unsigned bytes of w and four digits.
+S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
+  int32_t x;
+  std::memcpy(&x, digits, sizeof x);
+#if defined(S2S_VNNI) && S2S_LANES == 16
+  acc = (VecInt)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(S2S_VNNI)
+  acc = (VecInt)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(x));
+#elif defined(S2S_INTRINSICS) && S2S_LANES == 16
+  // Two products, of 255 * 64 at most, fit into 16 bits.
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x));
+  acc += (VecInt)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(S2S_INTRINSICS)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
+  acc += (VecInt)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  for (int i = 0; i < 4; ++i) acc += (w >> 8 * i & 255) * digits[i];
+#endif
+}
+
+// M rows by N vectors of a panel's columns.
+template <int M, int N>
+S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_t* w, int64_t width,
+                               const float* scale, const char* ahead, float* out, int64_t ldo) {
+  const int8_t* digits = x.digits + row * 2 * x.ld;
+  VecInt high[M][N], low[M][N];
+#pragma GCC unroll 3
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      high[i][j] = x.offsets[2 * (row + i)] + VecInt{};
+      low[i][j] = x.offsets[2 * (row + i) + 1] + VecInt{};
+    }
+  for (int64_t k = 0; k < x.K; k += 4, w += 4 * width, ahead += kLineBytes) {
+    if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
+    VecInt b[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) b[j] = *reinterpret_cast<const FourBytes*>(w + 4 * j * kVec);
+#pragma GCC unroll 3
+    for (int i = 0; i < M; ++i) {
+      const int8_t* four = digits + i * 2 * x.ld + k;
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) add_four(high[i][j], b[j], four);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) add_four(low[i][j], b[j], four + x.ld);
+    }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      float* to = out + i * ldo + j * kVec;
+      const Vec sum = 128.f * __builtin_convertvector(high[i][j], Vec) +
+                      __builtin_convertvector(low[i][j], Vec);
+      store(to, load(to) + x.scales[row + i] * load(scale + j * kVec) * sum);
+    }
+}
+
+void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                     int64_t width, const float* scale, float* out, int64_t ldo) {
+  constexpr int kMost = kVec == 16 ? 3 : 2;
+  over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
+    int64_t row = 0;
+    Ahead ahead(w, x.K / 4, 4 * width);
+    over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
+      quantised_tile<M, N>(x, first + row, w + 4 * at, width, scale + at, ahead.next(),
+                           out + row * ldo + at, ldo);
+      row += M;
+    });
+  });
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
