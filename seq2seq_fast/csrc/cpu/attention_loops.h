@@ -6,7 +6,7 @@ namespace seq2seq_fast {
 namespace {
 
 // Queries by vectors that a register tile holds.
-constexpr int kTileM = kVec == 16 ? 8 : 4, kTileN = 2, kLongN = kVec == 16 ? 16 : 8;
+constexpr int kTileM = kRegisters / 4, kTileN = 2, kLongN = kRegisters / 2;
 
 // Rows that are taken together: with a power of two for ld, more would not stay in cache.
 constexpr int64_t kRowsTogether = 64;

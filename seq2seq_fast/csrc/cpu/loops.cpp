@@ -3,37 +3,57 @@
 
 #include <cstdlib>
 #include <string_view>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace seq2seq_fast {
 
+extern const Loops kLoopsDefault;
 #ifdef __x86_64__
 extern const Loops kLoopsAvx512, kLoopsAvx2;
 extern const QuantisedPanel kQuantisedPanelAvx512Vnni, kQuantisedPanelAvx2Vnni;
 #endif
-extern const Loops kLoopsDefault;
+#ifdef __aarch64__
+extern const QuantisedPanel kQuantisedPanelNeonDot;
+
+static bool multiplies_bytes() {
+#ifdef __linux__
+  constexpr unsigned long kDot = 1 << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kDot;
+#elif defined(__APPLE__)
+  return true;  // as of the M1
+#else
+  return false;
+#endif
+}
+#endif
+
+[[maybe_unused]] static Loops with(Loops loops, const char* name, QuantisedPanel panel) {
+  loops.name = name, loops.quantised_panel = panel;
+  return loops;
+}
 
 static Loops choose() {
-#if defined(__x86_64__) && !defined(S2S_SANITIZE)
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view most = asked ? asked : "avx512_vnni";
+  const char* const asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = asked ? asked : "best";
   if (most == "default") return kLoopsDefault;
+#if defined(__x86_64__) && !defined(S2S_SANITIZE)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const auto with_vnni = [](Loops loops, const char* name, QuantisedPanel panel) {
-    loops.name = name, loops.quantised_panel = panel;
-    return loops;
-  };
   if (avx512 && !most.starts_with("avx2")) {
     if (most == "avx512" || !__builtin_cpu_supports("avx512vnni")) return kLoopsAvx512;
-    return with_vnni(kLoopsAvx512, "avx512_vnni", kQuantisedPanelAvx512Vnni);
+    return with(kLoopsAvx512, "avx512_vnni", kQuantisedPanelAvx512Vnni);
   }
   if (avx2) {
     if (most == "avx2" || !__builtin_cpu_supports("avxvnni")) return kLoopsAvx2;
-    return with_vnni(kLoopsAvx2, "avx2_vnni", kQuantisedPanelAvx2Vnni);
+    return with(kLoopsAvx2, "avx2_vnni", kQuantisedPanelAvx2Vnni);
   }
+#elif defined(__aarch64__)
+  if (multiplies_bytes()) return with(kLoopsDefault, "neon_dot", kQuantisedPanelNeonDot);
 #endif
   return kLoopsDefault;
 }

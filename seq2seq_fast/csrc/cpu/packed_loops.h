@@ -61,7 +61,7 @@ S2S_INLINE void packed_panel_of(const Operand* operands, int64_t first, int64_t 
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, K, width * sizeof(W));
-    over_rows<6>(rows, [&]<int M>() S2S_LAMBDA {
+    over_rows<kRowsByBlock>(rows, [&]<int M>() S2S_LAMBDA {
       packed_tile<W, M, N>(operands, first + row, w + at, width, ahead.next(), out + row * ldo + at,
                            ldo);
       row += M;

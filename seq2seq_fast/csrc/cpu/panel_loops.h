@@ -65,8 +65,10 @@ S2S_INLINE void panel_rows(const A* a, int64_t lda, int64_t m, int64_t K, const 
     if (init != nullptr) init += M * ld_init;
     if (ahead < end) ahead += K * kLine<A>;
   };
-  while (m >= 6 && m != 8) rows.template operator()<6>();
-  while (m >= 4) rows.template operator()<4>();
+  if constexpr (kRowsByBlock == 6) {
+    while (m >= 6 && m != 8) rows.template operator()<6>();
+    while (m >= 4) rows.template operator()<4>();
+  }
   while (m >= 2) rows.template operator()<2>();
   if (m > 0) rows.template operator()<1>();
 }

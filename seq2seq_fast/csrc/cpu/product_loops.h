@@ -8,7 +8,7 @@ namespace seq2seq_fast {
 namespace {
 
 // Rows and vectors whose sums stay in registers.
-constexpr int kSumVectors = S2S_LANES == 16 ? 4 : 2, kSumRows = 6;
+constexpr int kSumVectors = kRegisters / 8, kSumRows = 6;
 
 // out (M, N vectors, of which n columns are there) = init + a b. Where kAcross, a is (K, M), else
 // (M, K), rows lda apart.

@@ -4,6 +4,9 @@
 // any number of rows together.
 #pragma once
 #include "panel_tiles.h"
+#ifdef S2S_DOT
+#include <arm_neon.h>
+#endif
 
 namespace seq2seq_fast {
 namespace {
@@ -11,7 +14,16 @@ namespace {
 // Four unsigned bytes of each of a vector's columns.
 typedef int32_t FourBytes __attribute__((vector_size(4 * S2S_LANES), aligned(1), may_alias));
 
-// acc += sum_i w[i] x[i] in each lane, over the four unsigned bytes of w and four digits.
+// What turns weights into the bytes that are multiplied: NEON's dot products want signed ones, so
+// that the 128 they are too large by goes first, and not with the offsets.
+#ifdef S2S_DOT
+constexpr bool kSigned = true;
+#else
+constexpr bool kSigned = false;
+#endif
+constexpr int32_t kFlip = kSigned ? static_cast<int32_t>(0x80808080) : 0;
+
+// acc += sum_i w[i] x[i] in each lane, over the four bytes of w and four digits.
 S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
   int32_t x;
   std::memcpy(&x, digits, sizeof x);
@@ -26,6 +38,8 @@ S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
 #elif defined(S2S_INTRINSICS)
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x));
   acc += (VecInt)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif defined(S2S_DOT)
+  acc = (VecInt)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)vdupq_n_s32(x));
 #else
   for (int i = 0; i < 4; ++i) acc += (w >> 8 * i & 255) * digits[i];
 #endif
@@ -41,14 +55,15 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      high[i][j] = x.offsets[2 * (row + i)] + VecInt{};
-      low[i][j] = x.offsets[2 * (row + i) + 1] + VecInt{};
+      high[i][j] = (kSigned ? 0 : x.offsets[2 * (row + i)]) + VecInt{};
+      low[i][j] = (kSigned ? 0 : x.offsets[2 * (row + i) + 1]) + VecInt{};
     }
   for (int64_t k = 0; k < x.K; k += 4, w += 4 * width, ahead += kLineBytes) {
     if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
     VecInt b[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) b[j] = *reinterpret_cast<const FourBytes*>(w + 4 * j * kVec);
+    for (int j = 0; j < N; ++j)
+      b[j] = *reinterpret_cast<const FourBytes*>(w + 4 * j * kVec) ^ kFlip;
 #pragma GCC unroll 3
     for (int i = 0; i < M; ++i) {
       const int8_t* four = digits + i * 2 * x.ld + k;
@@ -71,7 +86,7 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
 
 void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
                      int64_t width, const float* scale, float* out, int64_t ldo) {
-  constexpr int kMost = kVec == 16 ? 3 : 2;
+  constexpr int kMost = kRegisters == 32 ? 3 : 2;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, x.K / 4, 4 * width);

@@ -19,6 +19,13 @@ namespace seq2seq_fast {
 namespace {
 
 constexpr int64_t kVec = S2S_LANES;
+#if S2S_LANES == 16 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+// Rows by a block of columns whose sums stay in registers.
+constexpr int kRowsByBlock = kVec == 4 && kRegisters == 16 ? 2 : 6;
 typedef float Vec __attribute__((vector_size(4 * S2S_LANES), aligned(4), may_alias));
 typedef int32_t VecInt __attribute__((vector_size(4 * S2S_LANES)));
 
@@ -60,7 +67,7 @@ S2S_INLINE Vec sums(Vec in[kVec]) {
                                  14, 30) +
          __builtin_shufflevector(in[0], in[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29,
                                  15, 31);
-#else
+#elif S2S_LANES == 8
   for (int i = 0; i < 4; ++i)
     in[i] = __builtin_shufflevector(in[i], in[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
             __builtin_shufflevector(in[i], in[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
@@ -69,6 +76,12 @@ S2S_INLINE Vec sums(Vec in[kVec]) {
             __builtin_shufflevector(in[i], in[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
   return __builtin_shufflevector(in[0], in[1], 0, 8, 2, 10, 4, 12, 6, 14) +
          __builtin_shufflevector(in[0], in[1], 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+  for (int i = 0; i < 2; ++i)
+    in[i] = __builtin_shufflevector(in[i], in[i + 2], 0, 1, 4, 5) +
+            __builtin_shufflevector(in[i], in[i + 2], 2, 3, 6, 7);
+  return __builtin_shufflevector(in[0], in[1], 0, 4, 2, 6) +
+         __builtin_shufflevector(in[0], in[1], 1, 5, 3, 7);
 #endif
 }
 

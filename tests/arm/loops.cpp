@@ -1,0 +1,78 @@
+// The loops of 64-bit ARM, run by an emulator: those that are NEON's own must give the bits of the
+// plain ones, and those the sums that are expected. Prints what differs, and how much was compared.
+#include "../../seq2seq_fast/csrc/cpu/loops.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+namespace seq2seq_fast {
+
+extern const Loops kLoopsDefault;
+extern const QuantisedPanel kQuantisedPanelNeonDot;
+
+namespace {
+
+std::mt19937 draw(0);
+int compared = 0, wrong = 0;
+
+std::vector<float> numbers(int64_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& y : x) y = normal(draw);
+  return x;
+}
+
+void compare(const char* what, const std::vector<float>& got, const std::vector<double>& want,
+             double tolerance) {
+  for (size_t i = 0; i < got.size(); ++i, ++compared)
+    if (!(std::abs(got[i] - want[i]) <= tolerance) && ++wrong < 10)
+      std::printf("%s: %g at %zu, not %g\n", what, got[i], i, want[i]);
+}
+
+void quantised(int64_t rows, int64_t K, int64_t width) {
+  const int64_t K4 = round_up(K, 4), ld = K4 + 16;
+  std::vector<uint8_t> w(K4 * width);
+  for (uint8_t& x : w) x = static_cast<uint8_t>(draw());
+  const std::vector<float> x = numbers(rows * K), scale = numbers(width);
+  std::vector<int8_t> digits(rows * 2 * ld + 16);
+  std::vector<float> scales(rows);
+  std::vector<int32_t> offsets(2 * rows);
+  const QuantisedRows to{K4, ld, digits.data(), scales.data(), offsets.data()};
+  Operand operands[kOperands] = {};
+  operands[0] = {x.data(), K, K};
+  for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);
+  const std::vector<float> before = numbers(rows * width);
+  std::vector<float> plain = before, own = before;
+  kLoopsDefault.quantised_panel(to, 0, rows, w.data(), width, scale.data(), plain.data(), width);
+  kQuantisedPanelNeonDot(to, 0, rows, w.data(), width, scale.data(), own.data(), width);
+  compare("quantised_panel", own, {plain.begin(), plain.end()}, 0);
+}
+
+void packed(int64_t rows, int64_t K, int64_t width) {
+  const std::vector<float> x = numbers(rows * K), w = numbers(K * width);
+  std::vector<float> out = numbers(rows * width);
+  std::vector<double> want(out.begin(), out.end());
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < width; ++j)
+        want[i * width + j] += double{x[i * K + k]} * w[k * width + j];
+  Operand operands[kOperands] = {};
+  operands[0] = {x.data(), K, K};
+  kLoopsDefault.packed_panel(operands, 0, rows, w.data(), width, out.data(), width);
+  compare("packed_panel", out, want, 1e-4);
+}
+
+}  // namespace
+}  // namespace seq2seq_fast
+
+int main() {
+  using namespace seq2seq_fast;
+  for (int64_t rows : {1, 2, 3, 7})
+    for (int64_t K : {4, 9, 100})
+      for (int64_t width : {16, 48, 64}) quantised(rows, K, width), packed(rows, K, width);
+  std::printf("%d compared, %d wrong\n", compared, wrong);
+  return wrong != 0;
+}
