@@ -21,7 +21,7 @@ BIN := $(if $(VENV),$(VENV)/bin/,)
 if-there = @if [ -n "$(VENV)" ] || command -v $(1) > /dev/null; \
 	then echo "$(1) $(2)"; $(BIN)$(1) $(2); else echo "lint: no $(1) here, left out"; fi
 
-.PHONY: help demo bench gpu test lint build sanitize clean
+.PHONY: help demo bench gpu test lint build sanitize races clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,10 @@ sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (g++ o
 	SEQ2SEQ_FAST_SANITIZE=1 $(PY) setup.py -q build -b build-sanitize --build-lib build-sanitize/lib
 	cd build-sanitize && $(SANITIZED) $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -q \
 		-p no:cacheprovider --capture=sys -m "not unsanitized" ../tests $(ARGS)
+
+races: build ## the CUDA kernels' tests on the CPU, watched for races (g++)
+	CUDA_ON_CPU_RACES=1 $(PY) -m pytest -q -p no:cacheprovider \
+		tests/test_cuda.py tests/test_cuda_decoder.py tests/test_cuda_decoding.py $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

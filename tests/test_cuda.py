@@ -1,6 +1,10 @@
 """The CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import cuda_on_cpu
 import pytest
@@ -36,6 +40,16 @@ def on_cuda_kernels(ops, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def unless_a_race(op, *args):
+    """What the op makes, or nothing where the harness watches for races and finds one."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if not cuda_on_cpu.WATCHES_RACES or "a race" not in str(error):
+            raise
+    return torch.empty(0)
+
+
 FAULTS = "none, no barrier, no wait, unwritten, order of blocks".split(", ")
 
 
@@ -43,7 +57,7 @@ FAULTS = "none, no barrier, no wait, unwritten, order of blocks".split(", ")
 def test_the_harness_shows_a_wrong_result(ops, fault):
     x = torch.arange(64.0)
     want = torch.cat((x.flip(0), torch.zeros(5)))
-    results = [ops.broken(x, fault) for _ in range(4)]
+    results = [unless_a_race(ops.broken, x, fault) for _ in range(4)]
     assert all(torch.equal(y, want) for y in results) == (fault == 0)
 
 
@@ -61,13 +75,51 @@ def test_the_harness_refuses(ops, fault, message):
 @pytest.mark.parametrize("fault", [0, 1], ids=["none", "no meeting"])
 def test_the_harness_shows_that_blocks_have_not_met(ops, fault):
     x = torch.arange(5.0)
-    results = [ops.broken_together(x, fault)[5:] for _ in range(4)]
+    results = [unless_a_race(ops.broken_together, x, fault)[5:] for _ in range(4)]
     assert all(torch.equal(y, x.roll(-1)) for y in results) == (fault == 0)
 
 
 def test_the_harness_refuses_blocks_that_wait_for_ever(ops):
     with pytest.raises(RuntimeError, match="blocks wait for others that never come"):
         ops.broken_together(torch.arange(5.0), 7)
+
+
+@pytest.mark.skipif(not cuda_on_cpu.WATCHES_RACES, reason="not compiled to watch for races")
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [("broken", 1), ("broken_together", 1), ("broken_gathered", 8), ("broken_gathered", 9)],
+    ids=["no barrier", "no meeting", "a shuffle for a barrier of the warp", "no fence"],
+)
+def test_the_harness_finds_a_race_in_every_order(ops, op, fault):
+    x = torch.arange(64.0 if op != "broken_together" else 5.0)
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="a race: a (read|write) by .*thread"):
+            getattr(ops, op)(x, fault)
+        getattr(ops, op)(x, 0)  # and goes on
+
+
+# Of `make races`, which takes minutes, what takes a second or two each.
+PART = "harness or prepared_keys or strided or plain-lstm or sizes-gru or without_attention"
+PART += " or logits or first_of_equal or no_token"
+
+
+@pytest.mark.skipif(
+    cuda_on_cpu.WATCHES_RACES or "g++" not in cuda_on_cpu.COMPILER,
+    reason="needs g++; once is enough",
+)
+def test_no_race_in_a_part_of_the_tests():
+    names = [f"test_cuda{x}.py" for x in ("", "_decoder", "_decoding")]
+    tests = [str(Path(__file__).with_name(name)) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", PART, *tests]
+    ran = subprocess.run(
+        command, env=os.environ | {"CUDA_ON_CPU_RACES": "1"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_what_blocks_leave_for_the_last_one(ops):
+    x = torch.arange(64.0)
+    assert torch.equal(ops.broken_gathered(x, 0)[:64], 5 * x.view(32, 2).flip(1).flatten())
 
 
 SIZES = [1e-4, 0.3, 1.0, 6.0, 50.0, 1e4]

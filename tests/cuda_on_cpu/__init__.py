@@ -26,6 +26,9 @@ FLAGS = [
     *(f"-I{path}" for path in (HERE, CSRC, CSRC / "cuda")),
     *(f"-isystem{path}" for path in include_paths()),
 ]
+# What finds races, see races.h: the compiler's calls at every access.
+WATCHES_RACES = os.environ.get("CUDA_ON_CPU_RACES") == "1"
+RACES = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-g1"]
 
 
 def content_hash(*extra: str) -> str:
@@ -41,7 +44,8 @@ _failed: list[str] = []  # what the compiler said; every test would ask it anew
 
 def build() -> Path:
     assert not _failed, _failed[0]
-    folder = ROOT / "build/cuda_on_cpu" / content_hash(COMPILER, *FLAGS)
+    flags = RACES if WATCHES_RACES else []
+    folder = ROOT / "build/cuda_on_cpu" / content_hash(COMPILER, *FLAGS, *flags)
     library = folder / "cuda_on_cpu.so"
     if library.exists():
         return library
@@ -49,7 +53,8 @@ def build() -> Path:
 
     def compile_one(source: Path) -> Path:
         out = folder / (source.stem + ".o")
-        command = [COMPILER, *FLAGS, "-x", "c++", "-c", source, "-o", out]
+        watched = [] if source.name == "races.cpp" else flags
+        command = [COMPILER, *FLAGS, *watched, "-x", "c++", "-c", source, "-o", out]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
             _failed.append(ran.stderr)
@@ -57,7 +62,8 @@ def build() -> Path:
         return out
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*(CSRC / "cuda").glob("*.cu"), HERE / "broken.cpp"]))
+        sources = [*(CSRC / "cuda").glob("*.cu"), *HERE.glob("*.cpp")]
+        objects = list(pool.map(compile_one, sources))
     unfinished = folder / f"{os.getpid()}.so"
     torch_libraries = (*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu")
     command = [COMPILER, "-shared", *objects, *torch_libraries, "-o", unfinished]

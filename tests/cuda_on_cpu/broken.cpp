@@ -1,11 +1,22 @@
 // Kernels with a fault each, to see that the harness finds it. `fault` 0 is the kernel as it should
-// be: out[i] = x[i] + its neighbour's, in another block of 32 the block's maximum, and so on.
+// be.
 #include "launch.h"
 
 namespace seq2seq_fast {
 namespace {
 
-enum Fault { kNone, kNoBarrier, kNoWait, kUnwritten, kOrder, kPastTheEnd, kDivergent, kLateWarp };
+enum Fault {
+  kNone,
+  kNoBarrier,
+  kNoWait,
+  kUnwritten,
+  kOrder,
+  kPastTheEnd,
+  kDivergent,
+  kLateWarp,
+  kShuffle,
+  kNoFence
+};
 
 struct Arguments {
   const float* x;
@@ -27,7 +38,7 @@ void reversed(Arguments a) {
   if (a.fault == kDivergent && i < 32) __syncthreads();
   if (a.fault != kLateWarp || i % 2 == 0) y += __shfl_xor_sync(kAll, 0.f, 1);
   if (a.fault == kPastTheEnd && i == 0) memory[n] = 1.f;
-  if (a.fault != kUnwritten || i != 5) a.out[i] = y;
+  if (blockIdx.x == 0 && (a.fault != kUnwritten || i != 5)) a.out[i] = y;
   if (i != 0) return;
   const unsigned before = atomicAdd(a.arrived, 1u);
   a.out[n + blockIdx.x] = a.fault == kOrder ? static_cast<float>(before) : 0.f;
@@ -46,6 +57,29 @@ void exchanged(Arguments a) {
   if (threadIdx.x == 0) a.out[n + block] = a.out[(block + 1) % n];
 }
 
+// out[i] = the sum over blocks of what each had left at i, which was its neighbour's x, by the last
+// block to come.
+void gathered(Arguments a) {
+  float* const memory = shared_memory();
+  const int i = threadIdx.x, n = blockDim.x;
+  float* const left = a.out + n;
+  memory[i] = a.x[i];
+  if (a.fault == kShuffle)
+    __shfl_xor_sync(kAll, 0.f, 1);
+  else
+    __syncwarp();
+  left[blockIdx.x * n + i] = memory[i ^ 1];
+  if (a.fault != kNoFence) __threadfence();
+  __syncthreads();
+  if (i == 0) memory[0] = atomicAdd(a.arrived, 1u) + 1 == gridDim.x ? 1.f : 0.f;
+  __syncthreads();
+  if (memory[0] == 0.f) return;
+  __threadfence();
+  float sum = 0.f;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += left[block * n + i];
+  a.out[i] = sum;
+}
+
 torch::stable::Tensor broken_together(torch::stable::Tensor x, int64_t fault) {
   constexpr int kBlocks = 5;
   auto out = empty(x, {2 * kBlocks});
@@ -54,6 +88,16 @@ torch::stable::Tensor broken_together(torch::stable::Tensor x, int64_t fault) {
       exchanged, kBlocks, dim3(64), 0,
       {static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()), &arrived,
        static_cast<int>(fault)});
+  return out;
+}
+
+torch::stable::Tensor broken_gathered(torch::stable::Tensor x, int64_t fault) {
+  constexpr int kThreads = 64, kBlocks = 5;
+  auto out = empty(x, {kThreads * (1 + kBlocks)});
+  unsigned arrived = 0;
+  Device(x).launch(gathered, kBlocks, dim3(kThreads), kThreads,
+                   {static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()),
+                    &arrived, static_cast<int>(fault)});
   return out;
 }
 
@@ -76,11 +120,13 @@ torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
 STABLE_TORCH_LIBRARY_FRAGMENT(seq2seq_fast_cuda_on_cpu, m) {
   m.def("broken(Tensor x, int fault) -> Tensor");
   m.def("broken_together(Tensor x, int fault) -> Tensor");
+  m.def("broken_gathered(Tensor x, int fault) -> Tensor");
   m.def("launches_together() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
   m.impl("broken", TORCH_BOX(&seq2seq_fast::broken));
   m.impl("broken_together", TORCH_BOX(&seq2seq_fast::broken_together));
+  m.impl("broken_gathered", TORCH_BOX(&seq2seq_fast::broken_gathered));
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CompositeExplicitAutograd, m) {
   m.impl("launches_together", TORCH_BOX(&seq2seq_fast::launches_together));

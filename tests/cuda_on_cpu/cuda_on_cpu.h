@@ -26,6 +26,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "races.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -59,7 +61,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace cuda_on_cpu {
 
 enum class Wait { kNothing, kBarrier, kWarp, kCount, kEnd };
-enum class Exchange { kShuffleXor, kAny, kMultiply };
+enum class Exchange { kNothing, kShuffleXor, kAny, kMultiply };
 
 struct Copy {
   float* to;
@@ -68,6 +70,7 @@ struct Copy {
 
 struct Fiber {
   dim3 thread;
+  int block, number;  // of the launch's, and of the block's threads
   Wait wait;
   Exchange exchange;
   uint32_t value, argument, result;
@@ -94,12 +97,14 @@ inline char asked;
 inline bool misaligned = false;  // whether something was read so; told when the launch ends
 
 inline void wait(Wait reason) {
+  IF_WATCHED(races::leave());
   current->wait = reason;
   if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
 }
 
 inline void run_fiber() {
   kernel();
+  IF_WATCHED(races::leave());
   current->wait = Wait::kEnd;
   _longjmp(scheduler, 1);
 }
@@ -108,14 +113,19 @@ inline void run_fiber() {
 inline void resume(Fiber& fiber, bool begin) {
   current = &fiber;
   fiber.wait = Wait::kNothing;
+  if (begin) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
   if (_setjmp(scheduler) != 0) return;
-  if (!begin) _longjmp(fiber.state, 1);
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
-  setcontext(&fiber.context);
+  IF_WATCHED(races::enter(fiber.block, fiber.number, fiber.stack.get(), kStack));
+  if (begin)
+    setcontext(&fiber.context);
+  else
+    _longjmp(fiber.state, 1);
 }
 
 class Block {
@@ -125,10 +135,12 @@ class Block {
 
   void begin(unsigned block, int threads, size_t shared_floats) {
     constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+    number_ = static_cast<int>(block);
     index = dim3(block % grid_size.x, block / grid_size.x % grid_size.y,
                  block / grid_size.x / grid_size.y);
     shared_floats_ = shared_floats;
     shared.assign(shared_floats + kGuard, kPoison);
+    IF_WATCHED(races::forget(shared.data(), shared.size() * sizeof(float)));
     while (fibers_.size() < static_cast<size_t>(threads)) {
       fibers_.push_back(std::make_unique<Fiber>());
       fibers_.back()->stack = std::make_unique_for_overwrite<char[]>(kStack);
@@ -136,6 +148,7 @@ class Block {
     order_.resize(threads);
     std::iota(order_.begin(), order_.end(), 0);
     for (int i = 0; i < threads; ++i) {
+      fibers_[i]->block = number_, fibers_[i]->number = i;
       fibers_[i]->copies.assign(1, {});
       fibers_[i]->wait = Wait::kNothing;
       fibers_[i]->thread =
@@ -166,6 +179,8 @@ class Block {
       if (fibers_[i]->wait != Wait::kWarp || fibers_[i]->exchange != fibers_[first]->exchange)
         return false;
     if (fibers_[first]->exchange == Exchange::kMultiply) multiply(first);
+    IF_WATCHED(if (fibers_[first]->exchange == Exchange::kNothing)
+                   races::warp_barrier(number_, first / kWarpSize));
     bool any = false;
     for (int i = first; i < first + kWarpSize; ++i) any = any || fibers_[i]->value != 0;
     for (int i = 0; i < kWarpSize; ++i) {
@@ -205,6 +220,7 @@ class Block {
   std::vector<std::unique_ptr<Fiber>> fibers_;  // kept for the next launch
   std::vector<int> order_;
   size_t shared_floats_ = 0;
+  int number_ = 0;
   bool begun_ = false;
 };
 
@@ -232,6 +248,7 @@ inline bool Block::run() {
     return ran;
   }
   uint32_t any = 0;
+  IF_WATCHED(races::barrier(number_));
   for (int i : order_) any |= fibers_[i]->value;
   for (int i : order_) fibers_[i]->wait = Wait::kNothing, fibers_[i]->result = any;
   return true;
@@ -241,6 +258,7 @@ inline bool Block::run() {
 inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = false) {
   misaligned = false;
   const int threads = static_cast<int>(size.x * size.y * size.z);
+  IF_WATCHED(races::launch(size_t{grid.x} * grid.y * grid.z, threads));
   STD_TORCH_CHECK(threads % kWarpSize == 0 && threads <= 1024, "a block of ", threads, " threads");
   block_size = size;
   grid_size = grid;
@@ -268,9 +286,11 @@ inline void run(dim3 grid, dim3 size, size_t shared_floats, bool together = fals
     }
   }
   STD_TORCH_CHECK(!misaligned, "a misaligned read");
+  IF_WATCHED(const std::string race = races::found(); STD_TORCH_CHECK(race.empty(), race));
 }
 
 inline uint32_t exchange(Exchange kind, uint32_t value, uint32_t argument) {
+  const races::Unwatched own;
   current->exchange = kind, current->value = value, current->argument = argument;
   wait(Wait::kWarp);
   return current->result;
@@ -295,16 +315,16 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-inline void __syncthreads() {
-  cuda_on_cpu::current->value = 0;
-  cuda_on_cpu::wait(cuda_on_cpu::Wait::kBarrier);
-}
 inline int __syncthreads_or(int x) {
-  cuda_on_cpu::current->value = x != 0;
-  cuda_on_cpu::wait(cuda_on_cpu::Wait::kBarrier);
-  return static_cast<int>(cuda_on_cpu::current->result);
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  current->value = x != 0;
+  wait(Wait::kBarrier);
+  return static_cast<int>(current->result);
 }
-inline void __threadfence() {}
+inline void __syncthreads() { __syncthreads_or(0); }
+inline void __syncwarp() { cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kNothing, 0, 0); }
+inline void __threadfence() { IF_WATCHED(cuda_on_cpu::races::fence()); }
 inline float __shfl_xor_sync(uint32_t, float x, int lanes) {
   using namespace cuda_on_cpu;
   return __uint_as_float(
@@ -314,13 +334,19 @@ inline int __any_sync(uint32_t, int x) {
   return static_cast<int>(cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kAny, x != 0, 0));
 }
 inline unsigned atomicAdd(unsigned* x, unsigned y) {
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  IF_WATCHED(races::release(x, true), races::acquire(x, true));
   const unsigned old = *x;
   *x += y;
   return old;
 }
 template <typename T>
 T __ldcg(const T* x) {
-  cuda_on_cpu::misaligned |= reinterpret_cast<uintptr_t>(x) % sizeof(T) != 0;
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  IF_WATCHED(races::read(x, sizeof *x));
+  misaligned |= reinterpret_cast<uintptr_t>(x) % sizeof(T) != 0;
   T y;
   std::memcpy(&y, x, sizeof y);
   return y;
@@ -353,33 +379,60 @@ inline uint32_t bfloat16_pair(float low, float high) {
   return bits(low) | bits(high) << 16;
 }
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  auto& own = *cuda_on_cpu::current;
-  std::copy_n(a, 4, own.a), std::copy_n(b, 2, own.b);
-  cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kMultiply, 0, 0);
-  for (int i = 0; i < 4; ++i) d[i] += own.d[i];
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  std::copy_n(a, 4, current->a), std::copy_n(b, 2, current->b);
+  exchange(Exchange::kMultiply, 0, 0);
+  for (int i = 0; i < 4; ++i) d[i] += current->d[i];
 }
 
 inline void copy_async(float* shared, const float* global) {
+  using namespace cuda_on_cpu;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0, "a misaligned copy");
+  const races::Unwatched own;
+  IF_WATCHED(races::read(global, 16), races::write(shared, 16));
   std::fill_n(shared, 4, std::numeric_limits<float>::quiet_NaN());
-  cuda_on_cpu::current->copies.back().push_back({shared, global});
+  current->copies.back().push_back({shared, global});
 }
-inline void close_copies() { cuda_on_cpu::current->copies.emplace_back(); }
+inline void close_copies() {
+  const cuda_on_cpu::races::Unwatched own;
+  cuda_on_cpu::current->copies.emplace_back();
+}
 template <int pending>
 void wait_copies() {
-  auto& groups = cuda_on_cpu::current->copies;
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  auto& groups = current->copies;
   for (size_t i = 0; i + pending + 1 < groups.size(); ++i) {
-    for (const auto& copy : groups[i]) std::copy_n(copy.from, 4, copy.to);
+    for (const auto& copy : groups[i]) {
+      IF_WATCHED(races::read(copy.from, 16), races::write(copy.to, 16));
+      std::copy_n(copy.from, 4, copy.to);
+    }
     groups[i].clear();
   }
 }
-inline void announce(unsigned* count) { ++*count; }
+inline void announce(unsigned* count) {
+  IF_WATCHED(cuda_on_cpu::races::release(count, false));
+  const cuda_on_cpu::races::Unwatched own;
+  ++*count;
+}
 inline void await(const unsigned* count, unsigned target) {
-  if (*count >= target) return;
-  cuda_on_cpu::current->count = count, cuda_on_cpu::current->argument = target;
-  cuda_on_cpu::wait(cuda_on_cpu::Wait::kCount);
+  using namespace cuda_on_cpu;
+  {
+    const races::Unwatched own;
+    if (*count < target) {
+      current->count = count, current->argument = target;
+      wait(Wait::kCount);
+    }
+  }
+  IF_WATCHED(races::acquire(count, false));
+}
+inline void store_alike(float* global, float x) {
+  const cuda_on_cpu::races::Unwatched own;
+  *global = x;
 }
 inline void ask_for_line(const void* at) {
+  const cuda_on_cpu::races::Unwatched own;
   cuda_on_cpu::asked = *static_cast<const volatile char*>(at);  // faults where nothing is
 }
 inline float* shared_memory() { return cuda_on_cpu::block->shared.data(); }

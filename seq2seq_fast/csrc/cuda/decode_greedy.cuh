@@ -219,6 +219,7 @@ class Greedy {
     }
     const int token = all.best.at, length = t + 1;
     feed(row, token);
+    __syncwarp();  // all lanes have read what one of them writes
     if (lane != 0) return;
     // The two roundings of torch's log_softmax.
     a_.log_prob[row] += (all.best.value - all.peak.top) - logf(all.peak.sum);

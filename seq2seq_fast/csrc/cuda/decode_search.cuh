@@ -253,7 +253,7 @@ __device__ __forceinline__ void bar(const RankArguments& a, int m, float* logits
   for (int first = threadIdx.x; first + n <= t; first += kRankThreads) {
     bool again = true;
     for (int i = 0; i < n - 1; ++i) again = again && path[first + i] == path[t - n + 1 + i];
-    if (again) logits[path[first + n - 1]] = -INFINITY;
+    if (again) store_alike(logits + path[first + n - 1], -INFINITY);
   }
 }
 
@@ -278,7 +278,7 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
   // The two roundings of torch's log_softmax.
   const float log_sum = logf(all.sum);
   const auto log_p = [&](int v) { return (logits[v] - all.top) - log_sum; };
-  const double so_far = a.search.log_prob[m];
+  const double so_far = thread == 0 ? a.search.log_prob[m] : 0.;  // which thread 0 will write
   const int64_t first = static_cast<int64_t>(m) * 2 * a.search.K;
   const auto propose = [&](int rank, int token) {
     a.candidate_log_probs[first + rank] = so_far + log_p(token);
@@ -392,6 +392,7 @@ static __global__ void __launch_bounds__(kWarp) join_rows(RankArguments a) {
       end(a, b, row0 + row, token, best, true);
     }
   }
+  __syncwarp();  // all lanes have read `live`
   if (lane == 0) close_step(a, b, next);
 }
 

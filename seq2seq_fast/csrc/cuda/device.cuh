@@ -93,6 +93,11 @@ __device__ __forceinline__ void await(const unsigned* count, unsigned target) {
   } while (seen < target);
 }
 
+// Stores what other threads may store at the same place and time, all of them the same.
+__device__ __forceinline__ void store_alike(float* global, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(global), "f"(x) : "memory");
+}
+
 // Brings the line of global memory to the second-level cache.
 __device__ __forceinline__ void ask_for_line(const void* at) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
