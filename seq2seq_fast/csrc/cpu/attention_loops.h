@@ -116,25 +116,25 @@ void weighted_rows(const float* w, int64_t wi, int64_t wj, const float* rows, in
   }
 }
 
-// kVec results at a time, M by kVec / M, so that their lanes are added up together.
+// M by N results at a time, of which kVec each have their lanes added up together.
 template <int M>
 S2S_INLINE void product_strip(const float* a, int64_t lda, const float* rows, int64_t ld, int64_t n,
                               int64_t D, float* out, int64_t ldo) {
-  constexpr int N = kVec / M;
+  constexpr int N = kVec / M > kRegisters / 8 ? kVec / M : kRegisters / 8;
   const int64_t whole = D / kVec * kVec;
   for (int64_t j0 = 0; j0 < n; j0 += N) {
     const int used = static_cast<int>(n - j0 < N ? n - j0 : N);
     const float* row[N];  // behind the last: that one again
     for (int j = 0; j < N; ++j) row[j] = rows + (j0 + (j < used ? j : used - 1)) * ld;
-    Vec acc[kVec] = {};
+    Vec acc[M * N] = {};
     for (int64_t d = 0; d < whole; d += kVec) {
       Vec r[N];
       for (int j = 0; j < N; ++j) r[j] = load(row[j] + d);
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < N; ++j) acc[i * N + j] += load(a + i * lda + d) * r[j];
     }
-    float total[kVec];
-    store(total, sums(acc));
+    float total[M * N];
+    for (int i = 0; i < M * N; i += kVec) store(total + i, sums(acc + i));
     for (int i = 0; i < M; ++i)
       for (int j = 0; j < used; ++j) {
         float rest = 0.f;
