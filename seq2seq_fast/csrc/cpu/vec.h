@@ -1,5 +1,5 @@
 // kVec float32 lanes in GCC/Clang vector extensions, and the functions that the loops need on
-// them. Included once per instruction set, behind isa.h, which sets S2S_LANES.
+// them. Included once per instruction set, by a loops_*.cpp, which sets S2S_LANES.
 #pragma once
 #include <cmath>
 #include <cstdint>
