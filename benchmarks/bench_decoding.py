@@ -19,18 +19,21 @@ import seq2seq_fast as s2s
 EMB, H, LAYERS, BOS, EOS = 100, 256, 2, 1, 2
 TUTORIAL = {"V": 10_000, "S": 30, "T": 30}
 G2P = {"V": 100, "S": 10, "T": 10}
-ROWS = [  # name, sizes, B, beam, dtype
-    ("tutorial model", TUTORIAL, 1, 1, "float32"),
-    ("tutorial model", TUTORIAL, 1, 1, "int8"),
-    ("tutorial model", TUTORIAL, 64, 1, "float32"),
-    ("tutorial model", TUTORIAL, 16, 5, "float32"),
-    ("G2P model", G2P, 1, 1, "float32"),
-    ("G2P model", G2P, 1, 1, "int8"),
-    ("G2P model", G2P, 256, 1, "float32"),
+TOKENS = "greedy, tokens alone"  # as the others make no log-probabilities either
+ROWS = [  # name, sizes, B, mode, dtype
+    ("tutorial model", TUTORIAL, 1, "greedy", "float32"),
+    ("tutorial model", TUTORIAL, 1, TOKENS, "float32"),
+    ("tutorial model", TUTORIAL, 1, "greedy", "int8"),
+    ("tutorial model", TUTORIAL, 64, "greedy", "float32"),
+    ("tutorial model", TUTORIAL, 64, TOKENS, "float32"),
+    ("tutorial model", TUTORIAL, 16, "beam 5", "float32"),
+    ("G2P model", G2P, 1, "greedy", "float32"),
+    ("G2P model", G2P, 1, "greedy", "int8"),
+    ("G2P model", G2P, 256, "greedy", "float32"),
 ]
 ONNX_RUNTIME_SPINS_S = 0.05  # its threads, up to 40 ms after its last call
-NAMES = "name, sizes, B, beam, dtype"
-IDS = [f"{name} B {B} beam {beam} {dtype}".replace(" ", "_") for name, _, B, beam, dtype in ROWS]
+NAMES = "name, sizes, B, mode, dtype"
+IDS = [f"{name} B {B} {mode} {dtype}".replace(" ", "_") for name, _, B, mode, dtype in ROWS]
 QUICK = FULL = {}
 
 
@@ -155,13 +158,14 @@ def reading(decoder, T, dtype):
 
 @pytest.mark.parametrize(NAMES, ROWS, ids=IDS)
 @torch.no_grad()
-def test_decoding(name, sizes, B, beam, dtype, compare):
-    V, S, T = sizes.values()
+def test_decoding(name, sizes, B, mode, dtype, compare):
+    (V, S, T), beam = sizes.values(), int(mode.split()[1]) if mode.startswith("beam") else 1
     model, twin = models(V)
     values, hidden, cell = model.encoder(torch.randint(V, (B, S)))
     source, state = model.decoder.source(values), s2s.DecoderState(hidden, cell)
     model.prepare_inference(dtype)
     options = {"bos": BOS, "eos": EOS, "max_length": T, "min_length": T, "beam_size": beam}
+    options["return_scores"] = mode != TOKENS
     contenders = {"library": lambda: s2s.generate(model.decoder, source, state, **options)}
     if beam > 1:
         contenders["tutorial code"] = tutorial_beams(twin, values, hidden, cell, T, beam)
@@ -176,7 +180,7 @@ def test_decoding(name, sizes, B, beam, dtype, compare):
         pause_s=ONNX_RUNTIME_SPINS_S,
         kind="decoding",
         name=name,
-        mode="greedy" if beam == 1 else f"beam {beam}",
+        mode=mode,
         shape={"B": B} | sizes | {"H": H},
         dtype=dtype,
         steps=T,

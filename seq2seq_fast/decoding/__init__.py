@@ -58,13 +58,16 @@ def generate(
         check(asked, B, decoder.output_dim, decoder.attention is not None)
         _check_state(decoder, prepared, state)
         if B == 0:
-            return _nothing(asked, prepared, state)
-        if native.chosen(decoder, asked, backend):
+            found = _nothing(asked, prepared, state)
+        elif native.chosen(decoder, asked, backend):
             if state.hidden.is_cuda:
-                return graphed.generate(decoder, prepared, state, asked)
-            return native.generate(decoder, _packed(decoder), prepared, state, asked)
-        with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
-            return stepwise.generate(decoder, prepared, state, asked)
+                found = graphed.generate(decoder, prepared, state, asked)
+            else:
+                found = native.generate(decoder, _packed(decoder), prepared, state, asked)
+        else:
+            with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
+                found = stepwise.generate(decoder, prepared, state, asked)
+    return found if asked.return_scores else found._replace(log_probs=None, scores=None)
 
 
 def prepare_inference(decoder: "Decoder", dtype: str) -> None:
@@ -89,7 +92,7 @@ def _packed(decoder: "Decoder") -> PackedDecoder:
     """decoder's weights as they are now: kept where they were prepared, else for this call."""
     kept: PackedDecoder | None = decoder.packed
     if kept is None:
-        return pack_decoder(decoder, "float32")
+        return pack_decoder(decoder, "float32", seek=False)  # which takes longer than it saves
     if kept.state != state_of(decoder):
         kept = decoder.packed = pack_decoder(decoder, kept.dtype)
     return kept

@@ -80,6 +80,7 @@ def generate(
         float(options.length_penalty),
         float(options.coverage_penalty),
         options.return_weights,
+        options.return_scores,
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     return Generated(

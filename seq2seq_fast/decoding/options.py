@@ -38,6 +38,8 @@ class DecodingOptions:
             and score. Beam search has no hypotheses of probability zero: where the prefix is one,
             none is returned.
         return_weights: the attention weights of every token.
+        return_scores: False spares the log-probabilities, where the tokens alone are wanted: greedy
+            decoding of a large vocabulary on the CPU then never makes all the logits of a step.
 
     Where min_length or no_repeat_ngram leave a hypothesis no token, it ends with eos. They change
     what may be chosen, not the log-probabilities of what is.
@@ -61,6 +63,7 @@ class DecodingOptions:
     generator: torch.Generator | None = None
     prefix: Tensor | None = None
     return_weights: bool = False
+    return_scores: bool = True
 
     @property
     def fill(self) -> int:
@@ -101,6 +104,10 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
     _above_zero("temperature", options.temperature)
     if options.max_length_ratio is not None:
         _above_zero("max_length_ratio", options.max_length_ratio)
+    if not options.return_scores and options.beam_size > 1:
+        raise ValueError(
+            "return_scores: got False, expected True of beam search, which goes by them"
+        )
     if not 0 < options.top_p <= 1:
         raise ValueError(f"top_p: got {options.top_p}, expected above 0 and at most 1")
     _sampling(options)

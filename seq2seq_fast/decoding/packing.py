@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
+MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
+MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
 
 
 class PackedDecoder(NamedTuple):
@@ -25,8 +27,11 @@ class PackedDecoder(NamedTuple):
     state: tuple
 
 
-def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
+def pack_decoder(decoder: "Decoder", dtype: str, seek: bool = True) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
+
+    In float32 a large vocabulary's readout is there twice more where `seek`: rounded to bytes, by
+    which greedy decoding seeks the most probable token, and row by row, by which it decides.
 
     Embedding, biases and v stay float32, as do the gates that few tokens have beforehand. bfloat16
     is rounded to nearest and summed up in float32. int8 has one scale for each output of a
@@ -35,7 +40,7 @@ def pack_decoder(decoder: "Decoder", dtype: str) -> PackedDecoder:
     """
     state = state_of(decoder)
     with torch.no_grad():
-        weights = _side_by_side(_pack(decoder, DTYPES[dtype]))
+        weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek))
     return PackedDecoder(weights, dtype, state)
 
 
@@ -75,7 +80,7 @@ def _named(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
     return [getattr(module, name) if (p := kept.get(name)) is None else p for name in names]
 
 
-def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
+def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool = True) -> list[Tensor]:
     H, kind = decoder.layers.hidden_size, decoder.cell_type
     layers, E = _weights_of(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
     like = decoder.fc_out.weight
@@ -96,7 +101,8 @@ def _pack(decoder: "Decoder", dtype: torch.dtype) -> list[Tensor]:
         packed.append(pack_rows(bias[:, None], blocks).flatten())
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
-    return packed + _pack_linear(decoder.fc_out, dtype)
+    packed += _pack_linear(decoder.fc_out, dtype)
+    return packed + pack_screen(decoder.fc_out, seek and dtype == torch.float32)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -129,8 +135,38 @@ def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     if dtype != torch.int8:
         return pack_rows(w.to(dtype), blocks), w.new_empty(0)
-    scale = w.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    whole = F.pad((w / scale[:, None]).round(), (0, -w.shape[1] % 4))
-    fours = pack_rows(whole, blocks).unflatten(1, (-1, 4)).transpose(2, 3)
+    whole, scale = rounded_to_bytes(w)
+    filled = F.pad(whole, (0, -w.shape[1] % 4))
+    fours = pack_rows(filled, blocks).unflatten(1, (-1, 4)).transpose(2, 3)
     packed = (fours + 128).to(torch.uint8).contiguous()
-    return packed, pack_rows(scale[:, None], blocks).flatten()
+    return packed, pack_rows(scale, blocks).flatten()
+
+
+def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 of w (N, K), and the scale (N, 1) of each row's."""
+    scale = w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (w / scale).round(), scale
+
+
+def pack_screen(linear: nn.Linear, seek: bool) -> list[Tensor]:
+    """What csrc/cpu/readout.h seeks the most probable token with: matrix and scales of int8; the
+    bounds (3, P), largest of each panel's columns; the weights (V, K). All empty where it is not
+    sought: not wanted, few tokens, or weights that are not finite."""
+    w, bias = linear.weight.detach(), linear.bias.detach()
+    V, K = w.shape
+    finite = bool(w.isfinite().all()) and bool((bias < torch.inf).all())
+    if not (seek and V >= MANY_TOKENS and K <= MOST_FEATURES and finite):
+        nothing = w.new_empty(0)
+        return [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), nothing, nothing]
+    unit = 2.0**-24  # of float32's rounding
+    whole, scale = rounded_to_bytes(w)
+    exact = scale.double() * whole
+    of_bytes, of_w = exact.norm(dim=1), w.double().norm(dim=1)
+    bounds = torch.stack([
+        # Sums of K products, each rounded, and the few roundings of digits and of scales.
+        (w - exact).norm(dim=1) + (K + 8) * unit * (of_w + of_bytes),
+        of_bytes,
+        2 * unit * bias.abs().masked_fill(bias == -torch.inf, 0),
+    ])  # fmt: skip
+    bounds = F.pad(bounds, (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
+    return [*pack_matrix(w, 1, torch.int8), bounds.float(), w]

@@ -14,8 +14,9 @@ class Generated(NamedTuple):
 
     tokens: Tensor  # (B, n) or (B, n_best, n) int64: without bos, eos kept, filled up after the end
     lengths: Tensor  # (B,) or (B, n_best) int64, eos counted
-    log_probs: Tensor  # the same, float32: sum of the tokens' log-probabilities
-    scores: Tensor  # the same, float32: after length and coverage penalty
+    # The same, float32: sum of the tokens' log-probabilities; None with return_scores=False
+    log_probs: Tensor | None
+    scores: Tensor | None  # the same, after length and coverage penalty
     finished: Tensor  # the same, bool: ended with eos, not at the greatest length
     weights: Tensor | None  # (B, n, S) or (B, n_best, n, S), zeros after the end; on request
 

@@ -11,7 +11,7 @@
 namespace seq2seq_fast {
 
 extern const Loops kLoopsDefault;
-extern const QuantisedPanel kQuantisedPanelNeonDot;
+extern const Bytes kBytesNeonDot;
 
 namespace {
 
@@ -32,28 +32,46 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
       std::printf("%s: %g at %zu, not %g\n", what, got[i], i, want[i]);
 }
 
-void quantised(int64_t rows, int64_t K, int64_t width) {
+void quantised(int64_t count, int64_t rows, int64_t K, int64_t width) {
   const int64_t K4 = round_up(K, 4), ld = K4 + 16;
   std::vector<uint8_t> w(K4 * width);
   for (uint8_t& x : w) x = static_cast<uint8_t>(draw());
   const std::vector<float> x = numbers(rows * K), scale = numbers(width);
-  std::vector<int8_t> digits(rows * 2 * ld + 16);
-  std::vector<float> scales(rows);
-  std::vector<int32_t> offsets(2 * rows);
-  const QuantisedRows to{K4, ld, digits.data(), scales.data(), offsets.data()};
+  std::vector<int8_t> digits(rows * count * ld + 16);
+  std::vector<float> scales(rows), norms(2 * rows);
+  std::vector<int32_t> offsets(count * rows);
+  const QuantisedRows to{K4,
+                         ld,
+                         count,
+                         count == 2 ? 8191 : kBytesNeonDot.digit,
+                         digits.data(),
+                         scales.data(),
+                         offsets.data(),
+                         norms.data()};
   Operand operands[kOperands] = {};
   operands[0] = {x.data(), K, K};
   for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);
   const std::vector<float> before = numbers(rows * width);
   std::vector<float> plain = before, own = before;
-  kLoopsDefault.quantised_panel(to, 0, rows, w.data(), width, scale.data(), plain.data(), width);
-  kQuantisedPanelNeonDot(to, 0, rows, w.data(), width, scale.data(), own.data(), width);
+  kLoopsDefault.bytes.panel(to, 0, rows, w.data(), width, scale.data(), plain.data(), width);
+  kBytesNeonDot.panel(to, 0, rows, w.data(), width, scale.data(), own.data(), width);
   compare("quantised_panel", own, {plain.begin(), plain.end()}, 0);
+  std::vector<double> lengths(2 * rows);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < K; ++k) {
+      const int8_t* digit = digits.data() + i * count * ld + k;
+      const int whole = count == 2 ? 128 * digit[0] + digit[ld] : digit[0];
+      const double y = x[i * K + k], rest = y - double{scales[i]} * whole;
+      lengths[2 * i] += y * y, lengths[2 * i + 1] += rest * rest;
+    }
+  for (double& y : lengths) y = std::sqrt(y);
+  compare("norms", norms, lengths, 1e-4);
 }
 
 void packed(int64_t rows, int64_t K, int64_t width) {
   const std::vector<float> x = numbers(rows * K), w = numbers(K * width);
-  std::vector<float> out = numbers(rows * width);
+  const std::vector<float> start = numbers(rows * width);
+  std::vector<float> out = start;
   std::vector<double> want(out.begin(), out.end());
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < K; ++k)
@@ -63,6 +81,17 @@ void packed(int64_t rows, int64_t K, int64_t width) {
   operands[0] = {x.data(), K, K};
   kLoopsDefault.packed_panel(operands, 0, rows, w.data(), width, out.data(), width);
   compare("packed_panel", out, want, 1e-4);
+  // Columns of w as rows: the same sums, to the last bit
+  std::vector<float> turned(width * K), before(width), dots(width);
+  std::vector<int32_t> places(width);
+  for (int64_t j = 0; j < width; ++j) {
+    places[j] = static_cast<int32_t>(width - 1 - j);
+    for (int64_t k = 0; k < K; ++k) turned[places[j] * K + k] = w[k * width + j];
+    before[places[j]] = start[j];
+  }
+  kLoopsDefault.dots(operands, 0, turned.data(), K, places.data(), width, before.data(),
+                     dots.data());
+  compare("dots", dots, {out.begin(), out.begin() + width}, 0);
 }
 
 }  // namespace
@@ -72,7 +101,10 @@ int main() {
   using namespace seq2seq_fast;
   for (int64_t rows : {1, 2, 3, 7})
     for (int64_t K : {4, 9, 100})
-      for (int64_t width : {16, 48, 64}) quantised(rows, K, width), packed(rows, K, width);
+      for (int64_t width : {16, 48, 64}) {
+        quantised(1, rows, K, width), quantised(2, rows, K, width);
+        packed(rows, K, width);
+      }
   std::printf("%d compared, %d wrong\n", compared, wrong);
   return wrong != 0;
 }

@@ -13,7 +13,7 @@ namespace {
 struct Options {
   int64_t bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram;
   double length_penalty, coverage_penalty;
-  bool keep_weights;
+  bool keep_weights, keep_scores;  // beam search needs scores all the same
 };
 
 // A live hypothesis after a step: its last token and the row of the step that it went on from.
@@ -29,14 +29,9 @@ struct Ended {
   bool finished;
 };
 
-// What a row of logits is to become a continuation: -inf where it is barred, and how it is
-// normalised, in the two roundings of torch's log_softmax.
-struct Row {
-  float* logits;
-  float top, log_sum;
-  double log_prob;  // of the hypothesis so far
-  double of(int64_t token) const { return log_prob + ((logits[token] - top) - log_sum); }
-};
+double length_penalty(int64_t length, double alpha) {
+  return std::pow((5 + static_cast<double>(length)) / 6, alpha);
+}
 
 struct Candidate {
   double log_prob;
@@ -63,7 +58,9 @@ class Engine {
         B_(limits.size(0)),
         P_(prefix.size(1)),
         prefix_(static_cast<const int64_t*>(prefix.data_ptr())),
-        searches_(B_) {
+        searches_(B_),
+        sums_(B_),
+        late_(model.readout, sums_) {
     for (int64_t b = 0; b < B_; ++b) {
       searches_[b].limit = static_cast<const int64_t*>(limits.data_ptr())[b];
       searches_[b].first = static_cast<int32_t>(b);
@@ -76,8 +73,10 @@ class Engine {
     std::vector<int32_t> going(B_);
     for (int64_t b = 0; b < B_; ++b) going[b] = static_cast<int32_t>(b);
     while (!live_.empty()) {
-      step_.run(live_);
+      const auto rows = static_cast<int64_t>(live_.size());
+      step_.run(live_, greedy_ && step_.readout().seeks(rows, o_.keep_scores));
       keep_weights();
+      if (scores_come_late()) late_.make_room(rows);
       parallel(static_cast<int64_t>(going.size()), o_.beam_size * (model_.V / 4 + 1000),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) go_on(going[i]);
@@ -85,16 +84,19 @@ class Engine {
       ++t_;
       next_step(going);
     }
+    if (greedy_) settle();
   }
 
   std::vector<Tensor> results(const Tensor& like) const;
 
  private:
   void go_on(int32_t b);
-  Row row(int32_t m, double log_prob) const;
   int32_t bar(int32_t m) const;
-  int32_t most_probable(int32_t m) const;
-  void greedy(Search& search);
+  bool scores_come_late() const { return o_.keep_scores && step_.readout().sought(); }
+  void take(Search& search, int32_t token);
+  void settle();
+  void force(Search& search, int32_t token);
+  int32_t forced(int32_t b) const { return static_cast<int32_t>(prefix_[b * P_ + t_]); }
   void beam(Search& search);
   std::vector<Candidate> best(const Search& search) const;
   void end(int32_t b, const Candidate& last, bool finished);
@@ -104,6 +106,7 @@ class Engine {
   double coverage(int32_t b, int32_t m) const;
 
   const Options& o_;
+  const bool greedy_ = o_.beam_size == 1;
   const PackedDecoder& model_;
   const DecoderSource& source_;
   DecoderStep& step_;
@@ -111,6 +114,8 @@ class Engine {
   const int64_t* prefix_;  // (B, P)
   int64_t t_ = 0;          // steps that are behind
   std::vector<Search> searches_;
+  std::vector<double> sums_;  // of greedy decoding: each source's log-probability
+  LateLogProbs late_;
   std::vector<Live> live_;
   std::vector<std::vector<Node>> nodes_;     // of each step
   std::vector<std::vector<float>> weights_;  // of each step, (rows, S)
@@ -120,16 +125,12 @@ class Engine {
 void Engine::go_on(int32_t b) {
   Search& search = searches_[b];
   search.next.clear();
-  if (t_ < P_) {
-    const auto token = static_cast<int32_t>(prefix_[b * P_ + t_]);
-    const double log_prob = row(search.first, search.log_probs[0]).of(token);
-    if (o_.beam_size == 1 || log_prob > -INFINITY)
-      search.next.push_back({log_prob, search.first, token});
-  } else if (o_.beam_size == 1) {
-    greedy(search);
-  } else {
+  if (greedy_)
+    take(search, t_ < P_ ? forced(b) : bar(search.first));
+  else if (t_ < P_)
+    force(search, forced(b));
+  else
     beam(search);
-  }
   if (t_ + 1 == search.limit) {
     for (const Candidate& last : search.next) end(b, last, false);
     search.next.clear();
@@ -137,33 +138,45 @@ void Engine::go_on(int32_t b) {
   if (complete(search)) search.next.clear();
 }
 
-Row Engine::row(int32_t m, double log_prob) const {
-  const Peak* peaks = step_.peaks(m);
-  float top = -INFINITY, sum = 0;
-  for (int64_t i = 0; i < step_.chunks(); ++i) {
-    if (peaks[i].top != peaks[i].top) return {step_.logits(m), NAN, NAN, log_prob};
-    top = std::max(top, peaks[i].top);
-  }
-  for (int64_t i = 0; i < step_.chunks(); ++i)
-    if (peaks[i].top > -INFINITY) sum += peaks[i].sum * std::exp(peaks[i].top - top);
-  return {step_.logits(m), top, std::log(sum), log_prob};
+// Greedy decoding goes on with a token. What has ended gets its scores from `settle`.
+void Engine::take(Search& search, int32_t token) {
+  const int32_t m = search.first, b = live_[m].source;
+  const Readout& readout = step_.readout();
+  if (scores_come_late())
+    late_.add(m, b, token, step_.outputs(), step_.contexts(), m);
+  else if (o_.keep_scores)
+    sums_[b] += readout.normaliser(m).log_prob(readout.logits(m)[token]);
+  const Candidate next = {0, m, token};
+  if (token == o_.eos)
+    end(b, next, true);
+  else
+    search.next.push_back(next);
 }
 
-int32_t Engine::most_probable(int32_t m) const {
-  Peak best = step_.peaks(m)[0];
-  for (int64_t i = 1; i < step_.chunks(); ++i) {
-    Peak p = step_.peaks(m)[i];
-    p.index += static_cast<int32_t>(i * step_.chunk_width());
-    if (best.top == best.top && !(p.top <= best.top)) best = p;
-  }
-  return best.index;
+void Engine::settle() {
+  late_.flush();
+  for (int64_t b = 0; b < B_; ++b)
+    for (Ended& e : searches_[b].ended) {
+      e.log_prob = sums_[b];
+      e.score += e.log_prob / length_penalty(e.length, o_.length_penalty);
+    }
+}
+
+// Beam search goes on with a token of the prefix, which may be impossible.
+void Engine::force(Search& search, int32_t token) {
+  const int32_t m = search.first;
+  const Readout& readout = step_.readout();
+  const double log_prob =
+      search.log_probs[0] + readout.normaliser(m).log_prob(readout.logits(m)[token]);
+  if (log_prob > -INFINITY) search.next.push_back({log_prob, m, token});
 }
 
 // Sets the logits of what must not follow to -inf. The most probable token of what is left.
 int32_t Engine::bar(int32_t m) const {
-  float* logits = step_.logits(m);
+  Readout& readout = step_.readout();
+  float* logits = readout.logits(m);
   const float eos = logits[o_.eos];
-  if (t_ + 1 < o_.min_length) logits[o_.eos] = -INFINITY;
+  if (t_ + 1 < o_.min_length) readout.bar(m, o_.eos);
   const int64_t n = o_.no_repeat_ngram;
   if (n > 0 && t_ >= n) {
     std::vector<int32_t> history(t_);
@@ -171,25 +184,14 @@ int32_t Engine::bar(int32_t m) const {
       history[t] = nodes_[t][at].token;
     const auto last = history.end() - (n - 1);
     for (auto gram = history.begin(); gram + n <= history.end(); ++gram)
-      if (std::equal(last, history.end(), gram)) logits[gram[n - 1]] = -INFINITY;
+      if (std::equal(last, history.end(), gram)) readout.bar(m, gram[n - 1]);
   }
-  const int32_t best = most_probable(m);
+  const int32_t best = readout.most_probable(m);
   if (logits[best] != -INFINITY) return best;  // most often, without another look at all logits
   const Peak left = loops.peak(logits, model_.V);
   if (left.top != -INFINITY) return left.index;
   logits[o_.eos] = eos;
   return loops.peak(logits, model_.V).index;
-}
-
-void Engine::greedy(Search& search) {
-  const int32_t m = search.first;
-  const Row r = row(m, search.log_probs[0]);
-  const int32_t token = bar(m);
-  const Candidate next = {r.of(token), m, token};
-  if (token == o_.eos)
-    end(live_[m].source, next, true);
-  else
-    search.next.push_back(next);
 }
 
 // The 2 K best continuations, of K hypotheses: at most K of them end, so that K go on. Among equals
@@ -198,24 +200,27 @@ std::vector<Candidate> Engine::best(const Search& search) const {
   const size_t most = 2 * o_.beam_size;
   std::vector<Candidate> best;
   best.reserve(most + 1);
-  std::vector<int32_t> places(step_.chunk_width());
+  const PackedReadout& packed = model_.readout;
+  const Readout& readout = step_.readout();
+  std::vector<int32_t> places(packed.chunk_width());
   for (int32_t k = 0; k < search.count; ++k) {
     const int32_t m = search.first + k;
-    const Row r = row(m, search.log_probs[k]);
+    const float* logits = readout.logits(m);
+    const Normaliser r = readout.normaliser(m);
+    const double so_far = search.log_probs[k];
     bar(m);
-    for (int64_t chunk = 0; chunk < step_.chunks(); ++chunk) {
-      const int64_t v = chunk * step_.chunk_width();
+    for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
+      const int64_t v = chunk * packed.chunk_width();
       double least = best.size() < most ? -INFINITY : best.back().log_prob;
-      // Below the least by more than rounding; `of` decides on what is left.
-      const double logit = least - r.log_prob + r.log_sum + r.top;
+      // Below the least by more than rounding; `log_prob` decides on what is left.
+      const double logit = least - so_far + r.log_sum + r.top;
       const auto threshold =
           static_cast<float>(logit - 1e-6 * (1 + std::abs(logit) + std::abs(r.top)));
-      if (!(step_.peaks(m)[chunk].top > threshold)) continue;
-      const int64_t found = loops.above(r.logits + v, std::min(step_.chunk_width(), model_.V - v),
-                                        threshold, places.data());
+      if (!(readout.peaks(m)[chunk].top > threshold)) continue;
+      const int64_t found = loops.above(logits + v, packed.count(chunk), threshold, places.data());
       for (int64_t i = 0; i < found; ++i) {
         const auto token = static_cast<int32_t>(v + places[i]);
-        const double log_prob = r.of(token);
+        const double log_prob = so_far + r.log_prob(logits[token]);
         if (!(log_prob > least)) continue;
         auto at = best.end();
         while (at != best.begin() && at[-1].log_prob < log_prob) --at;
@@ -252,10 +257,6 @@ double Engine::coverage(int32_t b, int32_t m) const {
       sum += std::log(static_cast<double>(std::clamp(step_.covered(m)[s], least, 1.f)));
     }
   return o_.coverage_penalty * sum;
-}
-
-double length_penalty(int64_t length, double alpha) {
-  return std::pow((5 + static_cast<double>(length)) / 6, alpha);
 }
 
 // Among equals those that were there come first, and finished ones before all others.
@@ -349,13 +350,15 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor hidden,
                Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
                std::optional<Tensor> mask, Tensor limits, Tensor prefix, std::vector<int64_t> whole,
-               double length_penalty, double coverage_penalty, bool return_weights) {
+               double length_penalty, double coverage_penalty, bool return_weights,
+               bool return_scores) {
   STD_TORCH_CHECK(whole.size() == 7 && limits.scalar_type() == ScalarType::Long &&
                       limits.is_contiguous() && prefix.scalar_type() == ScalarType::Long &&
                       prefix.is_contiguous(),
                   "expected 7 numbers, int64 limits and prefix");
-  const Options options = {whole[0], whole[1], whole[2],       whole[3],         whole[4],
-                           whole[5], whole[6], length_penalty, coverage_penalty, return_weights};
+  const Options options = {whole[0],         whole[1],       whole[2],     whole[3],
+                           whole[4],         whole[5],       whole[6],     length_penalty,
+                           coverage_penalty, return_weights, return_scores};
   const PackedDecoder model(std::move(weights), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
   DecoderStep step(model, from, hidden, cell, context, hidden.size(1) * options.beam_size,

@@ -7,79 +7,14 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kRowsTogether = 48;   // of a panel's gates, which then stay in cache
-constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
-
-Weights weights_of(ScalarType type) {
-  if (type == ScalarType::Float) return Weights::kFloat;
-  if (type == ScalarType::BFloat16) return Weights::kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
-  return Weights::kInt8;
-}
-
-const float* floats(const Tensor& x) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-                  "expected a contiguous float32 tensor");
-  return static_cast<const float*>(x.data_ptr());
-}
-
-int64_t quantised_rows(const Matrix& matrix, int64_t rows) {
-  return matrix.type == Weights::kInt8 ? rows : 0;
-}
+constexpr size_t kBehindLayers = 3 + PackedReadout::kTensors;  // tensors
+constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
 
 }  // namespace
 
-Matrix::Matrix(const Tensor& data_, const Tensor& scales_)
-    : data(data_), scales(scales_), type(weights_of(data_.scalar_type())) {
-  const bool quantised = type == Weights::kInt8;
-  STD_TORCH_CHECK(data.is_contiguous() && data.dim() == (quantised ? 4 : 3),
-                  "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
-  panels = data.size(0), K = data.size(1) * (quantised ? 4 : 1), width = data.size(2);
-  floats(scales);
-  STD_TORCH_CHECK(
-      width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
-      "expected panels of whole units, and a scale for each column of uint8");
-  STD_TORCH_CHECK(!quantised || K <= 1 << 17, "expected sums of at most 2^17 products of int8");
-}
-
-Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c)
-    : matrix_(matrix),
-      operands_{a, b, c},
-      scales_(quantised_rows(matrix, rows)),
-      offsets_(2 * quantised_rows(matrix, rows)),
-      digits_(2 * quantised_rows(matrix, rows) * matrix.quantised_ld()),
-      quantised_{matrix.K, matrix.quantised_ld(), digits_, scales_, offsets_} {
-  parallel(quantised_rows(matrix, rows), matrix.K, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) loops.quantise(operands_, i, quantised_);
-  });
-}
-
-void Factor::multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const {
-  const int64_t K = matrix_.K, width = matrix_.width;
-  const auto panel = [&]<typename W>() {
-    return static_cast<const W*>(matrix_.data.data_ptr()) + i * K * width;
-  };
-  const auto as_floats = [&](const float* w) {
-    loops.packed_panel(operands_, first, rows, w, width, out, ldo);
-  };
-  if (matrix_.type == Weights::kInt8) {
-    loops.quantised_panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
-                          floats(matrix_.scales) + i * width, out, ldo);
-  } else if (matrix_.type == Weights::kFloat) {
-    as_floats(panel.template operator()<float>());
-  } else if (rows < kLeastUnpacked) {
-    loops.packed_panel_half(operands_, first, rows, panel.template operator()<uint16_t>(), width,
-                            out, ldo);
-  } else {
-    Buffer<float> unpacked(K * width);
-    loops.unpack(panel.template operator()<uint16_t>(), K * width, unpacked);
-    as_floats(unpacked);
-  }
-}
-
 static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x) {
   std::vector<PackedDecoder::Layer> layers;
-  for (size_t i = 1; i + 6 < x.size(); i += 5)
+  for (size_t i = 1; i + kBehindLayers < x.size(); i += 5)
     layers.push_back({Matrix(x[i], x[i + 1]), Matrix(x[i + 2], x[i + 3]), floats(x[i + 4])});
   return layers;
 }
@@ -92,10 +27,9 @@ PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type
       embedding(floats(x[0])),
       gates_of_tokens(x[0].dim() == 3 ? embedding : nullptr),
       layers(layers_of(x)),
-      query(x.at(x.size() - 6), x.at(x.size() - 5)),
-      readout(x.at(x.size() - 3), x.at(x.size() - 2)),
-      b_query(floats(x.at(x.size() - 4))),
-      b_readout(floats(x.back())),
+      query(x.at(x.size() - kBehindLayers), x.at(x.size() - kBehindLayers + 1)),
+      b_query(floats(x.at(x.size() - kBehindLayers + 2))),
+      readout(x.data() + x.size() - PackedReadout::kTensors, V),
       tensors(std::move(x)) {}
 
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
@@ -126,16 +60,12 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       lstm_(model.cell == Cell::kLstm),
       cover_(cover),
       query_ld_(model.query.panels * model.query.width),
-      logits_ld_(model.readout.panels * model.readout.width),
       weights_ld_(round_up(source.S, kRows)),
-      chunk_panels_(model.readout.panels >= 64 ? 4 : 1),
-      chunks_((model.readout.panels + chunk_panels_ - 1) / chunk_panels_),
       tokens_(most),
       inputs_(most * model.E),
       queries_(most * query_ld_),
-      logits_(most * logits_ld_),
       weights_(most * weights_ld_),
-      peaks_(most * chunks_),
+      readout_(model.readout, most),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
       contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
@@ -161,7 +91,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   if (source_.keys && !model_.query_after) query_all(B);
 }
 
-void DecoderStep::run(const std::vector<Live>& live) {
+void DecoderStep::run(const std::vector<Live>& live, bool seek) {
   const auto rows = static_cast<int64_t>(live.size());
   follow(live);
   if (source_.keys && !model_.query_after) attend(live);
@@ -172,7 +102,7 @@ void DecoderStep::run(const std::vector<Live>& live) {
     query_all(rows);
     attend(live);
   }
-  read_out(rows);
+  read_out(rows, seek);
 }
 
 // Hypotheses take over the states of those they go on from, and the embeddings of their tokens.
@@ -245,8 +175,8 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const bool apart = layer.hidden.panels > 0;
   const Operand state = {hidden(now, l), Hp_, H_};
   const Factor input =
-      l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E},
-                      {contexts_[kept_], source_.D, source_.D}, apart ? Operand() : state)
+      l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E}, contexts(),
+                      apart ? Operand() : state)
              : Factor(layer.input, rows, {hidden(next, l - 1), Hp_, H_}, apart ? Operand() : state);
   const Factor hidden_part(layer.hidden, apart ? rows : 0, state);
   const int64_t width = blocks * unit_;
@@ -279,7 +209,7 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
 
 // The left factor of the query's projection: the hidden states that the last step left.
 Factor DecoderStep::query_factor(int64_t rows) const {
-  return Factor(model_.query, rows, {hidden(now_, L_ - 1), Hp_, H_});
+  return Factor(model_.query, rows, outputs());
 }
 
 void DecoderStep::query_all(int64_t rows) {
@@ -297,31 +227,15 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
   states.multiply(panel, 0, rows, out, query_ld_);
 }
 
-// Logits, their peaks, and the next step's queries where they are of the same hidden states.
-void DecoderStep::read_out(int64_t rows) {
-  const Matrix& readout = model_.readout;
-  const int64_t width = readout.width;
+// The readout, and the next step's queries where they are of the same hidden states.
+void DecoderStep::read_out(int64_t rows, bool seek) {
   const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
+  const int64_t chunks = model_.readout.chunks;
   const Factor states = query_factor(queries > 0 ? rows : 0);
-  const Factor features(readout, rows, {hidden(now_, L_ - 1), Hp_, H_},
-                        {contexts_[kept_], source_.D, source_.D});
-  parallel(chunks_, chunk_panels_ * readout.operations(rows), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = std::min(readout.panels, (chunk + 1) * chunk_panels_);
-      for (int64_t p = chunk * chunk_panels_; p < last; ++p) {
-        float* out = logits_ + p * width;
-        for (int64_t m = 0; m < rows; ++m)
-          std::copy_n(model_.b_readout + p * width, width, out + m * logits_ld_);
-        features.multiply(p, 0, rows, out, logits_ld_);
-      }
-      const int64_t v = chunk * chunk_panels_ * width;
-      for (int64_t m = 0; m < rows; ++m)
-        peaks_[m * chunks_ + chunk] =
-            loops.peak(logits(m) + v, std::min(chunk_panels_ * width, model_.V - v));
-      // Spread evenly, as threads take chunks in equal numbers.
-      for (int64_t i = chunk * queries / chunks_; i < (chunk + 1) * queries / chunks_; ++i)
-        query(states, i, rows);
-    }
+  readout_.run(rows, outputs(), contexts(), seek, [&](int64_t chunk) {
+    // Spread evenly, as threads take chunks in equal numbers.
+    for (int64_t i = chunk * queries / chunks; i < (chunk + 1) * queries / chunks; ++i)
+      query(states, i, rows);
   });
 }
 

@@ -12,10 +12,10 @@ namespace seq2seq_fast {
 extern const Loops kLoopsDefault;
 #ifdef __x86_64__
 extern const Loops kLoopsAvx512, kLoopsAvx2;
-extern const QuantisedPanel kQuantisedPanelAvx512Vnni, kQuantisedPanelAvx2Vnni;
+extern const Bytes kBytesAvx512Vnni, kBytesAvx2Vnni;
 #endif
 #ifdef __aarch64__
-extern const QuantisedPanel kQuantisedPanelNeonDot;
+extern const Bytes kBytesNeonDot;
 
 static bool multiplies_bytes() {
 #ifdef __linux__
@@ -29,8 +29,8 @@ static bool multiplies_bytes() {
 }
 #endif
 
-[[maybe_unused]] static Loops with(Loops loops, const char* name, QuantisedPanel panel) {
-  loops.name = name, loops.quantised_panel = panel;
+[[maybe_unused]] static Loops with(Loops loops, const char* name, const Bytes& bytes) {
+  loops.name = name, loops.bytes = bytes;
   return loops;
 }
 
@@ -46,14 +46,14 @@ static Loops choose() {
                       __builtin_cpu_supports("avx512vl");
   if (avx512 && !most.starts_with("avx2")) {
     if (most == "avx512" || !__builtin_cpu_supports("avx512vnni")) return kLoopsAvx512;
-    return with(kLoopsAvx512, "avx512_vnni", kQuantisedPanelAvx512Vnni);
+    return with(kLoopsAvx512, "avx512_vnni", kBytesAvx512Vnni);
   }
   if (avx2) {
     if (most == "avx2" || !__builtin_cpu_supports("avxvnni")) return kLoopsAvx2;
-    return with(kLoopsAvx2, "avx2_vnni", kQuantisedPanelAvx2Vnni);
+    return with(kLoopsAvx2, "avx2_vnni", kBytesAvx2Vnni);
   }
 #elif defined(__aarch64__)
-  if (multiplies_bytes()) return with(kLoopsDefault, "neon_dot", kQuantisedPanelNeonDot);
+  if (multiplies_bytes()) return with(kLoopsDefault, "neon_dot", kBytesNeonDot);
 #endif
   return kLoopsDefault;
 }

@@ -57,12 +57,16 @@ struct Operand {
 constexpr int kOperands = 3;
 
 // What weights of kInt8 are multiplied by: x = scale * (128 * digit + digit), both of them from -64
-// to 64. Twice 7 bits are much finer than the weights, and products of bytes are quick.
+// to 64. Twice 7 bits are much finer than the weights, and products of bytes are quick. With one
+// digit for a number x = scale * digit.
 struct QuantisedRows {
   int64_t K, ld;     // K is filled up with zeros to a multiple of 4
-  int8_t* digits;    // (rows, 2, ld): the high ones of a row, the low ones
+  int64_t count;     // digits of a number, which
+  float most;        // is at most this: 8191, or Bytes::digit
+  int8_t* digits;    // (rows, count, ld): the high ones of a row, the low ones
   float* scales;     // (rows,)
-  int32_t* offsets;  // (rows, 2): -128 times the sum of the digits, as weights are 128 too large
+  int32_t* offsets;  // (rows, count): -128 times the sum of digits, as weights are 128 too large
+  float* norms;      // (rows, 2): Euclidean, of x and of what rounding it has taken
 };
 
 // What exp(x - top) was made with: the largest x, their sum, and sum w (x - top).
@@ -79,10 +83,14 @@ struct Peak {
 // Numbers that `dropout` makes at once.
 constexpr int64_t kDropoutBlock = 256;
 
-// As `packed_panel` of Loops, of kInt8.
-using QuantisedPanel = void (*)(const QuantisedRows& x, int64_t first, int64_t rows,
-                                const uint8_t* w, int64_t width, const float* scale, float* out,
-                                int64_t ldo);
+// What an instruction set has for products of bytes.
+struct Bytes {
+  // As `packed_panel` of Loops, of kInt8.
+  void (*panel)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                int64_t width, const float* scale, float* out, int64_t ldo);
+  float digit;  // the largest where numbers have one: two products must fit where they are added
+  bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
+};
 
 struct Loops {
   const char* name;
@@ -171,13 +179,19 @@ struct Loops {
                        int64_t width, float* out, int64_t ldo);
   void (*packed_panel_half)(const Operand* operands, int64_t first, int64_t rows, const uint16_t* w,
                             int64_t width, float* out, int64_t ldo);
-  QuantisedPanel quantised_panel;
+  Bytes bytes;
   // One row of [operands side by side], into the same row of x.
   void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);
   // n weights of bfloat16, a multiple of kBlock, as floats
   void (*unpack)(const uint16_t* w, int64_t n, float* out);
+  // out[i] = bias[i] + [operands side by side] rows[i] of one row, i < n: the bits that
+  // `packed_panel` makes. Row i is places[i] of w, rows that are ld apart.
+  void (*dots)(const Operand* operands, int64_t row, const float* w, int64_t ld,
+               const int32_t* places, int64_t n, const float* bias, float* out);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
+  // The largest of x, of which none is NaN.
+  float (*top)(const float* x, int64_t n);
   // The places of what is above the threshold, ascending; `out` holds n.
   int64_t (*above)(const float* x, int64_t n, float threshold, int32_t* out);
 };

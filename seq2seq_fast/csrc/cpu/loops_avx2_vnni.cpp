@@ -12,8 +12,8 @@
 
 namespace seq2seq_fast {
 
-extern const QuantisedPanel kQuantisedPanelAvx2Vnni;
-const QuantisedPanel kQuantisedPanelAvx2Vnni = quantised_panel;
+extern const Bytes kBytesAvx2Vnni;
+const Bytes kBytesAvx2Vnni = kBytes;
 
 }  // namespace seq2seq_fast
 #ifdef __clang__

@@ -13,8 +13,8 @@
 
 namespace seq2seq_fast {
 
-extern const QuantisedPanel kQuantisedPanelAvx512Vnni;
-const QuantisedPanel kQuantisedPanelAvx512Vnni = quantised_panel;
+extern const Bytes kBytesAvx512Vnni;
+const Bytes kBytesAvx512Vnni = kBytes;
 
 }  // namespace seq2seq_fast
 #ifdef __clang__

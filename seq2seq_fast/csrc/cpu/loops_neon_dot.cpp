@@ -11,8 +11,8 @@
 
 namespace seq2seq_fast {
 
-extern const QuantisedPanel kQuantisedPanelNeonDot;
-const QuantisedPanel kQuantisedPanelNeonDot = quantised_panel;
+extern const Bytes kBytesNeonDot;
+const Bytes kBytesNeonDot = kBytes;
 
 }  // namespace seq2seq_fast
 #ifdef __clang__

@@ -36,10 +36,12 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          retreat_cell,
                          packed_panel,
                          packed_panel_half,
-                         quantised_panel,
+                         kBytes,
                          quantise,
                          unpack,
+                         dots,
                          peak,
+                         top,
                          above};
 
 }  // namespace seq2seq_fast

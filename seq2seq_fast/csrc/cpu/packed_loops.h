@@ -82,6 +82,26 @@ void packed_panel_half(const Operand* operands, int64_t first, int64_t rows, con
   packed_panel_of(operands, first, rows, w, width, out, ldo);
 }
 
+// kTogether sums at a time, as each waits for its own last addition.
+void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, const int32_t* places,
+          int64_t n, const float* bias, float* out) {
+  constexpr int kTogether = 8;
+  for (int64_t first = 0; first < n; first += kTogether) {
+    const float* from[kTogether];
+    float acc[kTogether] = {};
+    const auto place = [&](int i) { return places[first + i < n ? first + i : n - 1]; };
+    for (int i = 0; i < kTogether; ++i) from[i] = w + place(i) * ld;
+    for (int s = 0; s < kOperands; ++s) {
+      const int64_t K = operands[s].K;
+      const float* x = operands[s].x + row * operands[s].ld;
+      for (int64_t k = 0; k < K; ++k)
+        for (int i = 0; i < kTogether; ++i) acc[i] += x[k] * from[i][k];
+      for (int i = 0; i < kTogether; ++i) from[i] += K;
+    }
+    for (int i = 0; i < kTogether && first + i < n; ++i) out[first + i] = bias[place(i)] + acc[i];
+  }
+}
+
 // Whether any lane is set, of the result of a comparison.
 S2S_INLINE bool any_of(const VecInt& lanes) {
   uint64_t words[sizeof(VecInt) / 8], any = 0;
@@ -90,8 +110,7 @@ S2S_INLINE bool any_of(const VecInt& lanes) {
   return any != 0;
 }
 
-// The largest of x, or the first NaN, its place (the first of equals), and sum exp(x - largest).
-Peak peak(const float* x, int64_t n) {
+float top(const float* x, int64_t n) {
   constexpr int kTogether = 4;  // so that one comparison need not wait for the other
   Vec tops[kTogether];
   for (Vec& top : tops) top = -INFINITY - Vec{};
@@ -102,7 +121,12 @@ Peak peak(const float* x, int64_t n) {
       tops[j] = y > tops[j] ? y : tops[j];
     }
   for (int j = 1; j < kTogether; ++j) tops[0] = tops[j] > tops[0] ? tops[j] : tops[0];
-  Peak p = {largest_lane(tops[0]), 0.f, 0};
+  return largest_lane(tops[0]);
+}
+
+// The largest of x, or the first NaN, its place (the first of equals), and sum exp(x - largest).
+Peak peak(const float* x, int64_t n) {
+  Peak p = {top(x, n), 0.f, 0};
   const float shift = p.top > -INFINITY ? p.top : 0.f;
   Vec sums = {};
   for (int64_t i = 0; i < n; i += kVec) {

@@ -14,38 +14,53 @@ S2S_INLINE int32_t sum(const VecInt& x) {
 }
 
 // Rounds one row to whole numbers, and those to digits. A row that is not finite becomes zeros with
-// NaN for a scale.
-void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
-  constexpr float kMost = 8191.f, kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
-  float top = 1e-30f;  // above zero, and of a reciprocal that is finite
+// NaN for a scale and for norms.
+template <int kCount>
+S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const QuantisedRows& to) {
+  constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
+  float top = 1e-30f;                   // above zero, and of a reciprocal that is finite
   for (int s = 0; s < kOperands; ++s) {
     const float most = largest(operands[s].x + row * operands[s].ld, operands[s].K);
     top = top < most || most != most ? most : top;
   }
-  int8_t *high = to.digits + row * 2 * to.ld, *low = high + to.ld;
-  VecInt sums[2] = {};
+  int8_t* digits[kCount];  // the high ones, the low ones
+  for (int i = 0; i < kCount; ++i) digits[i] = to.digits + (row * kCount + i) * to.ld;
+  VecInt sums[kCount] = {};
+  Vec squares[2] = {};
   if (top < INFINITY) {
-    const float inverse = kMost / top;
+    const float inverse = to.most / top;
     for (int s = 0; s < kOperands; ++s) {
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
       for (int64_t k = 0; k < K; k += kVec) {
         const Vec scaled = load_some(x + k, K - k) * inverse;
-        const VecInt whole = __builtin_convertvector((scaled + kRound) - kRound, VecInt);
-        const VecInt digit = (whole + 64) >> 7, rest = whole - (digit << 7);
-        *reinterpret_cast<VecByte*>(high + k) = __builtin_convertvector(digit, VecByte);
-        *reinterpret_cast<VecByte*>(low + k) = __builtin_convertvector(rest, VecByte);
-        sums[0] += digit, sums[1] += rest;
+        const Vec rounded = (scaled + kRound) - kRound, taken = scaled - rounded;
+        squares[0] += scaled * scaled, squares[1] += taken * taken;
+        const VecInt whole = __builtin_convertvector(rounded, VecInt);
+        VecInt digit[kCount] = {whole};
+        if constexpr (kCount == 2) {
+          digit[0] = (whole + 64) >> 7;
+          digit[1] = whole - (digit[0] << 7);
+        }
+        for (int i = 0; i < kCount; ++i) {
+          *reinterpret_cast<VecByte*>(digits[i] + k) = __builtin_convertvector(digit[i], VecByte);
+          sums[i] += digit[i];
+        }
       }
-      high += K, low += K;
+      for (int i = 0; i < kCount; ++i) digits[i] += K;
     }
-    std::memset(high, 0, 4), std::memset(low, 0, 4);
+    for (int i = 0; i < kCount; ++i) std::memset(digits[i], 0, 4);
   } else {
-    std::memset(high, 0, 2 * to.ld);
+    std::memset(digits[0], 0, kCount * to.ld);
     top = NAN;
   }
-  to.scales[row] = top / kMost;
-  for (int i = 0; i < 2; ++i) to.offsets[2 * row + i] = -128 * sum(sums[i]);
+  const float scale = to.scales[row] = top / to.most;
+  for (int i = 0; i < kCount; ++i) to.offsets[kCount * row + i] = -128 * sum(sums[i]);
+  for (int i = 0; i < 2; ++i) to.norms[2 * row + i] = scale * __builtin_sqrtf(sum(squares[i]));
+}
+
+void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
+  to.count == 2 ? quantise_to<2>(operands, row, to) : quantise_to<1>(operands, row, to);
 }
 
 }  // namespace

@@ -45,58 +45,73 @@ S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
 #endif
 }
 
-// M rows by N vectors of a panel's columns.
-template <int M, int N>
+// M rows, of numbers of C digits, by N vectors of a panel's columns.
+template <int C, int M, int N>
 S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_t* w, int64_t width,
                                const float* scale, const char* ahead, float* out, int64_t ldo) {
-  const int8_t* digits = x.digits + row * 2 * x.ld;
-  VecInt high[M][N], low[M][N];
-#pragma GCC unroll 3
+  const int8_t* digits = x.digits + row * C * x.ld;
+  VecInt acc[M][C][N];
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      high[i][j] = (kSigned ? 0 : x.offsets[2 * (row + i)]) + VecInt{};
-      low[i][j] = (kSigned ? 0 : x.offsets[2 * (row + i) + 1]) + VecInt{};
-    }
+      for (int j = 0; j < N; ++j)
+        acc[i][c][j] = (kSigned ? 0 : x.offsets[C * (row + i) + c]) + VecInt{};
   for (int64_t k = 0; k < x.K; k += 4, w += 4 * width, ahead += kLineBytes) {
     if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
     VecInt b[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j)
       b[j] = *reinterpret_cast<const FourBytes*>(w + 4 * j * kVec) ^ kFlip;
-#pragma GCC unroll 3
-    for (int i = 0; i < M; ++i) {
-      const int8_t* four = digits + i * 2 * x.ld + k;
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) add_four(high[i][j], b[j], four);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) add_four(low[i][j], b[j], four + x.ld);
-    }
+        for (int j = 0; j < N; ++j) add_four(acc[i][c][j], b[j], digits + (i * C + c) * x.ld + k);
   }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       float* to = out + i * ldo + j * kVec;
-      const Vec sum = 128.f * __builtin_convertvector(high[i][j], Vec) +
-                      __builtin_convertvector(low[i][j], Vec);
+      Vec sum = __builtin_convertvector(acc[i][0][j], Vec);
+      if constexpr (C == 2) sum = 128.f * sum + __builtin_convertvector(acc[i][1][j], Vec);
       store(to, load(to) + x.scales[row + i] * load(scale + j * kVec) * sum);
     }
 }
 
-void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
-                     int64_t width, const float* scale, float* out, int64_t ldo) {
-  constexpr int kMost = kRegisters == 32 ? 3 : 2;
+template <int C>
+S2S_INLINE void quantised_panel_of(const QuantisedRows& x, int64_t first, int64_t rows,
+                                   const uint8_t* w, int64_t width, const float* scale, float* out,
+                                   int64_t ldo) {
+  constexpr int kMost = (kRegisters == 32 ? 6 : 4) / C;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, x.K / 4, 4 * width);
     over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
-      quantised_tile<M, N>(x, first + row, w + 4 * at, width, scale + at, ahead.next(),
-                           out + row * ldo + at, ldo);
+      quantised_tile<C, M, N>(x, first + row, w + 4 * at, width, scale + at, ahead.next(),
+                              out + row * ldo + at, ldo);
       row += M;
     });
   });
 }
+
+void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                     int64_t width, const float* scale, float* out, int64_t ldo) {
+  x.count == 2 ? quantised_panel_of<2>(x, first, rows, w, width, scale, out, ldo)
+               : quantised_panel_of<1>(x, first, rows, w, width, scale, out, ldo);
+}
+
+// Instructions that add two products in 16 bits take digits of 7 bits.
+#if defined(S2S_VNNI) || defined(S2S_DOT)
+constexpr Bytes kBytes = {quantised_panel, 127.f, true};
+#elif defined(S2S_INTRINSICS) || defined(S2S_SANITIZE)  // there is no other under the sanitizers
+constexpr Bytes kBytes = {quantised_panel, 64.f, true};
+#else
+constexpr Bytes kBytes = {quantised_panel, 64.f, false};
+#endif
 
 }  // namespace
 }  // namespace seq2seq_fast

@@ -1,0 +1,82 @@
+// See packed_product.h.
+#include "packed_product.h"
+
+namespace seq2seq_fast {
+namespace {
+
+constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
+constexpr float kTwoDigits = 8191;
+
+Weights weights_of(ScalarType type) {
+  if (type == ScalarType::Float) return Weights::kFloat;
+  if (type == ScalarType::BFloat16) return Weights::kBFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
+  return Weights::kInt8;
+}
+
+int64_t quantised_rows(const Matrix& matrix, int64_t rows) {
+  return matrix.type == Weights::kInt8 ? rows : 0;
+}
+
+}  // namespace
+
+const float* floats(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
+                  "expected a contiguous float32 tensor");
+  return static_cast<const float*>(x.data_ptr());
+}
+
+Matrix::Matrix(const Tensor& data_, const Tensor& scales_, int64_t digits_)
+    : data(data_), scales(scales_), type(weights_of(data_.scalar_type())), digits(digits_) {
+  const bool quantised = type == Weights::kInt8;
+  STD_TORCH_CHECK(data.is_contiguous() && data.dim() == (quantised ? 4 : 3),
+                  "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
+  panels = data.size(0), K = data.size(1) * (quantised ? 4 : 1), width = data.size(2);
+  floats(scales);
+  STD_TORCH_CHECK(
+      width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
+      "expected panels of whole units, and a scale for each column of uint8");
+  STD_TORCH_CHECK(!quantised || K <= (digits == 2 ? 1 << 17 : 1 << 16),
+                  "expected sums of at most 2^17 products of int8, with one digit of 2^16");
+}
+
+Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c)
+    : matrix_(matrix),
+      operands_{a, b, c},
+      scales_(quantised_rows(matrix, rows)),
+      norms_(2 * quantised_rows(matrix, rows)),
+      offsets_(matrix.digits * quantised_rows(matrix, rows)),
+      digits_(matrix.digits * quantised_rows(matrix, rows) * matrix.quantised_ld()),
+      quantised_{matrix.K,      matrix.quantised_ld(),
+                 matrix.digits, matrix.digits == 2 ? kTwoDigits : loops.bytes.digit,
+                 digits_,       scales_,
+                 offsets_,      norms_} {
+  parallel(quantised_rows(matrix, rows), matrix.K, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) loops.quantise(operands_, i, quantised_);
+  });
+}
+
+void Factor::multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const {
+  const int64_t K = matrix_.K, width = matrix_.width;
+  const auto panel = [&]<typename W>() {
+    return static_cast<const W*>(matrix_.data.data_ptr()) + i * K * width;
+  };
+  const auto as_floats = [&](const float* w) {
+    loops.packed_panel(operands_, first, rows, w, width, out, ldo);
+  };
+  if (matrix_.type == Weights::kInt8) {
+    loops.bytes.panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
+                      floats(matrix_.scales) + i * width, out, ldo);
+  } else if (matrix_.type == Weights::kFloat) {
+    as_floats(panel.template operator()<float>());
+  } else if (rows < kLeastUnpacked) {
+    loops.packed_panel_half(operands_, first, rows, panel.template operator()<uint16_t>(), width,
+                            out, ldo);
+  } else {
+    Buffer<float> unpacked(K * width);
+    loops.unpack(panel.template operator()<uint16_t>(), K * width, unpacked);
+    as_floats(unpacked);
+  }
+}
+
+}  // namespace seq2seq_fast

@@ -1,0 +1,41 @@
+// Products with packed weights, as decoding makes them.
+#pragma once
+#include "../common.h"
+#include "loops.h"
+
+namespace seq2seq_fast {
+
+// A contiguous float32 tensor's numbers.
+const float* floats(const Tensor& x);
+
+// Packed weights, see loops.h; scales are of kInt8 alone, whose left factors have numbers of two
+// digits or one. Made by seq2seq_fast/decoding/packing.py.
+struct Matrix {
+  Tensor data, scales;
+  Weights type;
+  int64_t panels, K, width, digits;
+  Matrix(const Tensor& data, const Tensor& scales, int64_t digits = 2);
+  int64_t operations(int64_t rows) const { return rows * K * width / 2; }
+  // From one digit of a row to the next; vectors are stored past its end.
+  int64_t quantised_ld() const { return K + kBlock; }
+};
+
+// The left factor of products with a matrix: rows of operands side by side.
+class Factor {
+ public:
+  Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {});
+  // out (rows, width), ldo apart, += rows from `first` on times panel i
+  void multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const;
+  // Of kInt8: Euclidean norms of a row and of what rounding took from it.
+  const float* norms(int64_t row) const { return norms_ + 2 * row; }
+
+ private:
+  const Matrix& matrix_;
+  const Operand operands_[kOperands];
+  Buffer<float> scales_, norms_;
+  Buffer<int32_t> offsets_;
+  Buffer<int8_t> digits_;
+  const QuantisedRows quantised_;
+};
+
+}  // namespace seq2seq_fast

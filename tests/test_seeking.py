@@ -1,0 +1,250 @@
+"""Greedy decoding of a large vocabulary seeks the most probable token among weights of a byte
+(csrc/cpu/readout.h): its results are those of all logits in float32, bit for bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+from decoding_models import BOS, EOS, KINDS, check_same, make, sources
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import seq2seq_fast as s2s
+from seq2seq_fast.decoding import stepwise
+from seq2seq_fast.decoding.packing import MANY_TOKENS, pack_decoder
+
+V = MANY_TOKENS + 70
+MATRIX, SCALES, BOUNDS, WEIGHTS = range(-4, 0)  # what is sought with, of packed weights
+
+
+@pytest.fixture(autouse=True)
+def seeking():
+    """Plain loops do not seek: there is nothing to test."""
+    model, src = make(V=V), sources(2, 5)
+    packed = pack_decoder(model.decoder, "float32")
+    packed.weights[MATRIX].fill_(128)
+    packed.weights[BOUNDS].zero_()
+    model.decoder.packed = packed
+    options = {"bos": BOS, "eos": EOS, "max_length": 5, "return_scores": False}
+    want = model.generate(src, backend="reference", **options)
+    if torch.equal(model.generate(src, **options).tokens, want.tokens):
+        pytest.skip("the loops of this processor do not seek")
+
+
+def decoded(decoder, source, state, **options):
+    """From all logits; from bytes, with scores and without."""
+    options = {"bos": BOS, "eos": EOS, "max_length": 8, "backend": "native"} | options
+    found = []
+    for seek, scores in ((False, True), (True, True), (True, False)):
+        decoder.packed = pack_decoder(decoder, "float32", seek)
+        found.append(s2s.generate(decoder, source, state, return_scores=scores, **options))
+    decoder.packed = None
+    return found
+
+
+def check_alike(all_logits, sought, alone):
+    for found in (sought, alone):
+        assert torch.equal(all_logits.tokens, found.tokens)
+        assert torch.equal(all_logits.lengths, found.lengths)
+        assert torch.equal(all_logits.finished, found.finished)
+    for name in ("log_probs", "scores"):
+        ours, want = getattr(sought, name), getattr(all_logits, name)
+        assert torch.equal(ours.nan_to_num(7), want.nan_to_num(7))
+        assert getattr(alone, name) is None
+    if all_logits.weights is not None:
+        assert torch.equal(all_logits.weights, sought.weights)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    options=st.fixed_dictionaries(
+        {
+            "max_length": st.integers(2, 30),
+            "min_length": st.integers(0, 2),
+            "length_penalty": st.sampled_from([0.0, 0.6]),
+            "no_repeat_ngram": st.integers(0, 2),
+            "max_length_ratio": st.sampled_from([None, 0.5, 1.3]),
+        }
+    ),
+    coverage_penalty=st.sampled_from([0.0, 0.4]),
+    P=st.sampled_from([0, 0, 2]),
+    B=st.sampled_from([1, 2, 3, 4, 5, 9]),
+    H=st.sampled_from([1, 7, 33, 64]),
+    V=st.sampled_from([MANY_TOKENS, V, 4096 + 5]),
+    size=st.sampled_from([0.1, 1.0, 8.0]),
+    seed=st.integers(0, 100),
+)
+def test_the_results_are_those_of_all_logits(
+    kind, options, coverage_penalty, P, B, H, V, size, seed
+):
+    model, src = make(kind, V, H, seed=seed, size=size), sources(B, 9, seed)
+    options = options | {
+        "coverage_penalty": coverage_penalty if kind[1] else 0.0,
+        "prefix": torch.randint(3, V, (B, P)) if P else None,
+        "return_weights": kind[1],
+    }
+    source, state = model.encode(src)
+    found = decoded(model.decoder, source, state, **options)
+    check_alike(*found)
+    if size < 8:  # and its hypotheses do not hang on the last bits
+        plain = model.generate(src, bos=BOS, eos=EOS, backend="reference", **options)
+        check_same(model, src, found[1], plain)
+
+
+def crowd(name, w, bias):
+    """Weights (V, K) among which the largest logit is hard to tell by bytes."""
+    g = torch.Generator().manual_seed(0)
+    if name == "alike":
+        w.copy_(w[:1].expand_as(w).clone())
+        bias.zero_()
+    elif name == "twins":  # of which the first one wins
+        w[500:] = w[: len(w) - 500].clone()
+        bias[500:] = bias[: len(bias) - 500].clone()
+    elif name == "neighbours":  # in the last bit
+        w.copy_(w[:1].expand_as(w).clone())
+        w.mul_(1 + torch.randint(-1, 2, w.shape, generator=g) * 2.0**-23)
+    elif name == "outliers":  # beside which all else rounds to zero
+        w[:, 0] = 1000 * (1 + torch.rand(len(w), generator=g) * 1e-3)
+    elif name == "lengths":
+        w.mul_(10 ** torch.linspace(-8, 3, len(w))[torch.randperm(len(w), generator=g), None])
+    elif name == "large":
+        w.mul_(1e25)
+    elif name == "tiny":
+        w.mul_(1e-36)
+        bias.zero_()
+    elif name == "zero":
+        w.zero_()
+        bias.zero_()
+    elif name == "biases":
+        bias.copy_(1e6 + torch.rand(len(w), generator=g))
+    elif name == "barred":
+        bias[torch.randperm(len(w), generator=g)[: len(w) // 2]] = -math.inf
+    elif name == "none":
+        bias.fill_(-math.inf)
+    elif name == "infinite":
+        w[7, 1] = math.inf
+    else:
+        bias[7] = math.nan
+
+
+CROWDS = ["alike", "twins", "neighbours", "outliers", "lengths", "large", "tiny", "zero", "biases",
+          "barred", "none", "infinite", "nan"]  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("name", CROWDS)
+@torch.no_grad()
+def test_crowded_logits(name, B):
+    model, src = make(V=V, H=40, seed=3, size=1.0), sources(B, 7)
+    fc_out = model.decoder.fc_out
+    crowd(name, fc_out.weight, fc_out.bias)
+    source, state = model.encode(src)
+    for options in ({}, {"no_repeat_ngram": 1}, {"min_length": 8}):
+        check_alike(*decoded(model.decoder, source, state, **options))
+
+
+@pytest.mark.parametrize("rounded", ["weights", "rows"])
+@torch.no_grad()
+def test_the_bound_is_needed_and_enough(rounded):
+    """Token 5 is the one by little, and token 9 by as much as rounding can hide: with nine tenths
+    of the bound it comes out."""
+    H, D, step = 8, 64, 1 / 127
+    decoder = s2s.Decoder(V, 6, H, 1, 0.0, cell_type="rnn", attention=False, encoder_dim=D).eval()
+    for p in decoder.parameters():
+        p.zero_()  # hidden states too
+    w, bias, context = decoder.fc_out.weight[:, H:], decoder.fc_out.bias, torch.ones(1, D)
+    if rounded == "weights":  # to nothing, and to one step
+        decoder.fc_out.weight[[5, 9], 0] = 1  # of 127 steps
+        w[5], w[9, : int(0.95 * D)] = 0.49 * step, 0.51 * step
+    else:
+        context[:, 1:] = 0.49 * step
+        w[5, 1:], w[9, 1:] = 1, -1
+        bias[9] = 1.9 * 0.49 * step * (D - 1)
+    state = s2s.DecoderState(torch.zeros(1, 1, H), None)
+    options = {"bos": BOS, "eos": EOS, "max_length": 1, "return_scores": False}
+    for part, token in ((1.0, 5), (0.9, 9)):
+        decoder.packed = pack_decoder(decoder, "float32")
+        decoder.packed.weights[BOUNDS].mul_(part)
+        assert s2s.generate(decoder, context, state, **options).tokens.tolist() == [[token]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, 1e38])
+@torch.no_grad()
+def test_a_row_that_is_not_finite(value):
+    """Its step makes all logits: the rows beside it are decoded as without it."""
+    model = make(("rnn", False, False), V=V, H=40, layers=1)
+    source, state = model.encode(sources(5, 7))
+    want = decoded(model.decoder, source, state)[1]
+    source = source.clone()
+    source[2] = value  # the context, which the readout sees
+    found = decoded(model.decoder, source, state)
+    check_alike(*found)
+    others = torch.arange(5) != 2
+    assert torch.equal(found[1].tokens[others], want.tokens[others])
+    assert torch.equal(found[1].log_probs[others], want.log_probs[others])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_batches_and_threads(threads):
+    """A source is decoded alike, alone and beside others that end earlier."""
+    model, src = make(V=V, H=64), sources(13, 9)
+    source, state = model.encode(src)
+    options = {"max_length": 40, "max_length_ratio": 3.0}
+    want = decoded(model.decoder, source, state, **options)[0]
+    assert want.lengths.unique().numel() > 4
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = decoded(model.decoder, source, state, **options)
+        check_alike(want, *together[1:])
+        for b in range(0, 13, 4):
+            row = torch.tensor([b])
+            one = stepwise.take_source(source, row), stepwise.take_state(state, row)
+            alone = decoded(model.decoder, *one, **options)
+            check_alike(*alone)
+            assert torch.equal(alone[1].log_probs[0], want.log_probs[b])
+            n = int(want.lengths[b])
+            assert torch.equal(alone[2].tokens[0], want.tokens[b, :n])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_packed():
+    """The seeking copies are there in float32 alone, and only of many tokens, all finite."""
+    decoder = make(V=V).decoder
+    matrix, scales, bounds, weights = pack_decoder(decoder, "float32").weights[MATRIX:]
+    assert matrix.dtype == torch.uint8 and len(matrix) == -(-V // 64)
+    assert bounds.shape == (3, len(matrix)) and torch.equal(weights, decoder.fc_out.weight)
+    whole = (matrix.double() - 128) * scales.double().view(-1, 1, 64, 1)
+    restored = whole.transpose(1, 2).reshape(-1, weights.shape[1] + -weights.shape[1] % 4)
+    rounded = (restored[:V, : weights.shape[1]] - weights).norm(dim=1)
+    assert (rounded <= bounds[0].repeat_interleave(64)[:V]).all()
+    assert (rounded.max() > 0.5 * bounds[0].max()).all()  # and it is not far from what it bounds
+    infinite = copy.deepcopy(decoder)
+    with torch.no_grad():
+        infinite.fc_out.weight[3, 3] = math.inf
+    for other, form in (
+        (decoder, ("bfloat16",)),
+        (decoder, ("int8",)),
+        (decoder, ("float32", False)),
+        (make(V=MANY_TOKENS - 1).decoder, ("float32",)),
+        (infinite, ("float32",)),
+    ):
+        assert all(w.numel() == 0 for w in pack_decoder(other, *form).weights[MATRIX:])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference", None])
+def test_without_scores(backend):
+    model, src = make(), sources(4, 5)
+    options = {"bos": BOS, "eos": EOS, "max_length": 6, "backend": backend}
+    found = model.generate(src, return_scores=False, **options)
+    assert found.log_probs is None and found.scores is None
+    assert torch.equal(found.tokens, model.generate(src, **options).tokens)
+    assert model.generate(src[:0], return_scores=False, **options).scores is None
+    if backend != "native":
+        drawn = model.generate(src, sample=True, return_scores=False, **options)
+        assert drawn.scores is None and drawn.tokens.shape[0] == 4
+    with pytest.raises(ValueError, match="return_scores: got False, expected True of beam search"):
+        model.generate(src, beam_size=2, return_scores=False, **options)
