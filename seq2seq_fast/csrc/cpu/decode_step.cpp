@@ -181,27 +181,25 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const Factor hidden_part(layer.hidden, apart ? rows : 0, state);
   const int64_t width = blocks * unit_;
   const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
-  parallel(layer.input.panels, work, [&](int64_t begin, int64_t end) {
+  const int64_t panels = layer.input.panels;
+  over_pieces(panels, work, rows, backwards_, [&](int64_t p) {
     alignas(64) float gates[kRowsTogether * kPanel];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p = backwards_ ? begin + end - 1 - i : i;
-      for (int64_t first = 0; first < rows; first += kRowsTogether) {
-        const int64_t n = std::min(kRowsTogether, rows - first);
-        for (int64_t m = 0; m < n; ++m) {
-          const float* from = layer.bias;
-          if (l == 0 && model_.gates_of_tokens != nullptr)
-            from = model_.gates_of_tokens + tokens_[first + m] * layer.input.panels * width;
-          std::copy_n(from + p * width, width, gates + m * width);
-        }
-        input.multiply(p, first, n, gates, width);
-        if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
-        for (int64_t m = 0; m < n; ++m) {
-          const int64_t at = (first + m) * Hp_ + p * unit_;
-          float* raw = gates + m * width;
-          loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
-                        unit_, raw, kBlock, hidden(next, l) + at,
-                        lstm_ ? cell(next, l) + at : nullptr);
-        }
+    for (int64_t first = 0; first < rows; first += kRowsTogether) {
+      const int64_t n = std::min(kRowsTogether, rows - first);
+      for (int64_t m = 0; m < n; ++m) {
+        const float* from = layer.bias;
+        if (l == 0 && model_.gates_of_tokens != nullptr)
+          from = model_.gates_of_tokens + tokens_[first + m] * panels * width;
+        std::copy_n(from + p * width, width, gates + m * width);
+      }
+      input.multiply(p, first, n, gates, width);
+      if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
+      for (int64_t m = 0; m < n; ++m) {
+        const int64_t at = (first + m) * Hp_ + p * unit_;
+        float* raw = gates + m * width;
+        loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
+                      unit_, raw, kBlock, hidden(next, l) + at,
+                      lstm_ ? cell(next, l) + at : nullptr);
       }
     }
   });

@@ -30,18 +30,16 @@ void LateLogProbs::flush() {
   const Buffer<Peak> peaks(n * chunks);
   const Buffer<float> chosen(n);
   const int64_t width = packed_.chunk_width();
-  parallel(chunks, packed_.chunk_panels * packed_.matrix.operations(n),
-           [&](int64_t begin, int64_t end) {
-             const Buffer<float> logits(n * width);
-             for (int64_t chunk = begin; chunk < end; ++chunk) {
-               packed_.logits_of(chunk, packed_.matrix, rows, n, logits, width);
-               for (int64_t i = 0; i < n; ++i) {
-                 peaks[i * chunks + chunk] = loops.peak(logits + i * width, packed_.count(chunk));
-                 const int64_t at = tokens_[i] - chunk * width;
-                 if (at >= 0 && at < width) chosen[i] = logits[i * width + at];
-               }
-             }
-           });
+  parallel_in_turns(
+      chunks, packed_.chunk_panels * packed_.matrix.operations(n), [&](int64_t chunk) {
+        const Buffer<float> logits(n * width);
+        packed_.logits_of(chunk, packed_.matrix, rows, n, logits, width);
+        for (int64_t i = 0; i < n; ++i) {
+          peaks[i * chunks + chunk] = loops.peak(logits + i * width, packed_.count(chunk));
+          const int64_t at = tokens_[i] - chunk * width;
+          if (at >= 0 && at < width) chosen[i] = logits[i * width + at];
+        }
+      });
   for (int64_t i = 0; i < n; ++i)
     sums_[sources_[i]] += Normaliser(peaks + i * chunks, chunks).log_prob(chosen[i]);
 }

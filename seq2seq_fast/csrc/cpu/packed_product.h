@@ -38,4 +38,16 @@ class Factor {
   const QuantisedRows quantised_;
 };
 
+constexpr int64_t kFewRows = 4;  // reading weights takes longer than multiplying rows by them
+
+// Calls f(i) for n pieces of a product of some rows. Few rows: each thread has the same weights
+// every time, maybe still in its cache, in either direction. More rows: in turns.
+template <typename F>
+void over_pieces(int64_t n, int64_t operations_each, int64_t rows, bool backwards, F f) {
+  if (rows > kFewRows) return parallel_in_turns(n, operations_each, f);
+  parallel(n, operations_each, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(backwards ? begin + end - 1 - i : i);
+  });
+}
+
 }  // namespace seq2seq_fast

@@ -6,7 +6,6 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kFewRows = 4;       // reading their weights takes longer than multiplying by them
 constexpr float kSlack = 1.001f;      // for sums of squares in float32
 constexpr float kUnderflow = 1e-28f;  // more than products of 2^16 tiny numbers can lose
 constexpr float kFurthest = 1e30f;    // numbers that no sum of theirs overflows
@@ -75,21 +74,19 @@ void Readout::run(int64_t rows, const Operand& hidden, const Operand& context, b
   const Matrix& by = sought_ ? packed_.screen : packed_.matrix;
   const Factor features(by, rows, hidden, context);
   if (sought_) std::copy_n(features.norms(0), 2 * rows, +norms_);
-  parallel(packed_.chunks, packed_.chunk_panels * by.operations(rows),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t chunk = begin; chunk < end; ++chunk) {
-               const int64_t v = chunk * packed_.chunk_width(), n = packed_.count(chunk);
-               packed_.logits_of(chunk, by, features, rows, logits_ + v, packed_.ld());
-               for (int64_t m = 0; m < rows; ++m) {
-                 Peak& peak = peaks_[m * packed_.chunks + chunk];
-                 if (sought_)
-                   peak.top = loops.top(logits(m) + v, n);
-                 else
-                   peak = loops.peak(logits(m) + v, n);
-               }
-               beside(chunk);
-             }
-           });
+  over_pieces(packed_.chunks, packed_.chunk_panels * by.operations(rows), rows, false,
+              [&](int64_t chunk) {
+                const int64_t v = chunk * packed_.chunk_width(), n = packed_.count(chunk);
+                packed_.logits_of(chunk, by, features, rows, logits_ + v, packed_.ld());
+                for (int64_t m = 0; m < rows; ++m) {
+                  Peak& peak = peaks_[m * packed_.chunks + chunk];
+                  if (sought_)
+                    peak.top = loops.top(logits(m) + v, n);
+                  else
+                    peak = loops.peak(logits(m) + v, n);
+                }
+                beside(chunk);
+              });
   for (int64_t m = 0; sought_ && m < rows; ++m)
     if (!decides(m)) return run(rows, hidden, context, false, [](int64_t) {});
 }
