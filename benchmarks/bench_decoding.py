@@ -188,7 +188,9 @@ def test_decoding(name, sizes, B, mode, dtype, compare):
 
 
 @pytest.mark.parametrize("B", [1, 16])
-@pytest.mark.parametrize(("name", "sizes"), [("tutorial model", TUTORIAL), ("G2P model", G2P)], ids=["tutorial", "G2P"])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("tutorial model", TUTORIAL), ("G2P model", G2P)], ids=["tutorial", "G2P"]
+)
 @torch.no_grad()
 def test_step(name, sizes, B, compare):
     V, S, _ = sizes.values()
