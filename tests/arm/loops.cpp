@@ -53,8 +53,9 @@ void quantised(int64_t count, int64_t rows, int64_t K, int64_t width) {
   for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);
   const std::vector<float> before = numbers(rows * width);
   std::vector<float> plain = before, own = before;
-  kLoopsDefault.bytes.panel(to, 0, rows, w.data(), width, scale.data(), plain.data(), width);
-  kBytesNeonDot.panel(to, 0, rows, w.data(), width, scale.data(), own.data(), width);
+  const auto onto = [&](std::vector<float>& x) { return Sums{x.data(), width, x.data(), width}; };
+  kLoopsDefault.bytes.panel(to, 0, rows, w.data(), width, scale.data(), onto(plain));
+  kBytesNeonDot.panel(to, 0, rows, w.data(), width, scale.data(), onto(own));
   compare("quantised_panel", own, {plain.begin(), plain.end()}, 0);
   std::vector<double> lengths(2 * rows);
   for (int64_t i = 0; i < rows; ++i)
@@ -79,7 +80,8 @@ void packed(int64_t rows, int64_t K, int64_t width) {
         want[i * width + j] += double{x[i * K + k]} * w[k * width + j];
   Operand operands[kOperands] = {};
   operands[0] = {x.data(), K, K};
-  kLoopsDefault.packed_panel(operands, 0, rows, w.data(), width, out.data(), width);
+  kLoopsDefault.packed_panel(operands, 0, rows, w.data(), width,
+                             {out.data(), width, out.data(), width});
   compare("packed_panel", out, want, 1e-4);
   // Columns of w as rows: the same sums, to the last bit
   std::vector<float> turned(width * K), before(width), dots(width);

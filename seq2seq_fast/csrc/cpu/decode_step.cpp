@@ -186,14 +186,19 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
     alignas(64) float gates[kRowsTogether * kPanel];
     for (int64_t first = 0; first < rows; first += kRowsTogether) {
       const int64_t n = std::min(kRowsTogether, rows - first);
-      for (int64_t m = 0; m < n; ++m) {
-        const float* from = layer.bias;
-        if (l == 0 && model_.gates_of_tokens != nullptr)
-          from = model_.gates_of_tokens + tokens_[first + m] * panels * width;
-        std::copy_n(from + p * width, width, gates + m * width);
+      Sums to = {layer.bias + p * width, 0, gates, width};
+      const bool of_tokens = l == 0 && model_.gates_of_tokens != nullptr;
+      if (of_tokens || apart) {  // rows begin differently, or neither part has all gates
+        for (int64_t m = 0; m < n; ++m) {
+          const float* from =
+              of_tokens ? model_.gates_of_tokens + tokens_[first + m] * panels * width : layer.bias;
+          std::copy_n(from + p * width, width, gates + m * width);
+        }
+        to = {gates, width, gates, width};
       }
-      input.multiply(p, first, n, gates, width);
-      if (apart) hidden_part.multiply(p, first, n, gates + width - layer.hidden.width, width);
+      input.multiply(p, first, n, to);
+      float* last = gates + width - layer.hidden.width;
+      if (apart) hidden_part.multiply(p, first, n, {last, width, last, width});
       for (int64_t m = 0; m < n; ++m) {
         const int64_t at = (first + m) * Hp_ + p * unit_;
         float* raw = gates + m * width;
@@ -219,10 +224,8 @@ void DecoderStep::query_all(int64_t rows) {
 
 void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
   const int64_t width = model_.query.width;
-  float* out = queries_ + panel * width;
-  for (int64_t m = 0; m < rows; ++m)
-    std::copy_n(model_.b_query + panel * width, width, out + m * query_ld_);
-  states.multiply(panel, 0, rows, out, query_ld_);
+  states.multiply(panel, 0, rows,
+                  {model_.b_query + panel * width, 0, queries_ + panel * width, query_ld_});
 }
 
 // The readout, and the next step's queries where they are of the same hidden states.

@@ -83,11 +83,23 @@ struct Peak {
 // Numbers that `dropout` makes at once.
 constexpr int64_t kDropoutBlock = 256;
 
+// Where sums go: out = init + sum, rows of them. init may be out; where it is one row, ld_init is
+// 0.
+struct Sums {
+  const float* init;
+  int64_t ld_init;
+  float* out;
+  int64_t ld;
+  Sums from(int64_t row, int64_t column) const {
+    return {init + row * ld_init + column, ld_init, out + row * ld + column, ld};
+  }
+};
+
 // What an instruction set has for products of bytes.
 struct Bytes {
   // As `packed_panel` of Loops, of kInt8.
   void (*panel)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
-                int64_t width, const float* scale, float* out, int64_t ldo);
+                int64_t width, const float* scale, const Sums& to);
   float digit;  // the largest where numbers have one: two products must fit where they are added
   bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
 };
@@ -173,12 +185,12 @@ struct Loops {
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,
                   float* dgates);
 
-  // out (rows, width), ldo apart, += [operands side by side] w, from their row `first` on; w is a
-  // panel of floats, of bfloat16 or of kInt8.
+  // (rows, width) = [operands side by side] w, from their row `first` on; w is a panel of floats,
+  // of bfloat16 or of kInt8.
   void (*packed_panel)(const Operand* operands, int64_t first, int64_t rows, const float* w,
-                       int64_t width, float* out, int64_t ldo);
+                       int64_t width, const Sums& to);
   void (*packed_panel_half)(const Operand* operands, int64_t first, int64_t rows, const uint16_t* w,
-                            int64_t width, float* out, int64_t ldo);
+                            int64_t width, const Sums& to);
   Bytes bytes;
   // One row of [operands side by side], into the same row of x.
   void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);

@@ -29,7 +29,7 @@ S2S_INLINE Vec load_weights(const uint16_t* p) {  // bfloat16, the upper half of
 // share what is read, a line for each k is asked for from `ahead` on, into the second level.
 template <typename W, int M, int N>
 S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, int64_t width,
-                            const char* ahead, float* out, int64_t ldo) {
+                            const char* ahead, const Sums& to) {
   Vec acc[M][N] = {};
   for (int s = 0; s < kOperands; ++s) {
     const int64_t ld = operands[s].ld, K = operands[s].K;
@@ -48,22 +48,21 @@ S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, in
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      float* to = out + i * ldo + j * kVec;
-      store(to, load(to) + acc[i][j]);
+      const Vec init = load(to.init + i * to.ld_init + j * kVec);
+      store(to.out + i * to.ld + j * kVec, init + acc[i][j]);
     }
 }
 
 template <typename W>
 S2S_INLINE void packed_panel_of(const Operand* operands, int64_t first, int64_t rows, const W* w,
-                                int64_t width, float* out, int64_t ldo) {
+                                int64_t width, const Sums& to) {
   int64_t K = 0;
   for (int s = 0; s < kOperands; ++s) K += operands[s].K;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, K, width * sizeof(W));
     over_rows<kRowsByBlock>(rows, [&]<int M>() S2S_LAMBDA {
-      packed_tile<W, M, N>(operands, first + row, w + at, width, ahead.next(), out + row * ldo + at,
-                           ldo);
+      packed_tile<W, M, N>(operands, first + row, w + at, width, ahead.next(), to.from(row, at));
       row += M;
     });
   });
@@ -74,12 +73,12 @@ void unpack(const uint16_t* w, int64_t n, float* out) {
 }
 
 void packed_panel(const Operand* operands, int64_t first, int64_t rows, const float* w,
-                  int64_t width, float* out, int64_t ldo) {
-  packed_panel_of(operands, first, rows, w, width, out, ldo);
+                  int64_t width, const Sums& to) {
+  packed_panel_of(operands, first, rows, w, width, to);
 }
 void packed_panel_half(const Operand* operands, int64_t first, int64_t rows, const uint16_t* w,
-                       int64_t width, float* out, int64_t ldo) {
-  packed_panel_of(operands, first, rows, w, width, out, ldo);
+                       int64_t width, const Sums& to) {
+  packed_panel_of(operands, first, rows, w, width, to);
 }
 
 // kTogether sums at a time, as each waits for its own last addition.
@@ -104,10 +103,16 @@ void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, cons
 
 // Whether any lane is set, of the result of a comparison.
 S2S_INLINE bool any_of(const VecInt& lanes) {
+#if defined(S2S_INTRINSICS) && S2S_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif defined(S2S_INTRINSICS)
+  return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
   uint64_t words[sizeof(VecInt) / 8], any = 0;
   std::memcpy(words, &lanes, sizeof lanes);
   for (const uint64_t word : words) any |= word;
   return any != 0;
+#endif
 }
 
 float top(const float* x, int64_t n) {

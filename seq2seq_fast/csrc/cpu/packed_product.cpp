@@ -56,22 +56,22 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
   });
 }
 
-void Factor::multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const {
+void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const {
   const int64_t K = matrix_.K, width = matrix_.width;
   const auto panel = [&]<typename W>() {
     return static_cast<const W*>(matrix_.data.data_ptr()) + i * K * width;
   };
   const auto as_floats = [&](const float* w) {
-    loops.packed_panel(operands_, first, rows, w, width, out, ldo);
+    loops.packed_panel(operands_, first, rows, w, width, to);
   };
   if (matrix_.type == Weights::kInt8) {
     loops.bytes.panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
-                      floats(matrix_.scales) + i * width, out, ldo);
+                      floats(matrix_.scales) + i * width, to);
   } else if (matrix_.type == Weights::kFloat) {
     as_floats(panel.template operator()<float>());
   } else if (rows < kLeastUnpacked) {
     loops.packed_panel_half(operands_, first, rows, panel.template operator()<uint16_t>(), width,
-                            out, ldo);
+                            to);
   } else {
     Buffer<float> unpacked(K * width);
     loops.unpack(panel.template operator()<uint16_t>(), K * width, unpacked);

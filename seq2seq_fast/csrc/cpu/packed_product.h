@@ -24,8 +24,8 @@ struct Matrix {
 class Factor {
  public:
   Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {});
-  // out (rows, width), ldo apart, += rows from `first` on times panel i
-  void multiply(int64_t i, int64_t first, int64_t rows, float* out, int64_t ldo) const;
+  // (rows, width) = rows from `first` on times panel i
+  void multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const;
   // Of kInt8: Euclidean norms of a row and of what rounding took from it.
   const float* norms(int64_t row) const { return norms_ + 2 * row; }
 

@@ -48,7 +48,7 @@ S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
 // M rows, of numbers of C digits, by N vectors of a panel's columns.
 template <int C, int M, int N>
 S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_t* w, int64_t width,
-                               const float* scale, const char* ahead, float* out, int64_t ldo) {
+                               const float* scale, const char* ahead, const Sums& to) {
   const int8_t* digits = x.digits + row * C * x.ld;
   VecInt acc[M][C][N];
 #pragma GCC unroll 6
@@ -75,33 +75,33 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      float* to = out + i * ldo + j * kVec;
       Vec sum = __builtin_convertvector(acc[i][0][j], Vec);
       if constexpr (C == 2) sum = 128.f * sum + __builtin_convertvector(acc[i][1][j], Vec);
-      store(to, load(to) + x.scales[row + i] * load(scale + j * kVec) * sum);
+      const Vec init = load(to.init + i * to.ld_init + j * kVec);
+      store(to.out + i * to.ld + j * kVec, init + x.scales[row + i] * load(scale + j * kVec) * sum);
     }
 }
 
 template <int C>
 S2S_INLINE void quantised_panel_of(const QuantisedRows& x, int64_t first, int64_t rows,
-                                   const uint8_t* w, int64_t width, const float* scale, float* out,
-                                   int64_t ldo) {
+                                   const uint8_t* w, int64_t width, const float* scale,
+                                   const Sums& to) {
   constexpr int kMost = (kRegisters == 32 ? 6 : 4) / C;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, x.K / 4, 4 * width);
     over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
       quantised_tile<C, M, N>(x, first + row, w + 4 * at, width, scale + at, ahead.next(),
-                              out + row * ldo + at, ldo);
+                              to.from(row, at));
       row += M;
     });
   });
 }
 
 void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
-                     int64_t width, const float* scale, float* out, int64_t ldo) {
-  x.count == 2 ? quantised_panel_of<2>(x, first, rows, w, width, scale, out, ldo)
-               : quantised_panel_of<1>(x, first, rows, w, width, scale, out, ldo);
+                     int64_t width, const float* scale, const Sums& to) {
+  x.count == 2 ? quantised_panel_of<2>(x, first, rows, w, width, scale, to)
+               : quantised_panel_of<1>(x, first, rows, w, width, scale, to);
 }
 
 // Instructions that add two products in 16 bits take digits of 7 bits.

@@ -37,10 +37,8 @@ PackedReadout::PackedReadout(const Tensor* x, int64_t V)
 void PackedReadout::logits_of(int64_t chunk, const Matrix& by, const Factor& rows, int64_t n,
                               float* out, int64_t ld) const {
   const int64_t width = by.width, first = chunk * chunk_panels;
-  for (int64_t p = first; p < std::min(by.panels, first + chunk_panels); ++p, out += width) {
-    for (int64_t m = 0; m < n; ++m) std::copy_n(bias + p * width, width, out + m * ld);
-    rows.multiply(p, 0, n, out, ld);
-  }
+  for (int64_t p = first; p < std::min(by.panels, first + chunk_panels); ++p, out += width)
+    rows.multiply(p, 0, n, {bias + p * width, 0, out, ld});
 }
 
 Normaliser::Normaliser(const Peak* peaks, int64_t chunks) : top(-INFINITY), log_sum(0) {
