@@ -16,6 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
+PART = 1024  # of which the bounds are made at once, in float64
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
 
 
@@ -158,15 +159,19 @@ def pack_screen(linear: nn.Linear, seek: bool) -> list[Tensor]:
     if not (seek and V >= MANY_TOKENS and K <= MOST_FEATURES and finite):
         nothing = w.new_empty(0)
         return [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), nothing, nothing]
+    parts = [_bounds(*rows) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
+    bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
+    return [*pack_matrix(w, 1, torch.int8), bounds, w]
+
+
+def _bounds(w: Tensor, bias: Tensor) -> Tensor:
+    """(3, N), of each row of w (N, K): how far a product by its bytes can be from that by floats,
+    for a left factor of norm 1; the norm of the bytes; the rounding of the bias."""
     unit = 2.0**-24  # of float32's rounding
     whole, scale = rounded_to_bytes(w)
     exact = scale.double() * whole
     of_bytes, of_w = exact.norm(dim=1), w.double().norm(dim=1)
-    bounds = torch.stack([
-        # Sums of K products, each rounded, and the few roundings of digits and of scales.
-        (w - exact).norm(dim=1) + (K + 8) * unit * (of_w + of_bytes),
-        of_bytes,
-        2 * unit * bias.abs().masked_fill(bias == -torch.inf, 0),
-    ])  # fmt: skip
-    bounds = F.pad(bounds, (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    return [*pack_matrix(w, 1, torch.int8), bounds.float(), w]
+    # Sums of K products, each rounded, and the few roundings of digits and of scales.
+    rounded = (w - exact).norm(dim=1) + (w.shape[1] + 8) * unit * (of_w + of_bytes)
+    of_bias = 2 * unit * bias.abs().masked_fill(bias == -torch.inf, 0)
+    return torch.stack([rounded, of_bytes, of_bias]).float()
