@@ -31,8 +31,9 @@ class PackedDecoder(NamedTuple):
 def pack_decoder(decoder: "Decoder", dtype: str, seek: bool = True) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
-    In float32 a large vocabulary's readout is there twice more where `seek`: rounded to bytes, by
-    which greedy decoding seeks the most probable token, and row by row, by which it decides.
+    In float32 and bfloat16 a large vocabulary's readout is there twice more where `seek`: rounded
+    to bytes, by which greedy decoding seeks the most probable token, and row by row, by which it
+    decides.
 
     Embedding, biases and v stay float32, as do the gates that few tokens have beforehand. bfloat16
     is rounded to nearest and summed up in float32. int8 has one scale for each output of a
@@ -103,7 +104,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool = True) -> list[Ten
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
-    return packed + pack_screen(decoder.fc_out, seek and dtype == torch.float32)
+    return packed + pack_screen(decoder.fc_out, dtype if seek else torch.int8)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -149,19 +150,21 @@ def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale).round(), scale
 
 
-def pack_screen(linear: nn.Linear, seek: bool) -> list[Tensor]:
+def pack_screen(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
     """What csrc/cpu/readout.h seeks the most probable token with: matrix and scales of int8; the
-    bounds (3, P), largest of each panel's columns; the weights (V, K). All empty where it is not
-    sought: not wanted, few tokens, or weights that are not finite."""
+    bounds (3, P), largest of each panel's columns; the weights (V, K) in dtype. All empty where it
+    is not sought: weights of int8, few tokens, or weights that are not finite."""
     w, bias = linear.weight.detach(), linear.bias.detach()
+    if dtype != torch.int8:
+        w = w.to(dtype).to(w.dtype)
     V, K = w.shape
     finite = bool(w.isfinite().all()) and bool((bias < torch.inf).all())
-    if not (seek and V >= MANY_TOKENS and K <= MOST_FEATURES and finite):
+    if not (dtype != torch.int8 and V >= MANY_TOKENS and K <= MOST_FEATURES and finite):
         nothing = w.new_empty(0)
         return [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), nothing, nothing]
     parts = [_bounds(*rows) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    return [*pack_matrix(w, 1, torch.int8), bounds, w]
+    return [*pack_matrix(w, 1, torch.int8), bounds, w.to(dtype)]
 
 
 def _bounds(w: Tensor, bias: Tensor) -> Tensor:

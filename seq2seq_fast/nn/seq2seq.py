@@ -166,9 +166,9 @@ class Seq2Seq(nn.Module):
         `.data` are not seen.) On a GPU `generate` keeps what it needs by itself, and this does no
         more than make it ready.
 
-        In float32 the readout of a large vocabulary is kept three times, in floats twice and in
-        bytes: greedy decoding then reads the bytes, and the floats of the few tokens that those
-        leave in question. The result is the same, bit for bit.
+        But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
+        in bytes: greedy decoding then reads the bytes, and of the dtype's numbers those of the few
+        tokens that the bytes leave in question. The result is the same, bit for bit.
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the

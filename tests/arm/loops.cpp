@@ -94,6 +94,18 @@ void packed(int64_t rows, int64_t K, int64_t width) {
   kLoopsDefault.dots(operands, 0, turned.data(), K, places.data(), width, before.data(),
                      dots.data());
   compare("dots", dots, {out.begin(), out.begin() + width}, 0);
+  // Of bfloat16, the upper halves
+  std::vector<uint16_t> halves(K * width), turned_halves(K * width);
+  for (int64_t i = 0; i < K * width; ++i) {
+    uint32_t bits[2];
+    std::memcpy(&bits[0], &w[i], 4), std::memcpy(&bits[1], &turned[i], 4);
+    halves[i] = bits[0] >> 16, turned_halves[i] = bits[1] >> 16;
+  }
+  kLoopsDefault.packed_panel_half(operands, 0, 1, halves.data(), width,
+                                  {start.data(), width, out.data(), width});
+  kLoopsDefault.dots_half(operands, 0, turned_halves.data(), K, places.data(), width, before.data(),
+                          dots.data());
+  compare("dots_half", dots, {out.begin(), out.begin() + width}, 0);
 }
 
 }  // namespace

@@ -200,6 +200,8 @@ struct Loops {
   // `packed_panel` makes. Row i is places[i] of w, rows that are ld apart.
   void (*dots)(const Operand* operands, int64_t row, const float* w, int64_t ld,
                const int32_t* places, int64_t n, const float* bias, float* out);
+  void (*dots_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+                    const int32_t* places, int64_t n, const float* bias, float* out);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
   // The largest of x, of which none is NaN.

@@ -40,6 +40,7 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          quantise,
                          unpack,
                          dots,
+                         dots_half,
                          peak,
                          top,
                          above};

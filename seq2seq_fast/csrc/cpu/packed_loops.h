@@ -81,12 +81,31 @@ void packed_panel_half(const Operand* operands, int64_t first, int64_t rows, con
   packed_panel_of(operands, first, rows, w, width, to);
 }
 
+S2S_INLINE float one_weight(float w) { return w; }
+S2S_INLINE float one_weight(uint16_t w) {
+  const uint32_t bits = uint32_t{w} << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// acc + x w, rounded once where the compiler makes vectors' multiplications and additions one. By
+// name, since it parts them where it finds several steps of such a sum to multiply at once.
+S2S_INLINE float add_product(float acc, float x, float w) {
+#if defined(S2S_INTRINSICS) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(x, w, acc);
+#else
+  return acc + x * w;
+#endif
+}
+
 // kTogether sums at a time, as each waits for its own last addition.
-void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, const int32_t* places,
-          int64_t n, const float* bias, float* out) {
+template <typename W>
+S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
+                        const int32_t* places, int64_t n, const float* bias, float* out) {
   constexpr int kTogether = 8;
   for (int64_t first = 0; first < n; first += kTogether) {
-    const float* from[kTogether];
+    const W* from[kTogether];
     float acc[kTogether] = {};
     const auto place = [&](int i) { return places[first + i < n ? first + i : n - 1]; };
     for (int i = 0; i < kTogether; ++i) from[i] = w + place(i) * ld;
@@ -94,11 +113,21 @@ void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, cons
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
       for (int64_t k = 0; k < K; ++k)
-        for (int i = 0; i < kTogether; ++i) acc[i] += x[k] * from[i][k];
+        for (int i = 0; i < kTogether; ++i)
+          acc[i] = add_product(acc[i], x[k], one_weight(from[i][k]));
       for (int i = 0; i < kTogether; ++i) from[i] += K;
     }
     for (int i = 0; i < kTogether && first + i < n; ++i) out[first + i] = bias[place(i)] + acc[i];
   }
+}
+
+void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, const int32_t* places,
+          int64_t n, const float* bias, float* out) {
+  dots_of(operands, row, w, ld, places, n, bias, out);
+}
+void dots_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+               const int32_t* places, int64_t n, const float* bias, float* out) {
+  dots_of(operands, row, w, ld, places, n, bias, out);
 }
 
 // Whether any lane is set, of the result of a comparison.

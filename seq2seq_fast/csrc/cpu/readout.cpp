@@ -16,7 +16,7 @@ PackedReadout::PackedReadout(const Tensor* x, int64_t V)
     : matrix(x[0], x[1]),
       bias(floats(x[2])),
       screen(x[3], x[4], 1),
-      weights(floats(x[6])),
+      weights(x[6].data_ptr()),
       V(V),
       chunk_panels(matrix.panels >= 64 ? 4 : 1),
       chunks((matrix.panels + chunk_panels - 1) / chunk_panels),
@@ -25,7 +25,8 @@ PackedReadout::PackedReadout(const Tensor* x, int64_t V)
   if (panels == 0) return;
   STD_TORCH_CHECK(panels == matrix.panels && screen.width == matrix.width &&
                       screen.K == round_up(matrix.K, 4) && x[5].numel() == kBounds * panels &&
-                      x[6].numel() == V * matrix.K,
+                      x[6].numel() == V * matrix.K && x[6].is_contiguous() &&
+                      x[6].scalar_type() == x[0].scalar_type() && matrix.type != Weights::kInt8,
                   "expected int8, bounds and rows of the readout's weights");
   for (int64_t p = 0; p < panels; ++p)
     for (int i = 0; i < kBounds; ++i) {
@@ -39,6 +40,15 @@ void PackedReadout::logits_of(int64_t chunk, const Matrix& by, const Factor& row
   const int64_t width = by.width, first = chunk * chunk_panels;
   for (int64_t p = first; p < std::min(by.panels, first + chunk_panels); ++p, out += width)
     rows.multiply(p, 0, n, {bias + p * width, 0, out, ld});
+}
+
+void PackedReadout::logits_at(const Operand* operands, int64_t row, const int32_t* tokens,
+                              int64_t n, float* out) const {
+  if (matrix.type == Weights::kFloat)
+    loops.dots(operands, row, static_cast<const float*>(weights), matrix.K, tokens, n, bias, out);
+  else
+    loops.dots_half(operands, row, static_cast<const uint16_t*>(weights), matrix.K, tokens, n, bias,
+                    out);
 }
 
 Normaliser::Normaliser(const Peak* peaks, int64_t chunks) : top(-INFINITY), log_sum(0) {
@@ -145,8 +155,7 @@ int32_t Readout::find(int64_t m) const {
   }
   if (left.size() == 1) return left[0];
   std::vector<float> exact(left.size());
-  loops.dots(operands_, m, packed_.weights, packed_.matrix.K, left.data(),
-             static_cast<int64_t>(left.size()), packed_.bias, exact.data());
+  packed_.logits_at(operands_, m, left.data(), static_cast<int64_t>(left.size()), exact.data());
   return left[std::max_element(exact.begin(), exact.end()) - exact.begin()];
 }
 

@@ -19,14 +19,14 @@ namespace seq2seq_fast {
 
 // The tensors that come from Python: matrix, scales and bias; what the most probable token is
 // sought with, empty where it is not: matrix and scales of int8, bounds (kBounds, panels), the
-// largest of each panel's columns, and the weights (V, K).
+// largest of each panel's columns, and the weights (V, K), of the matrix' type.
 struct PackedReadout {
   enum Bound { kRounded, kOfBytes, kOfBias, kBounds };  // |r| and rounding; |w'|; rounding again
   static constexpr int kTensors = 7;
   Matrix matrix;
   const float* bias;
   Matrix screen;
-  const float* weights;
+  const void* weights;
   int64_t V, chunk_panels, chunks;                 // chunks of so many panels
   std::vector<std::array<float, kBounds>> bounds;  // of each chunk
   PackedReadout(const Tensor* tensors, int64_t V);
@@ -39,6 +39,9 @@ struct PackedReadout {
   // Logits of a chunk of n rows, ld apart, by `matrix` or by `screen`, whose left factor it takes.
   void logits_of(int64_t chunk, const Matrix& by, const Factor& rows, int64_t n, float* out,
                  int64_t ld) const;
+  // Logits of n tokens in a row [operands side by side].
+  void logits_at(const Operand* operands, int64_t row, const int32_t* tokens, int64_t n,
+                 float* out) const;
 };
 
 // What makes logits log-probabilities, in the two roundings of torch's log_softmax.
