@@ -83,8 +83,7 @@ struct Peak {
 // Numbers that `dropout` makes at once.
 constexpr int64_t kDropoutBlock = 256;
 
-// Where sums go: out = init + sum, rows of them. init may be out; where it is one row, ld_init is
-// 0.
+// Where sums go: out = init + sum, rows of them. init may be out, or one row with an ld_init of 0.
 struct Sums {
   const float* init;
   int64_t ld_init;
