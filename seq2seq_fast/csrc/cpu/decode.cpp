@@ -76,7 +76,10 @@ class Engine {
       const auto rows = static_cast<int64_t>(live_.size());
       step_.run(live_, greedy_ && step_.readout().seeks(rows, o_.keep_scores));
       keep_weights();
-      if (scores_come_late()) late_.make_room(rows);
+      if (scores_come_late())
+        late_.make_room(rows);
+      else
+        late_.flush();  // sums go on in the order of steps
       parallel(static_cast<int64_t>(going.size()), o_.beam_size * (model_.V / 4 + 1000),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) go_on(going[i]);
