@@ -104,7 +104,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool = True) -> list[Ten
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
-    return packed + pack_screen(decoder.fc_out, dtype if seek else torch.int8)
+    return packed + pack_screen(decoder.fc_out, dtype, seek and dtype != torch.int8)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -150,18 +150,17 @@ def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale).round(), scale
 
 
-def pack_screen(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
+def pack_screen(linear: nn.Linear, dtype: torch.dtype, wanted: bool) -> list[Tensor]:
     """What csrc/cpu/readout.h seeks the most probable token with: matrix and scales of int8; the
     bounds (3, P), largest of each panel's columns; the weights (V, K) in dtype. All empty where it
-    is not sought: weights of int8, few tokens, or weights that are not finite."""
-    w, bias = linear.weight.detach(), linear.bias.detach()
-    if dtype != torch.int8:
-        w = w.to(dtype).to(w.dtype)
-    V, K = w.shape
-    finite = bool(w.isfinite().all()) and bool((bias < torch.inf).all())
-    if not (dtype != torch.int8 and V >= MANY_TOKENS and K <= MOST_FEATURES and finite):
-        nothing = w.new_empty(0)
-        return [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), nothing, nothing]
+    is not sought: not wanted, few tokens, or weights that are not finite."""
+    w, bias, (V, K) = linear.weight.detach(), linear.bias.detach(), linear.weight.shape
+    nothing = [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), w.new_empty(0), w.new_empty(0)]
+    if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
+        return nothing
+    w = w.to(dtype).to(w.dtype)
+    if not (w.isfinite().all() and (bias < torch.inf).all()):
+        return nothing
     parts = [_bounds(*rows) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
     return [*pack_matrix(w, 1, torch.int8), bounds, w.to(dtype)]
