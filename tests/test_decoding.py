@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from decoding_models import BOS, EOS, KINDS, V_SRC, check_same, make, rescored, sources
+from decoding_models import BOS, EOS, KINDS, PROJECT, V_SRC, check_same, make, rescored, sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +44,14 @@ OPTIONS = st.fixed_dictionaries(
     layers=st.integers(1, 3),
     V=st.sampled_from([5, 11, 64, 130, FEW_TOKENS, FEW_TOKENS + 1]),
     seed=st.integers(0, 100),
+    project_values=st.booleans(),
 )
 def test_the_engine_decodes_as_plain_pytorch_does(
-    kind, options, coverage_penalty, P, B, S, H, layers, V, seed
+    kind, options, coverage_penalty, P, B, S, H, layers, V, seed, project_values
 ):
     model, src = make(kind, V, H, layers, seed), sources(B, S, seed)
+    if project_values and kind in PROJECT:
+        model.prepare_inference(project_values=True)
     if not kind[1]:
         coverage_penalty, options = 0.0, options | {"return_weights": False}
     options = options | {
@@ -84,10 +87,15 @@ def test_ten_thousand_rows_have_the_reference_s_tokens():
     assert rows == 10_000 and differing < 10
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind):
+@pytest.mark.parametrize(
+    ("kind", "project_values"),
+    [(kind, False) for kind in KINDS] + [(kind, True) for kind in PROJECT],
+    ids=str,
+)
+def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values):
     """Bit for bit, from what an encoder made of it."""
     model, src = make(kind, V=70, H=40), sources(67, 7)
+    model.prepare_inference(project_values=project_values)
     source, state = model.encode(src)
     for options in ({}, {"beam_size": 4, "n_best": 4, "length_penalty": 1.0}):
         options |= {"bos": BOS, "eos": EOS, "max_length": 12, "backend": "native"}
@@ -443,6 +451,19 @@ def test_int8_and_any_size_of_what_it_multiplies(size):
     torch.testing.assert_close(ours, want.log_softmax(1).float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", PROJECT, ids=str)
+@pytest.mark.parametrize("V", [70, FEW_TOKENS + 18])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_projected_values_are_another_order_of_sums(dtype, V, kind):
+    """In float32; with reduced weights too, but for int8's scales, which then are others."""
+    model, src = make(kind, V=V, H=33), sources(9, 7)
+    source, state = model.encode(src)
+    want = first_log_probs(model.prepare_inference(dtype), source, state)
+    ours = first_log_probs(model.prepare_inference(dtype, project_values=True), source, state)
+    assert not torch.equal(ours, want)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=0.1 if dtype == "int8" else 1e-3)
+
+
 def reduced_layers(decoder):
     """Weights of each layer, but for those of few tokens' embeddings, whose gates are float32."""
     layers = [layer[:2] for layer in decoder.layers.all_weights]
@@ -493,7 +514,7 @@ def test_packed_panels_hold_the_matrix():
 def test_packed_weights_lie_side_by_side(dtype):
     decoder = make(KINDS[2]).decoder
     with torch.no_grad():
-        apart = packing._pack(decoder, packing.DTYPES[dtype])
+        apart = packing._pack(decoder, packing.DTYPES[dtype], True, False)
     together = pack_decoder(decoder, dtype).weights
     assert len({w.untyped_storage().data_ptr() for w in together}) == 1
     end = 0
@@ -504,8 +525,9 @@ def test_packed_weights_lie_side_by_side(dtype):
             end = b.data_ptr() + b.nbytes
 
 
-def test_prepared_weights_follow_the_parameters():
-    model, src = make().prepare_inference(), sources(5, 6)
+@pytest.mark.parametrize("project_values", [False, True])
+def test_prepared_weights_follow_the_parameters(project_values):
+    model, src = make().prepare_inference(project_values=project_values), sources(5, 6)
     names = set(model.state_dict())
     options = {"bos": BOS, "eos": EOS, "max_length": 8}
     before = model.generate(src, **options)
@@ -515,7 +537,8 @@ def test_prepared_weights_follow_the_parameters():
     with torch.no_grad():
         model.decoder.fc_out.weight.mul_(-1)
     after = model.generate(src, **options)
-    assert model.decoder.packed is not kept and model.decoder.packed.dtype == "float32"
+    assert model.decoder.packed is not kept
+    assert model.decoder.packed[1:] == ("float32", packing.state_of(model.decoder), project_values)
     assert torch.equal(after.tokens, model.generate(src, backend="reference", **options).tokens)
     model.load_state_dict(make().state_dict())
     assert torch.equal(model.generate(src, **options).tokens, before.tokens)
@@ -672,4 +695,7 @@ def test_other_bad_input_is_refused():
         model.prepare_inference("int4")
     with pytest.raises(ValueError, match="decoder: is torch.float64"):
         make().double().prepare_inference()
+    for kind, what in ((KINDS[1], "with query_after"), (KINDS[5], "without attention")):
+        with pytest.raises(ValueError, match=f"project_values: got True, .* {what}"):
+            make(kind).prepare_inference(project_values=True)
     assert model.decoder.packed is None

@@ -70,7 +70,7 @@ def generate(
     return found if asked.return_scores else found._replace(log_probs=None, scores=None)
 
 
-def prepare_inference(decoder: "Decoder", dtype: str) -> None:
+def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = False) -> None:
     """See `Seq2Seq.prepare_inference`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
@@ -83,9 +83,14 @@ def prepare_inference(decoder: "Decoder", dtype: str) -> None:
     if weight.is_cuda:
         if dtype != "float32":
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' on {weight.device}")
+        if project_values:
+            raise ValueError(f"project_values: got True, expected False on {weight.device}")
         graphed.prepare(decoder)
-    else:
-        decoder.packed = pack_decoder(decoder, dtype)
+        return
+    if project_values and (decoder.attention is None or decoder.query_after):
+        what = "without attention" if decoder.attention is None else "with query_after"
+        raise ValueError(f"project_values: got True, expected False of a decoder {what}")
+    decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
 
 def _packed(decoder: "Decoder") -> PackedDecoder:
@@ -94,7 +99,8 @@ def _packed(decoder: "Decoder") -> PackedDecoder:
     if kept is None:
         return pack_decoder(decoder, "float32", seek=False)  # which takes longer than it saves
     if kept.state != state_of(decoder):
-        kept = decoder.packed = pack_decoder(decoder, kept.dtype)
+        again = pack_decoder(decoder, kept.dtype, project_values=kept.projects_values)
+        kept = decoder.packed = again
     return kept
 
 

@@ -26,9 +26,12 @@ class PackedDecoder(NamedTuple):
     weights: list[Tensor]  # in the order of PackedDecoder in csrc/cpu/decode_step.h
     dtype: str
     state: tuple
+    projects_values: bool
 
 
-def pack_decoder(decoder: "Decoder", dtype: str, seek: bool = True) -> PackedDecoder:
+def pack_decoder(
+    decoder: "Decoder", dtype: str, seek: bool = True, project_values: bool = False
+) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
     In float32 and bfloat16 a large vocabulary's readout is there twice more where `seek`: rounded
@@ -39,11 +42,14 @@ def pack_decoder(decoder: "Decoder", dtype: str, seek: bool = True) -> PackedDec
     is rounded to nearest and summed up in float32. int8 has one scale for each output of a
     product: w = scale * whole number, scale = max |w| / 127. It is multiplied in whole numbers, by
     rows rounded to 14 bits: x = max |x| / 8191 * whole number.
+
+    Where `project_values`, the first layer's weights of the context are apart, and a step has no
+    product with them; see `Seq2Seq.prepare_inference`.
     """
     state = state_of(decoder)
     with torch.no_grad():
-        weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek))
-    return PackedDecoder(weights, dtype, state)
+        weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
+    return PackedDecoder(weights, dtype, state, project_values)
 
 
 def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
@@ -82,11 +88,15 @@ def _named(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
     return [getattr(module, name) if (p := kept.get(name)) is None else p for name in names]
 
 
-def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool = True) -> list[Tensor]:
+def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool) -> list[Tensor]:
     H, kind = decoder.layers.hidden_size, decoder.cell_type
     layers, E = _weights_of(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
     like = decoder.fc_out.weight
     nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
+    context = nothing
+    if project_values:
+        context = pack_matrix(layers[0][:, E:], len(layers[0]) // H, dtype)
+        layers[0] = layers[0][:, :E]
     if decoder.output_dim <= FEW_TOKENS:
         packed = [_gates_of_tokens(decoder, layers[0][:, :E], layers[2])]
         layers[0] = layers[0][:, E:]
@@ -96,13 +106,15 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool = True) -> list[Ten
         w_input, w_hidden, bias = layers[i : i + 3]
         blocks = len(bias) // H
         if kind == "gru":  # its n has a part of each that must not be added up
-            packed += [*pack_matrix(w_input, 3, dtype), *pack_matrix(w_hidden, 3, dtype)]
+            packed += pack_matrix(w_input, 3, dtype) if w_input.shape[1] > 0 else nothing
+            packed += pack_matrix(w_hidden, 3, dtype)
         else:
             both = torch.cat([w_input, w_hidden], 1)
             packed += [*pack_matrix(both, blocks, dtype), *nothing]
         packed.append(pack_rows(bias[:, None], blocks).flatten())
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
+    packed += context
     packed += _pack_linear(decoder.fc_out, dtype)
     return packed + pack_screen(decoder.fc_out, dtype, seek and dtype != torch.int8)
 

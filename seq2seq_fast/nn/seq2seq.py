@@ -158,7 +158,9 @@ class Seq2Seq(nn.Module):
         source, state = self.encode(src)
         return decoding.score(self.decoder, source, state, trg, eos=eos)
 
-    def prepare_inference(self, dtype: str = "float32") -> "Seq2Seq":
+    def prepare_inference(
+        self, dtype: str = "float32", *, project_values: bool = False
+    ) -> "Seq2Seq":
         """Keeps the decoder's weights packed for `generate`, which else packs them at every call.
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
@@ -173,13 +175,20 @@ class Seq2Seq(nn.Module):
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
                 weights are kept, while sums stay float32: less to read, and less exact.
+            project_values: multiply each source's values by the first layer's weights of the
+                context once, W (sum_s w[s] v[s]) = sum_s w[s] (W v[s]), on the CPU: a step then
+                reads S rows in their place. Quicker for one row at a time and sources much shorter
+                than the context is wide, such as words; slower for large batches, and it takes
+                memory for S rows of gates a source. It rounds differently; either way a row is
+                decoded alike alone and in any batch.
 
         Returns:
             The model itself.
 
         Raises:
             ValueError: another dtype, or a decoder that is not float32 on the CPU, nor float32,
-                bfloat16 or float16 on a GPU; on a GPU any dtype but "float32".
+                bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; project_values on
+                a GPU, without attention or with query_after.
         """
-        decoding.prepare_inference(self.decoder, dtype)
+        decoding.prepare_inference(self.decoder, dtype, project_values)
         return self

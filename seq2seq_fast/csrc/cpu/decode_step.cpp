@@ -7,7 +7,7 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr size_t kBehindLayers = 3 + PackedReadout::kTensors;  // tensors
+constexpr size_t kBehindLayers = 5 + PackedReadout::kTensors;  // tensors
 constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
 
 }  // namespace
@@ -29,6 +29,7 @@ PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type
       layers(layers_of(x)),
       query(x.at(x.size() - kBehindLayers), x.at(x.size() - kBehindLayers + 1)),
       b_query(floats(x.at(x.size() - kBehindLayers + 2))),
+      context(x.at(x.size() - kBehindLayers + 3), x.at(x.size() - kBehindLayers + 4)),
       readout(x.data() + x.size() - PackedReadout::kTensors, V),
       tensors(std::move(x)) {}
 
@@ -62,9 +63,11 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       query_ld_(model.query.panels * model.query.width),
       weights_ld_(round_up(source.S, kRows)),
       tokens_(most),
+      sources_(most),
       inputs_(most * model.E),
       queries_(most * query_ld_),
       weights_(most * weights_ld_),
+      projected_(hidden_state.size(1) * model.context.panels * source.S * model.context.width),
       readout_(model.readout, most),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
@@ -89,6 +92,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
   if (source_.keys && !model_.query_after) query_all(B);
+  if (model_.context.panels > 0) project_values();
 }
 
 void DecoderStep::run(const std::vector<Live>& live, bool seek) {
@@ -118,6 +122,7 @@ void DecoderStep::follow(const std::vector<Live>& live) {
     for (int64_t m = begin; m < end; ++m) {
       const auto [source, parent, token] = live[m];
       tokens_[m] = token;
+      sources_[m] = source;
       std::copy_n(model_.embedding + token * E, E, inputs_ + m * E);
       if (!moved) continue;
       for (int64_t l = 0; l < L_; ++l) {
@@ -168,27 +173,56 @@ void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float
   for (int64_t s = 0; s < S; ++s) covered[s] += w[s];
 }
 
+void DecoderStep::project_values() {
+  const Matrix& weights = model_.context;
+  STD_TORCH_CHECK(source_.keys && !model_.query_after && weights.K >= source_.D,
+                  "expected values as wide as the context's weights, and the query before the step");
+  const int64_t S = source_.S, D = source_.D, B = source_.values.size(0), width = weights.width;
+  const Factor values(weights, B * S, {floats(source_.values), D, D});
+  parallel(B * weights.panels, weights.operations(S), [&](int64_t begin, int64_t end) {
+    alignas(64) const float nothing[kPanel] = {};
+    for (int64_t i = begin; i < end; ++i)
+      values.multiply(i % weights.panels, i / weights.panels * S, S,
+                      {nothing, 0, projected_ + i * S * width, width});
+  });
+}
+
+// The context's part of a panel of gates, of n rows from `first` on: a row of attention weights
+// times its source's projected values.
+void DecoderStep::add_context(int64_t panel, int64_t first, int64_t n, const Sums& to) const {
+  const int64_t S = source_.S, width = model_.context.width;
+  for (int64_t m = first, end; m < first + n; m = end) {
+    for (end = m + 1; end < first + n && sources_[end] == sources_[m]; ++end) {
+    }
+    const Operand weights[kOperands] = {{weights_, weights_ld_, S}};
+    loops.packed_panel(weights, m, end - m,
+                       projected_ + (sources_[m] * model_.context.panels + panel) * S * width,
+                       width, to.from(m - first, 0));
+  }
+}
+
 // Hidden and cell states of a layer after the step, a panel of units at a time.
 void DecoderStep::advance(int64_t l, int64_t rows) {
   const auto& layer = model_.layers[l];
   const int now = now_, next = 1 - now_, blocks = blocks_of(model_.cell);
-  const bool apart = layer.hidden.panels > 0;
+  const bool apart = layer.hidden.panels > 0, projected = l == 0 && model_.context.panels > 0;
   const Operand state = {hidden(now, l), Hp_, H_};
   const Factor input =
-      l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E}, contexts(),
-                      apart ? Operand() : state)
+      l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E},
+                      projected ? Operand() : contexts(), apart ? Operand() : state)
              : Factor(layer.input, rows, {hidden(next, l - 1), Hp_, H_}, apart ? Operand() : state);
   const Factor hidden_part(layer.hidden, apart ? rows : 0, state);
   const int64_t width = blocks * unit_;
   const int64_t work = layer.input.operations(rows) + layer.hidden.operations(rows);
-  const int64_t panels = layer.input.panels;
+  const int64_t panels = Hp_ / unit_;
   over_pieces(panels, work, rows, backwards_, [&](int64_t p) {
     alignas(64) float gates[kRowsTogether * kPanel];
     for (int64_t first = 0; first < rows; first += kRowsTogether) {
       const int64_t n = std::min(kRowsTogether, rows - first);
       Sums to = {layer.bias + p * width, 0, gates, width};
       const bool of_tokens = l == 0 && model_.gates_of_tokens != nullptr;
-      if (of_tokens || apart) {  // rows begin differently, or neither part has all gates
+      // Rows begin differently, or there are several parts.
+      if (of_tokens || apart || projected) {
         for (int64_t m = 0; m < n; ++m) {
           const float* from =
               of_tokens ? model_.gates_of_tokens + tokens_[first + m] * panels * width : layer.bias;
@@ -196,7 +230,8 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
         }
         to = {gates, width, gates, width};
       }
-      input.multiply(p, first, n, to);
+      if (projected) add_context(p, first, n, to);
+      if (layer.input.panels > 0) input.multiply(p, first, n, to);
       float* last = gates + width - layer.hidden.width;
       if (apart) hidden_part.multiply(p, first, n, {last, width, last, width});
       for (int64_t m = 0; m < n; ++m) {

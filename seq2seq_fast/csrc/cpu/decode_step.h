@@ -17,7 +17,8 @@ namespace seq2seq_fast {
 // A decoder's weights as they come from Python, in this order: embedding (V, E), or each token's
 // part of the first layer's gates with their bias (V, panels, gates of a panel); of each layer the
 // matrix over [input; hidden], or over the input alone and over the hidden state, and the bias
-// (panels, gates, units); query matrix and bias; what PackedReadout takes.
+// (panels, gates, units); query matrix and bias; the first layer's matrix over the context, where
+// its input has none; what PackedReadout takes.
 struct PackedDecoder {
   struct Layer {
     Matrix input, hidden;  // `hidden` is empty where `input` has both
@@ -31,6 +32,7 @@ struct PackedDecoder {
   std::vector<Layer> layers;
   Matrix query;
   const float* b_query;
+  Matrix context;
   PackedReadout readout;
   std::vector<Tensor> tensors;
   PackedDecoder(std::vector<Tensor> tensors, const std::string& cell_type, bool query_after);
@@ -77,6 +79,8 @@ class DecoderStep {
   void follow(const std::vector<Live>& live);
   void attend(const std::vector<Live>& live);
   void attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch);
+  void project_values();
+  void add_context(int64_t panel, int64_t first, int64_t rows, const Sums& to) const;
   void advance(int64_t layer, int64_t rows);
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
@@ -95,8 +99,11 @@ class DecoderStep {
   // One row's steps go through the weights forwards and backwards by turns: what was read last is
   // still in the second level of the cache.
   bool backwards_ = false;
-  Buffer<int32_t> tokens_;
+  Buffer<int32_t> tokens_, sources_;
   Buffer<float> inputs_, queries_, weights_;
+  // The values times the context's weights, (B, panels, S, gates of a panel): a step then reads
+  // those of its source's S positions in place of the D rows of weights.
+  Buffer<float> projected_;
   Readout readout_;
   Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];
 };
