@@ -538,7 +538,7 @@ def test_prepared_weights_follow_the_parameters(project_values):
         model.decoder.fc_out.weight.mul_(-1)
     after = model.generate(src, **options)
     assert model.decoder.packed is not kept
-    assert model.decoder.packed[1:] == ("float32", packing.state_of(model.decoder), project_values)
+    assert model.decoder.packed[1:] == ("float32", model.decoder.packed.watch, project_values)
     assert torch.equal(after.tokens, model.generate(src, backend="reference", **options).tokens)
     model.load_state_dict(make().state_dict())
     assert torch.equal(model.generate(src, **options).tokens, before.tokens)

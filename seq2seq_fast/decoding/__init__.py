@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..library import use_backend
+from ..library import asked_for, use_backend
 from . import graphed, native, stepwise
-from .options import DecodingOptions, check, token_ids
-from .packing import DTYPES, PackedDecoder, pack_decoder, state_of
+from .options import DecodingOptions, checked, token_ids
+from .packing import DTYPES, PackedDecoder, pack_decoder
 from .results import Generated, Scored
 
 if TYPE_CHECKING:
@@ -51,14 +51,16 @@ def generate(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    asked = DecodingOptions(**options)
     with torch.no_grad(), evaluating(decoder):
         prepared = decoder.source(source) if isinstance(source, Tensor) else source
         B = state.hidden.shape[1]
-        check(asked, B, decoder.output_dim, decoder.attention is not None)
+        asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
         _check_state(decoder, prepared, state)
+        packed = _ready(decoder, asked, backend)
         if B == 0:
             found = _nothing(asked, prepared, state)
+        elif packed is not None:
+            found = native.generate(decoder, packed, prepared, state, asked)
         elif native.chosen(decoder, asked, backend):
             if state.hidden.is_cuda:
                 found = graphed.generate(decoder, prepared, state, asked)
@@ -93,15 +95,24 @@ def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = Fal
     decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
 
+def _ready(
+    decoder: "Decoder", options: DecodingOptions, backend: str | None
+) -> PackedDecoder | None:
+    """decoder's weights, if they lie prepared for this call: then it needs no other question."""
+    kept: PackedDecoder | None = decoder.packed
+    if kept is None or options.sample or asked_for(backend) not in (None, "native"):
+        return None
+    return kept if kept.watch.holds() else None
+
+
 def _packed(decoder: "Decoder") -> PackedDecoder:
-    """decoder's weights as they are now: kept where they were prepared, else for this call."""
+    """decoder's weights packed anew: kept where they were prepared, else for this call."""
     kept: PackedDecoder | None = decoder.packed
     if kept is None:
         return pack_decoder(decoder, "float32", seek=False)  # which takes longer than it saves
-    if kept.state != state_of(decoder):
-        again = pack_decoder(decoder, kept.dtype, project_values=kept.projects_values)
-        kept = decoder.packed = again
-    return kept
+    again = pack_decoder(decoder, kept.dtype, project_values=kept.projects_values)
+    decoder.packed = again
+    return again
 
 
 def score(
@@ -156,23 +167,26 @@ def _training(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off. Warns, once, if it had to be turned off."""
-    global _warned
-    training = _training(model)
-    if training and not _warned:
-        _warned = True
-        warnings.warn(
-            "decoding a model in training mode: dropout is turned off meanwhile; call model.eval()",
-            stacklevel=5,
-        )
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
+class evaluating:
+    """Inside the block dropout is off. Warns, once, if it had to be turned off."""
+
+    def __init__(self, model: nn.Module):
+        self._training = _training(model)
+
+    def __enter__(self) -> None:
+        global _warned
+        if self._training and not _warned:
+            _warned = True
+            warnings.warn(
+                "decoding a model in training mode: dropout is turned off meanwhile; call"
+                " model.eval()",
+                stacklevel=4,
+            )
+        for module in self._training:
+            module.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._training:
             module.training = True
 
 

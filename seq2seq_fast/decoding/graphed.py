@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from ..ops.attention_decoder import _weights_of
 from . import stepwise, together
 from .options import DecodingOptions
-from .packing import state_of
 from .results import Generated
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..nn.decoder import Decoder, DecoderState
@@ -239,7 +239,7 @@ class Loops:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.of: tuple = ()
+        self.watch = Watch()
         self.weights: dict[tuple, list[Tensor]] = {}
         self.kept: OrderedDict[tuple, Loop] = OrderedDict()
 
@@ -248,9 +248,8 @@ class Loops:
 
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
-        now = state_of(decoder)
-        if now != self.of:
-            self.of = now
+        if not self.watch.holds():
+            self.watch = Watch(decoder)
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:

@@ -55,7 +55,12 @@ def generate(
     options: DecodingOptions,
 ) -> Generated:
     """See `seq2seq_fast.generate`; arguments are checked already."""
-    B, device = state.hidden.shape[1], state.hidden.device
+    B = state.hidden.shape[1]
+    limits = prefix = None
+    if options.max_length_ratio is not None:
+        limits = stepwise.row_limits(source, options, B).contiguous()
+    if options.prefix is not None:
+        prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
     context, mask = state.context, None
     from_source: list[Tensor] = []
     if isinstance(source, Tensor):
@@ -74,8 +79,9 @@ def generate(
         None if context is None else context.contiguous(),
         from_source,
         mask,
-        stepwise.row_limits(source, options, B).contiguous(),
-        stepwise.forced(options, B, device).contiguous(),
+        limits,
+        prefix,
+        options.max_length,
         options.whole,
         float(options.length_penalty),
         float(options.coverage_penalty),

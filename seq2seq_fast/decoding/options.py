@@ -1,5 +1,6 @@
 """How to decode, checked before anything is computed."""
 
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -85,6 +86,30 @@ class DecodingOptions:
             most = torch.minimum(most, relative)
         least = 1 if self.prefix is None else max(1, self.prefix.shape[-1])
         return most.clamp_min(least)
+
+
+def checked(given: dict[str, Any], batch: int, vocabulary: int, attention: bool) -> DecodingOptions:
+    """`DecodingOptions` of what was given. Those that have been found good, call after call the
+    same most often, are not checked again, but where they are tensors and such.
+
+    Raises:
+        TypeError, ValueError: naming the option, what came and what was expected.
+    """
+    if all(type(x) in _PLAIN for x in given.values()):
+        return _checked_before(vocabulary, attention, **given)
+    options = DecodingOptions(**given)
+    check(options, batch, vocabulary, attention)
+    return options
+
+
+_PLAIN = (int, float, bool, type(None))
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _checked_before(vocabulary: int, attention: bool, **given: Any) -> DecodingOptions:
+    options = DecodingOptions(**given)
+    check(options, 0, vocabulary, attention)
+    return options
 
 
 def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool) -> None:

@@ -1,6 +1,5 @@
 """A decoder's weights as the compiled engine reads them: from one end to the other."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..nn.decoder import Decoder
@@ -21,11 +21,11 @@ MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits ther
 
 
 class PackedDecoder(NamedTuple):
-    """A decoder's weights, packed, and which state of the decoder they are of."""
+    """A decoder's weights, packed, and whether they are still the decoder's."""
 
     weights: list[Tensor]  # in the order of PackedDecoder in csrc/cpu/decode_step.h
     dtype: str
-    state: tuple
+    watch: Watch
     projects_values: bool
 
 
@@ -46,10 +46,10 @@ def pack_decoder(
     Where `project_values`, the first layer's weights of the context are apart, and a step has no
     product with them; see `Seq2Seq.prepare_inference`.
     """
-    state = state_of(decoder)
+    watch = Watch(decoder)
     with torch.no_grad():
         weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
-    return PackedDecoder(weights, dtype, state, project_values)
+    return PackedDecoder(weights, dtype, watch, project_values)
 
 
 def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
@@ -65,27 +65,6 @@ def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
         view = memory[start : start + w.nbytes].view(w.dtype).view(w.shape)
         placed.append(view.copy_(w))
     return placed
-
-
-def state_of(decoder: "Decoder") -> tuple:
-    """Equal as long as no parameter that is packed has been exchanged, or changed in place by
-    PyTorch."""
-    layers, attention = decoder.layers, decoder.attention
-    packed = _named(decoder.embedding, ("weight",)) + _named(decoder.fc_out, _LINEAR)
-    packed += _named(layers, layers._flat_weights_names)
-    if attention is not None:
-        packed += _named(attention.Wa, _LINEAR)
-    return tuple([(p.data_ptr(), 0 if p.is_inference() else p._version) for p in packed])
-
-
-_LINEAR = ("weight", "bias")
-
-
-def _named(module: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    """Its parameters, without Module's own slow look for each, but where one is computed, as by a
-    parametrization."""
-    kept = module._parameters
-    return [getattr(module, name) if (p := kept.get(name)) is None else p for name in names]
 
 
 def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool) -> list[Tensor]:

@@ -50,6 +50,8 @@ def floating(name: str, x: object, like: Tensor) -> Tensor:
 
 
 def state(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
+    if type(x) is Tensor and x.shape == shape and x.dtype == like.dtype and x.device == like.device:
+        return
     x = floating(name, x, like)
     if tuple(x.shape) != shape:
         what = "(B, H)" if len(shape) == 2 else "(n_layers, B, H)"

@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         attention_dim = hidden_dim if attention_dim is None else attention_dim
         checks.at_least_one(encoder_dim=encoder_dim, attention_dim=attention_dim)
         self.output_dim, self.context_dim = output_dim, encoder_dim
+        self.n_layers, self.hidden_dim = n_layers, hidden_dim
         self.cell_type, self.query_after, self.recompute = cell_type, query_after, recompute
         self.embedding = nn.Embedding(output_dim, emb_dim)
         self.attention = (
@@ -197,7 +198,7 @@ class Decoder(nn.Module):
         return factors, dropout_factors(shape, p, like).transpose(1, 2)
 
     def check_state(self, state: DecoderState, B: int) -> None:
-        shape, weight = (self.layers.num_layers, B, self.layers.hidden_size), self.fc_out.weight
+        shape, weight = (self.n_layers, B, self.hidden_dim), self.fc_out.weight
         checks.state("hidden", state.hidden, shape, weight)
         if self.cell_type == "lstm":
             checks.state("cell", state.cell, shape, weight)

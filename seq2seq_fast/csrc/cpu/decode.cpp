@@ -50,19 +50,20 @@ struct Search {
 class Engine {
  public:
   Engine(const Options& options, const PackedDecoder& model, const DecoderSource& source,
-         DecoderStep& step, const Tensor& limits, const Tensor& prefix)
+         DecoderStep& step, int64_t B, int64_t max_length, const std::optional<Tensor>& limits,
+         const std::optional<Tensor>& prefix)
       : o_(options),
         model_(model),
         source_(source),
         step_(step),
-        B_(limits.size(0)),
-        P_(prefix.size(1)),
-        prefix_(static_cast<const int64_t*>(prefix.data_ptr())),
+        B_(B),
+        P_(prefix ? prefix->size(1) : 0),
+        prefix_(prefix ? static_cast<const int64_t*>(prefix->data_ptr()) : nullptr),
         searches_(B_),
         sums_(B_),
         late_(model.readout, sums_) {
     for (int64_t b = 0; b < B_; ++b) {
-      searches_[b].limit = static_cast<const int64_t*>(limits.data_ptr())[b];
+      searches_[b].limit = limits ? static_cast<const int64_t*>(limits->data_ptr())[b] : max_length;
       searches_[b].first = static_cast<int32_t>(b);
       live_.push_back(
           {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(o_.bos)});
@@ -352,21 +353,23 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram
 Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor hidden,
                Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
-               std::optional<Tensor> mask, Tensor limits, Tensor prefix, std::vector<int64_t> whole,
+               std::optional<Tensor> mask, std::optional<Tensor> limits,
+               std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
                double length_penalty, double coverage_penalty, bool return_weights,
                bool return_scores) {
-  STD_TORCH_CHECK(whole.size() == 7 && limits.scalar_type() == ScalarType::Long &&
-                      limits.is_contiguous() && prefix.scalar_type() == ScalarType::Long &&
-                      prefix.is_contiguous(),
-                  "expected 7 numbers, int64 limits and prefix");
+  const int64_t B = hidden.size(1);
+  STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
+  for (const auto& x : {limits, prefix})
+    STD_TORCH_CHECK(
+        !x || (x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->size(0) == B),
+        "expected int64 limits (B,) and prefix (B, P)");
   const Options options = {whole[0],         whole[1],       whole[2],     whole[3],
                            whole[4],         whole[5],       whole[6],     length_penalty,
                            coverage_penalty, return_weights, return_scores};
   const PackedDecoder model(std::move(weights), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
-  DecoderStep step(model, from, hidden, cell, context, hidden.size(1) * options.beam_size,
-                   coverage_penalty > 0);
-  Engine engine(options, model, from, step, limits, prefix);
+  DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0);
+  Engine engine(options, model, from, step, B, max_length, limits, prefix);
   engine.run();
   const auto r = engine.results(hidden);
   return {r[0], r[1], r[2], r[3], r[4], r[5]};

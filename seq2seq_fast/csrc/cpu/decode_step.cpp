@@ -175,8 +175,9 @@ void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float
 
 void DecoderStep::project_values() {
   const Matrix& weights = model_.context;
-  STD_TORCH_CHECK(source_.keys && !model_.query_after && weights.K >= source_.D,
-                  "expected values as wide as the context's weights, and the query before the step");
+  STD_TORCH_CHECK(
+      source_.keys && !model_.query_after && weights.K >= source_.D,
+      "expected values as wide as the context's weights, and the query before the step");
   const int64_t S = source_.S, D = source_.D, B = source_.values.size(0), width = weights.width;
   const Factor values(weights, B * S, {floats(source_.values), D, D});
   parallel(B * weights.panels, weights.operations(S), [&](int64_t begin, int64_t end) {

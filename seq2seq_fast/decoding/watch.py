@@ -1,0 +1,65 @@
+"""Whether a decoder's weights are still what they were when they were packed."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..nn.decoder import Decoder
+
+
+class Watch:
+    """Of the modules whose weights decoding reads. Copies, and a `Watch` of nothing, do not hold.
+
+    Each call of `generate` asks, and at batch 1 it takes as long as a few steps of decoding do:
+    this remembers where everything lay, rather than ask modules for their attributes.
+    """
+
+    __slots__ = ("_places", "_tensors")
+
+    def __init__(self, decoder: "Decoder | None" = None):
+        # What was in which place of which table; tensors, with address and version
+        self._places: list[tuple[dict, str, Any]] = []
+        self._tensors: list[tuple[Tensor, int, int | None]] = []
+        for table, name in () if decoder is None else _modules_of(decoder):
+            self._add(table, name)
+
+    def _add(self, table: dict, name: str) -> None:
+        module: nn.Module | None = table.get(name)
+        self._places.append((table, name, module))
+        if module is None:
+            return
+        for kept in (module._parameters, module._buffers, module.__dict__):
+            for key, x in kept.items():
+                if isinstance(x, Tensor):
+                    version = None if x.is_inference() else x._version
+                    self._places.append((kept, key, x))
+                    self._tensors.append((x, x.data_ptr(), version))
+        for child in module._modules:
+            self._add(module._modules, child)
+
+    def holds(self) -> bool:
+        """Whether no weight has been exchanged, nor changed in place by PyTorch. (A change through
+        `.data` is not seen, another tensor as `.data` is.)"""
+        for table, name, what in self._places:
+            if table.get(name) is not what:
+                return False
+        for x, pointer, version in self._tensors:
+            if x.data_ptr() != pointer or (version is not None and x._version != version):
+                return False
+        return bool(self._places)
+
+    def __reduce__(self) -> tuple:
+        return Watch, ()
+
+
+def _modules_of(decoder: "Decoder") -> Iterator[tuple[dict, str]]:
+    tables: dict[str, Any] = decoder._modules
+    for name in ("embedding", decoder.cell_type, "fc_out"):
+        yield tables, name
+    attention = tables.get("attention")
+    if attention is None:
+        yield tables, "attention"
+    else:
+        yield attention._modules, "Wa"
