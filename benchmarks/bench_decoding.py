@@ -20,14 +20,19 @@ EMB, H, LAYERS, BOS, EOS = 100, 256, 2, 1, 2
 TUTORIAL = {"V": 10_000, "S": 30, "T": 30}
 G2P = {"V": 100, "S": 10, "T": 10}
 TOKENS = "greedy, tokens alone"  # as the others make no log-probabilities either
+PROJECTED = ", values projected"  # prepare_inference(project_values=True)
 ROWS = [  # name, sizes, B, mode, dtype
     ("tutorial model", TUTORIAL, 1, "greedy", "float32"),
     ("tutorial model", TUTORIAL, 1, TOKENS, "float32"),
+    ("tutorial model", TUTORIAL, 1, TOKENS + PROJECTED, "float32"),
     ("tutorial model", TUTORIAL, 1, "greedy", "int8"),
     ("tutorial model", TUTORIAL, 64, "greedy", "float32"),
     ("tutorial model", TUTORIAL, 64, TOKENS, "float32"),
+    ("tutorial model", TUTORIAL, 1, "beam 5" + PROJECTED, "float32"),
     ("tutorial model", TUTORIAL, 16, "beam 5", "float32"),
+    ("tutorial model", TUTORIAL, 16, "beam 5" + PROJECTED, "float32"),
     ("G2P model", G2P, 1, "greedy", "float32"),
+    ("G2P model", G2P, 1, "greedy" + PROJECTED, "float32"),
     ("G2P model", G2P, 1, "greedy", "int8"),
     ("G2P model", G2P, 256, "greedy", "float32"),
 ]
@@ -159,13 +164,13 @@ def reading(decoder, T, dtype):
 @pytest.mark.parametrize(NAMES, ROWS, ids=IDS)
 @torch.no_grad()
 def test_decoding(name, sizes, B, mode, dtype, compare):
-    (V, S, T), beam = sizes.values(), int(mode.split()[1]) if mode.startswith("beam") else 1
+    (V, S, T), beam = sizes.values(), 5 if mode.startswith("beam 5") else 1
     model, twin = models(V)
     values, hidden, cell = model.encoder(torch.randint(V, (B, S)))
     source, state = model.decoder.source(values), s2s.DecoderState(hidden, cell)
-    model.prepare_inference(dtype)
+    model.prepare_inference(dtype, project_values=mode.endswith(PROJECTED))
     options = {"bos": BOS, "eos": EOS, "max_length": T, "min_length": T, "beam_size": beam}
-    options["return_scores"] = mode != TOKENS
+    options["return_scores"] = not mode.startswith(TOKENS)
     contenders = {"library": lambda: s2s.generate(model.decoder, source, state, **options)}
     if beam > 1:
         contenders["tutorial code"] = tutorial_beams(twin, values, hidden, cell, T, beam)

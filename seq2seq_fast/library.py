@@ -43,7 +43,7 @@ SCHEMAS = {
     "decode": "(Tensor[] weights, str cell_type, bool query_after, Tensor hidden, Tensor cell,"
     " Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
-    " bool return_weights, bool return_scores)"
+    " bool return_weights, bool return_scores, bool project_values)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # Memory for n bytes of weights, in few large pages where there are some.
     "weights_memory": "(Tensor like, int n) -> Tensor",

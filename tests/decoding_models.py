@@ -16,7 +16,7 @@ KINDS = [  # cell_type, attention, query_after
     ("lstm", False, False),
     ("gru", False, False),
 ]
-PROJECT = [kind for kind in KINDS if kind[1:] == (True, False)]  # those that may project values
+PROJECT = [kind for kind in KINDS if kind[1]]  # those that may project values
 
 
 def make(kind=KINDS[0], V=11, H=13, layers=2, seed=0, pad_idx=0, size=4.0):

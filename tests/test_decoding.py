@@ -460,7 +460,8 @@ def test_projected_values_are_another_order_of_sums(dtype, V, kind):
     source, state = model.encode(src)
     want = first_log_probs(model.prepare_inference(dtype), source, state)
     ours = first_log_probs(model.prepare_inference(dtype, project_values=True), source, state)
-    assert not torch.equal(ours, want)
+    nothing = dtype == "int8" and kind[2]  # neither gates nor int8's logits
+    assert torch.equal(ours, want) == nothing
     torch.testing.assert_close(ours, want, rtol=1e-4, atol=0.1 if dtype == "int8" else 1e-3)
 
 
@@ -695,7 +696,6 @@ def test_other_bad_input_is_refused():
         model.prepare_inference("int4")
     with pytest.raises(ValueError, match="decoder: is torch.float64"):
         make().double().prepare_inference()
-    for kind, what in ((KINDS[1], "with query_after"), (KINDS[5], "without attention")):
-        with pytest.raises(ValueError, match=f"project_values: got True, .* {what}"):
-            make(kind).prepare_inference(project_values=True)
+    with pytest.raises(ValueError, match="project_values: got True, .* without attention"):
+        make(KINDS[5]).prepare_inference(project_values=True)
     assert model.decoder.packed is None

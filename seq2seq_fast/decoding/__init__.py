@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,9 +88,8 @@ def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = Fal
             raise ValueError(f"project_values: got True, expected False on {weight.device}")
         graphed.prepare(decoder)
         return
-    if project_values and (decoder.attention is None or decoder.query_after):
-        what = "without attention" if decoder.attention is None else "with query_after"
-        raise ValueError(f"project_values: got True, expected False of a decoder {what}")
+    if project_values and decoder.attention is None:
+        raise ValueError("project_values: got True, expected False of a decoder without attention")
     decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
 

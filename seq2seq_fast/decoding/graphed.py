@@ -20,7 +20,7 @@ from ..ops.attention_decoder import _weights_of
 from . import stepwise, together
 from .options import DecodingOptions
 from .results import Generated
-from .watch import Watch
+from .watch import WeightWatch
 
 if TYPE_CHECKING:
     from ..nn.decoder import Decoder, DecoderState
@@ -239,7 +239,7 @@ class Loops:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.watch = Watch()
+        self.watch = WeightWatch()
         self.weights: dict[tuple, list[Tensor]] = {}
         self.kept: OrderedDict[tuple, Loop] = OrderedDict()
 
@@ -249,7 +249,7 @@ class Loops:
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         if not self.watch.holds():
-            self.watch = Watch(decoder)
+            self.watch = WeightWatch(decoder)
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:

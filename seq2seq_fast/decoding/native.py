@@ -87,6 +87,7 @@ def generate(
         float(options.coverage_penalty),
         options.return_weights,
         options.return_scores,
+        packed.projects_values,
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     return Generated(

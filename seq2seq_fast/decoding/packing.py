@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
-from .watch import Watch
+from .watch import WeightWatch
 
 if TYPE_CHECKING:
     from ..nn.decoder import Decoder
@@ -25,7 +25,7 @@ class PackedDecoder(NamedTuple):
 
     weights: list[Tensor]  # in the order of PackedDecoder in csrc/cpu/decode_step.h
     dtype: str
-    watch: Watch
+    watch: WeightWatch
     projects_values: bool
 
 
@@ -46,7 +46,7 @@ def pack_decoder(
     Where `project_values`, the first layer's weights of the context are apart, and a step has no
     product with them; see `Seq2Seq.prepare_inference`.
     """
-    watch = Watch(decoder)
+    watch = WeightWatch(decoder)
     with torch.no_grad():
         weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
     return PackedDecoder(weights, dtype, watch, project_values)
@@ -73,7 +73,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
     like = decoder.fc_out.weight
     nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
     context = nothing
-    if project_values:
+    if project_values and not decoder.query_after:
         context = pack_matrix(layers[0][:, E:], len(layers[0]) // H, dtype)
         layers[0] = layers[0][:, :E]
     if decoder.output_dim <= FEW_TOKENS:

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from ..nn.decoder import Decoder
 
 
-class Watch:
-    """Of the modules whose weights decoding reads. Copies, and a `Watch` of nothing, do not hold.
+class WeightWatch:
+    """Of the modules whose weights decoding reads. One of nothing does not hold, nor do copies.
 
     Each call of `generate` asks, and at batch 1 it takes as long as a few steps of decoding do:
     this remembers where everything lay, rather than ask modules for their attributes.
@@ -51,7 +51,7 @@ class Watch:
         return bool(self._places)
 
     def __reduce__(self) -> tuple:
-        return Watch, ()
+        return WeightWatch, ()
 
 
 def _modules_of(decoder: "Decoder") -> Iterator[tuple[dict, str]]:

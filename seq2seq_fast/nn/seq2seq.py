@@ -175,12 +175,14 @@ class Seq2Seq(nn.Module):
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
                 weights are kept, while sums stay float32: less to read, and less exact.
-            project_values: multiply each source's values by the first layer's weights of the
-                context once, W (sum_s w[s] v[s]) = sum_s w[s] (W v[s]), on the CPU: a step then
-                reads S rows in their place. Quicker for one row at a time and sources much shorter
-                than the context is wide, such as words; slower for large batches, and it takes
-                memory for S rows of gates a source. It rounds differently; either way a row is
-                decoded alike alone and in any batch.
+            project_values: multiply each source's values by the weights that the context meets
+                once, W (sum_s w[s] v[s]) = sum_s w[s] (W v[s]): those of the first layer, without
+                query_after, and in beam search those of the readout, but for int8. A step then
+                reads S rows of each source in place of the D rows of weights. On the CPU alone,
+                and quicker for one or a few sources that are much shorter than the context is
+                wide (a word; a sentence in beam search); slower for large batches and long
+                sources, and it takes memory for B S rows of gates, and of logits in beam search.
+                It rounds differently; either way a row is decoded alike alone and in any batch.
 
         Returns:
             The model itself.
@@ -188,7 +190,7 @@ class Seq2Seq(nn.Module):
         Raises:
             ValueError: another dtype, or a decoder that is not float32 on the CPU, nor float32,
                 bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; project_values on
-                a GPU, without attention or with query_after.
+                a GPU or without attention.
         """
         decoding.prepare_inference(self.decoder, dtype, project_values)
         return self

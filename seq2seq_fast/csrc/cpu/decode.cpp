@@ -356,7 +356,7 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
                std::optional<Tensor> mask, std::optional<Tensor> limits,
                std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
                double length_penalty, double coverage_penalty, bool return_weights,
-               bool return_scores) {
+               bool return_scores, bool project_values) {
   const int64_t B = hidden.size(1);
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
   for (const auto& x : {limits, prefix})
@@ -368,7 +368,11 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
                            coverage_penalty, return_weights, return_scores};
   const PackedDecoder model(std::move(weights), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
-  DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0);
+  const bool beams = options.beam_size > 1;  // all logits, of which rows share their sources
+  const Project project = {project_values && !query_after,
+                           project_values && beams && model.readout.matrix.type != Weights::kInt8};
+  DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0,
+                   project);
   Engine engine(options, model, from, step, B, max_length, limits, prefix);
   engine.run();
   const auto r = engine.results(hidden);

@@ -50,7 +50,8 @@ DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<T
 
 DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source,
                          const Tensor& hidden_state, const Tensor& cell_state,
-                         const std::optional<Tensor>& context, int64_t most, bool cover)
+                         const std::optional<Tensor>& context, int64_t most, bool cover,
+                         Project project)
     : model_(model),
       source_(source),
       most_(most),
@@ -67,7 +68,9 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       inputs_(most * model.E),
       queries_(most * query_ld_),
       weights_(most * weights_ld_),
-      projected_(hidden_state.size(1) * model.context.panels * source.S * model.context.width),
+      of_gates_(model.context, 0, project.gates ? &source.values : nullptr),
+      of_logits_(model.readout.matrix, hidden_state.size(2),
+                 project.logits ? &source.values : nullptr),
       readout_(model.readout, most),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
@@ -92,7 +95,6 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
   if (source_.keys && !model_.query_after) query_all(B);
-  if (model_.context.panels > 0) project_values();
 }
 
 void DecoderStep::run(const std::vector<Live>& live, bool seek) {
@@ -173,40 +175,11 @@ void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float
   for (int64_t s = 0; s < S; ++s) covered[s] += w[s];
 }
 
-void DecoderStep::project_values() {
-  const Matrix& weights = model_.context;
-  STD_TORCH_CHECK(
-      source_.keys && !model_.query_after && weights.K >= source_.D,
-      "expected values as wide as the context's weights, and the query before the step");
-  const int64_t S = source_.S, D = source_.D, B = source_.values.size(0), width = weights.width;
-  const Factor values(weights, B * S, {floats(source_.values), D, D});
-  parallel(B * weights.panels, weights.operations(S), [&](int64_t begin, int64_t end) {
-    alignas(64) const float nothing[kPanel] = {};
-    for (int64_t i = begin; i < end; ++i)
-      values.multiply(i % weights.panels, i / weights.panels * S, S,
-                      {nothing, 0, projected_ + i * S * width, width});
-  });
-}
-
-// The context's part of a panel of gates, of n rows from `first` on: a row of attention weights
-// times its source's projected values.
-void DecoderStep::add_context(int64_t panel, int64_t first, int64_t n, const Sums& to) const {
-  const int64_t S = source_.S, width = model_.context.width;
-  for (int64_t m = first, end; m < first + n; m = end) {
-    for (end = m + 1; end < first + n && sources_[end] == sources_[m]; ++end) {
-    }
-    const Operand weights[kOperands] = {{weights_, weights_ld_, S}};
-    loops.packed_panel(weights, m, end - m,
-                       projected_ + (sources_[m] * model_.context.panels + panel) * S * width,
-                       width, to.from(m - first, 0));
-  }
-}
-
 // Hidden and cell states of a layer after the step, a panel of units at a time.
 void DecoderStep::advance(int64_t l, int64_t rows) {
   const auto& layer = model_.layers[l];
   const int now = now_, next = 1 - now_, blocks = blocks_of(model_.cell);
-  const bool apart = layer.hidden.panels > 0, projected = l == 0 && model_.context.panels > 0;
+  const bool apart = layer.hidden.panels > 0, projected = l == 0 && of_gates_;
   const Operand state = {hidden(now, l), Hp_, H_};
   const Factor input =
       l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E},
@@ -231,7 +204,7 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
         }
         to = {gates, width, gates, width};
       }
-      if (projected) add_context(p, first, n, to);
+      if (projected) of_gates_.add(attended(), p, first, n, to);
       if (layer.input.panels > 0) input.multiply(p, first, n, to);
       float* last = gates + width - layer.hidden.width;
       if (apart) hidden_part.multiply(p, first, n, {last, width, last, width});
@@ -269,7 +242,7 @@ void DecoderStep::read_out(int64_t rows, bool seek) {
   const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
   const int64_t chunks = model_.readout.chunks;
   const Factor states = query_factor(queries > 0 ? rows : 0);
-  readout_.run(rows, outputs(), contexts(), seek, [&](int64_t chunk) {
+  readout_.run(rows, outputs(), contexts(), of_logits_, attended(), seek, [&](int64_t chunk) {
     // Spread evenly, as threads take chunks in equal numbers.
     for (int64_t i = chunk * queries / chunks; i < (chunk + 1) * queries / chunks; ++i)
       query(states, i, rows);

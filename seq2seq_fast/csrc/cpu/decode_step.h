@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "additive_scores.h"
+#include "projected_values.h"
 #include "readout.h"
 
 namespace seq2seq_fast {
@@ -57,13 +58,19 @@ struct Live {
   int32_t source, parent, token;
 };
 
+// Which products values meet the context's weights of before the first step; of logits where all
+// of them are made, and weights are not of int8.
+struct Project {
+  bool gates, logits;
+};
+
 class DecoderStep {
  public:
   // States (L, B, H), context (B, D) or none; `most` rows at once. Where `cover`, the
-  // weights of each hypothesis are added up.
+  // weights of each hypothesis are added up. `project`: the values, where that can be done.
   DecoderStep(const PackedDecoder& model, const DecoderSource& source, const Tensor& hidden_state,
               const Tensor& cell_state, const std::optional<Tensor>& context, int64_t most,
-              bool cover);
+              bool cover, Project project);
 
   // `seek`: the most probable tokens alone are wanted of the readout.
   void run(const std::vector<Live>& live, bool seek);
@@ -72,6 +79,7 @@ class DecoderStep {
   Readout& readout() { return readout_; }
   Operand outputs() const { return {hidden(now_, L_ - 1), Hp_, H_}; }
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
+  Attended attended() const { return {weights_, weights_ld_, sources_}; }
   const float* weights(int64_t m) const { return weights_ + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
 
@@ -79,8 +87,6 @@ class DecoderStep {
   void follow(const std::vector<Live>& live);
   void attend(const std::vector<Live>& live);
   void attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch);
-  void project_values();
-  void add_context(int64_t panel, int64_t first, int64_t rows, const Sums& to) const;
   void advance(int64_t layer, int64_t rows);
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
@@ -101,9 +107,7 @@ class DecoderStep {
   bool backwards_ = false;
   Buffer<int32_t> tokens_, sources_;
   Buffer<float> inputs_, queries_, weights_;
-  // The values times the context's weights, (B, panels, S, gates of a panel): a step then reads
-  // those of its source's S positions in place of the D rows of weights.
-  Buffer<float> projected_;
+  ProjectedValues of_gates_, of_logits_;
   Readout readout_;
   Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];
 };

@@ -40,8 +40,9 @@ Matrix::Matrix(const Tensor& data_, const Tensor& scales_, int64_t digits_)
                   "expected sums of at most 2^17 products of int8, with one digit of 2^16");
 }
 
-Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c)
+Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c, int64_t skip)
     : matrix_(matrix),
+      skip_(skip),
       operands_{a, b, c},
       scales_(quantised_rows(matrix, rows)),
       norms_(2 * quantised_rows(matrix, rows)),
@@ -59,7 +60,7 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
 void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const {
   const int64_t K = matrix_.K, width = matrix_.width;
   const auto panel = [&]<typename W>() {
-    return static_cast<const W*>(matrix_.data.data_ptr()) + i * K * width;
+    return static_cast<const W*>(matrix_.data.data_ptr()) + (i * K + skip_) * width;
   };
   const auto as_floats = [&](const float* w) {
     loops.packed_panel(operands_, first, rows, w, width, to);
@@ -73,8 +74,10 @@ void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) co
     loops.packed_panel_half(operands_, first, rows, panel.template operator()<uint16_t>(), width,
                             to);
   } else {
-    Buffer<float> unpacked(K * width);
-    loops.unpack(panel.template operator()<uint16_t>(), K * width, unpacked);
+    int64_t rows_met = 0;
+    for (const Operand& x : operands_) rows_met += x.K;
+    Buffer<float> unpacked(rows_met * width);
+    loops.unpack(panel.template operator()<uint16_t>(), rows_met * width, unpacked);
     as_floats(unpacked);
   }
 }

@@ -23,7 +23,9 @@ struct Matrix {
 // The left factor of products with a matrix: rows of operands side by side.
 class Factor {
  public:
-  Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {});
+  // They meet the matrix' rows from `skip` on, which must be 0 of kInt8, up to any one.
+  Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {},
+         int64_t skip = 0);
   // (rows, width) = rows from `first` on times panel i
   void multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const;
   // Of kInt8: Euclidean norms of a row and of what rounding took from it.
@@ -31,6 +33,7 @@ class Factor {
 
  private:
   const Matrix& matrix_;
+  const int64_t skip_;
   const Operand operands_[kOperands];
   Buffer<float> scales_, norms_;
   Buffer<int32_t> offsets_;

@@ -75,17 +75,23 @@ bool Readout::seeks(int64_t rows, bool scored) const {
   return packed_.screen.panels > 0 && loops.bytes.seek && (!scored || rows <= kFewRows);
 }
 
-void Readout::run(int64_t rows, const Operand& hidden, const Operand& context, bool seek,
+void Readout::run(int64_t rows, const Operand& hidden, const Operand& context,
+                  const ProjectedValues& values, const Attended& attended, bool seek,
                   const std::function<void(int64_t chunk)>& beside) {
   sought_ = seek;
   operands_[0] = hidden, operands_[1] = context;
   const Matrix& by = sought_ ? packed_.screen : packed_.matrix;
-  const Factor features(by, rows, hidden, context);
+  const bool projected = values && !sought_;
+  const Factor features(by, rows, hidden, projected ? Operand() : context);
   if (sought_) std::copy_n(features.norms(0), 2 * rows, +norms_);
   over_pieces(packed_.chunks, packed_.chunk_panels * by.operations(rows), rows, false,
               [&](int64_t chunk) {
                 const int64_t v = chunk * packed_.chunk_width(), n = packed_.count(chunk);
                 packed_.logits_of(chunk, by, features, rows, logits_ + v, packed_.ld());
+                for (int64_t p = v / by.width; projected && p * by.width < v + n; ++p) {
+                  float* out = logits_ + p * by.width;
+                  values.add(attended, p, 0, rows, {out, packed_.ld(), out, packed_.ld()});
+                }
                 for (int64_t m = 0; m < rows; ++m) {
                   Peak& peak = peaks_[m * packed_.chunks + chunk];
                   if (sought_)
@@ -96,7 +102,7 @@ void Readout::run(int64_t rows, const Operand& hidden, const Operand& context, b
                 beside(chunk);
               });
   for (int64_t m = 0; sought_ && m < rows; ++m)
-    if (!decides(m)) return run(rows, hidden, context, false, [](int64_t) {});
+    if (!decides(m)) return run(rows, hidden, context, values, attended, false, [](int64_t) {});
 }
 
 // How far a logit of a chunk may be from that of the product of floats.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "packed_product.h"
+#include "projected_values.h"
 
 namespace seq2seq_fast {
 
@@ -58,8 +59,10 @@ class Readout {
   // Whether the most probable tokens are quicker to seek than all logits are to make; `scored`:
   // which are wanted all the same, but later.
   bool seeks(int64_t rows, bool scored) const;
-  // Of rows [hidden, context]; meanwhile, chunk by chunk, what else there is to do.
-  void run(int64_t rows, const Operand& hidden, const Operand& context, bool seek,
+  // Of rows [hidden, context]; meanwhile, chunk by chunk, what else there is to do. Where there are
+  // projected values, they give the context's part of logits that are not sought.
+  void run(int64_t rows, const Operand& hidden, const Operand& context,
+           const ProjectedValues& values, const Attended& attended, bool seek,
            const std::function<void(int64_t chunk)>& beside);
 
   // After `run`: whether logits are near theirs, and peaks have tops alone. Rows whose numbers are
