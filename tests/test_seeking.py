@@ -1,5 +1,5 @@
 """Greedy decoding of a large vocabulary seeks the most probable token among weights of a byte
-(csrc/cpu/readout.h): its results are those of all logits, bit for bit."""
+(csrc/cpu/screen.h): its results are those of all logits, bit for bit."""
 
 import copy
 import math
@@ -15,7 +15,8 @@ from seq2seq_fast.decoding import stepwise
 from seq2seq_fast.decoding.packing import MANY_TOKENS, pack_decoder
 
 V = MANY_TOKENS + 70
-MATRIX, SCALES, BOUNDS, WEIGHTS = range(-4, 0)  # what is sought with, of packed weights
+# What is sought with, of packed weights: bytes and scales of the hidden state's part
+MATRIX, SCALES, OF_CONTEXT, SCALES_OF_CONTEXT, BOUNDS, WEIGHTS = range(-6, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,8 @@ def seeking():
     """Plain loops do not seek: there is nothing to test."""
     model, src = make(V=V), sources(2, 5)
     packed = pack_decoder(model.decoder, "float32")
-    packed.weights[MATRIX].fill_(128)
+    for part in (MATRIX, OF_CONTEXT):
+        packed.weights[part].fill_(128)
     packed.weights[BOUNDS].zero_()
     model.decoder.packed = packed
     options = {"bos": BOS, "eos": EOS, "max_length": 5, "return_scores": False}
@@ -158,8 +160,8 @@ def test_the_bound_is_needed_and_enough(rounded):
         p.zero_()  # hidden states too
     w, bias, context = decoder.fc_out.weight[:, H:], decoder.fc_out.bias, torch.ones(1, D)
     if rounded == "weights":  # to nothing, and to one step
-        decoder.fc_out.weight[[5, 9], 0] = 1  # of 127 steps
-        w[5], w[9, : int(0.95 * D)] = 0.49 * step, 0.51 * step
+        w[[5, 9], 0], context[0, 0] = 1, 0  # of 127 steps
+        w[5, 1:], w[9, 1 : int(0.95 * D)] = 0.49 * step, 0.51 * step
     else:
         context[:, 1:] = 0.49 * step
         w[5, 1:], w[9, 1:] = 1, -1
@@ -170,6 +172,39 @@ def test_the_bound_is_needed_and_enough(rounded):
         decoder.packed = pack_decoder(decoder, "float32")
         decoder.packed.weights[BOUNDS].mul_(part)
         assert s2s.generate(decoder, context, state, **options).tokens.tolist() == [[token]]
+
+
+@pytest.mark.parametrize("rounded", ["products", "weights", "values", "attention"])
+@torch.no_grad()
+def test_what_rounding_hides_of_projected_values(rounded):
+    """As above, where values meet the context's bytes, as those of few and short sources do from
+    the second or third step on: token 5 is the one, and the bytes alone speak for token 9."""
+    H, D, S, step = 8, 64, 12, 1 / 127
+    decoder = s2s.Decoder(V, 6, H, 1, 0.0, cell_type="rnn", encoder_dim=D).eval()
+    for p in decoder.parameters():
+        p.zero_()  # equal attention to all
+    attention, w, bias = decoder.attention, decoder.fc_out.weight[:, H:], decoder.fc_out.bias
+    values = torch.zeros(1, S, D)
+    if rounded == "products":
+        w[5, 0], w[5, 1], w[9, 0], w[9, 2] = 1, step, 1, step  # their own bytes are exact
+        values[0, 0, 0], values[0, 1:, 1], values[0, 1 : S - 1, 2] = 1, 0.49, 0.51
+    elif rounded == "weights":
+        w[[5, 9], 0], values[..., 1:] = 1, 1
+        w[5, 1:], w[9, 1 : int(0.95 * D)] = 0.49 * step, 0.51 * step
+    elif rounded == "values":  # which have two digits
+        values[..., 0], values[..., 1:] = 1, 0.49 / 8191
+        w[5, 1:], w[9, 1:] = 1, -1
+        bias[9] = 1.9 * 0.49 / 8191 * (D - 1)
+    else:  # of the others: 0.49 steps of the first one's 127
+        values[..., -1], values[0, 0, -1], values[0, 1:, 1] = -20, 20, 1
+        attention.Ua.weight[0, -1] = 1
+        attention.Va.weight[0, 0] = -0.5 * math.log(0.49 * step)  # times tanh(20) - tanh(-20)
+        w[5, 1], w[9, 1] = 1, -1
+        bias[9] = 1.9 * 0.49 * step * (S - 1) / (1 + 0.49 * step * (S - 1))
+    source, state = decoder.source(values), s2s.DecoderState(torch.zeros(1, 1, H), None)
+    found = decoded(decoder, source, state, min_length=8)
+    check_alike(*found)
+    assert found[2].tokens.tolist() == [8 * [5]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, 1e38])
@@ -186,6 +221,22 @@ def test_a_row_that_is_not_finite(value):
     others = torch.arange(5) != 2
     assert torch.equal(found[1].tokens[others], want.tokens[others])
     assert torch.equal(found[1].log_probs[others], want.log_probs[others])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, 1e38])
+@torch.no_grad()
+def test_values_that_are_not_finite(value):
+    """Nor are their products, or not all of them."""
+    model = make(("rnn", True, False), V=V, H=40, layers=1)
+    source, state = model.encode(sources(2, 7))
+    want = decoded(model.decoder, source, state)[1]
+    for at in (slice(None), slice(3, 4)):
+        values = source.values.clone()
+        values[1, 2, at] = value
+        found = decoded(model.decoder, source._replace(values=values), state)
+        check_alike(*found)
+        assert torch.equal(found[1].tokens[0], want.tokens[0])
+        assert torch.equal(found[1].log_probs[0], want.log_probs[0])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -216,16 +267,19 @@ def test_rows_batches_and_threads(threads):
 def test_what_is_packed():
     """The seeking copies are there but for int8, and only of many tokens, all finite."""
     decoder = make(V=V).decoder
-    matrix, scales, bounds, weights = pack_decoder(decoder, "float32").weights[MATRIX:]
-    assert matrix.dtype == torch.uint8 and len(matrix) == -(-V // 64)
-    assert bounds.shape == (3, len(matrix)) and torch.equal(weights, decoder.fc_out.weight)
-    whole = (matrix.double() - 128) * scales.double().view(-1, 1, 64, 1)
-    restored = whole.transpose(1, 2).reshape(-1, weights.shape[1] + -weights.shape[1] % 4)
-    rounded = (restored[:V, : weights.shape[1]] - weights).norm(dim=1)
-    assert (rounded <= bounds[0].repeat_interleave(64)[:V]).all()
-    assert (rounded.max() > 0.5 * bounds[0].max()).all()  # and it is not far from what it bounds
+    matrix, scales, *of_context, bounds, weights = pack_decoder(decoder, "float32").weights[MATRIX:]
+    P, H = -(-V // 64), decoder.layers.hidden_size
+    assert bounds.shape == (5, P) and torch.equal(weights, decoder.fc_out.weight)
+    parts = (matrix, scales, weights[:, :H], bounds[0]), (*of_context, weights[:, H:], bounds[2])
+    for packed, scale, part, most in parts:
+        assert packed.dtype == torch.uint8 and len(packed) == P
+        whole = (packed.double() - 128) * scale.double().view(-1, 1, 64, 1)
+        restored = whole.transpose(1, 2).reshape(-1, part.shape[1] + -part.shape[1] % 4)
+        rounded = (restored[:V, : part.shape[1]] - part).norm(dim=1)
+        assert (rounded <= most.repeat_interleave(64)[:V]).all()
+        assert (rounded.max() > 0.5 * most.max()).all()  # and it is not far from what it bounds
     of_half = pack_decoder(decoder, "bfloat16").weights[MATRIX:]
-    assert of_half[3].dtype == torch.bfloat16 and torch.equal(of_half[3], weights.bfloat16())
+    assert of_half[-1].dtype == torch.bfloat16 and torch.equal(of_half[-1], weights.bfloat16())
     infinite = copy.deepcopy(decoder)
     with torch.no_grad():
         infinite.fc_out.weight[3, 3] = math.inf

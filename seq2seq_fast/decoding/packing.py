@@ -95,7 +95,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     packed += context
     packed += _pack_linear(decoder.fc_out, dtype)
-    return packed + pack_screen(decoder.fc_out, dtype, seek and dtype != torch.int8)
+    return packed + pack_screen(decoder, dtype, seek and dtype != torch.int8)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -141,30 +141,37 @@ def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale).round(), scale
 
 
-def pack_screen(linear: nn.Linear, dtype: torch.dtype, wanted: bool) -> list[Tensor]:
-    """What csrc/cpu/readout.h seeks the most probable token with: matrix and scales of int8; the
-    bounds (3, P), largest of each panel's columns; the weights (V, K) in dtype. All empty where it
-    is not sought: not wanted, few tokens, or weights that are not finite."""
+def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor]:
+    """What csrc/cpu/screen.h seeks the most probable token with: matrix and scales of int8, of the
+    hidden state's part of the readout's weights and of the context's; the bounds (5, P), largest of
+    each panel's columns; the weights (V, K) in dtype. All empty where it is not sought: not wanted,
+    few tokens, or weights that are not finite."""
+    linear, H = decoder.fc_out, decoder.layers.hidden_size
     w, bias, (V, K) = linear.weight.detach(), linear.bias.detach(), linear.weight.shape
-    nothing = [*pack_matrix(w.new_empty(0, 1), 1, torch.int8), w.new_empty(0), w.new_empty(0)]
+    nothing = pack_matrix(w.new_empty(0, 1), 1, torch.int8)
+    empty = [*nothing, *nothing, w.new_empty(0), w.new_empty(0)]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
-        return nothing
+        return empty
     w = w.to(dtype).to(w.dtype)
     if not (w.isfinite().all() and (bias < torch.inf).all()):
-        return nothing
-    parts = [_bounds(*rows) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
+        return empty
+    parts = [_bounds(*rows, H) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    return [*pack_matrix(w, 1, torch.int8), bounds, w.to(dtype)]
+    of_hidden, of_context = (pack_matrix(part, 1, torch.int8) for part in (w[:, :H], w[:, H:]))
+    return [*of_hidden, *of_context, bounds, w.to(dtype)]
 
 
-def _bounds(w: Tensor, bias: Tensor) -> Tensor:
-    """(3, N), of each row of w (N, K): how far a product by its bytes can be from that by floats,
-    for a left factor of norm 1; the norm of the bytes; the rounding of the bias."""
-    unit = 2.0**-24  # of float32's rounding
-    whole, scale = rounded_to_bytes(w)
-    exact = scale.double() * whole
-    of_bytes, of_w = exact.norm(dim=1), w.double().norm(dim=1)
-    # Sums of K products, each rounded, and the few roundings of digits and of scales.
-    rounded = (w - exact).norm(dim=1) + (w.shape[1] + 8) * unit * (of_w + of_bytes)
-    of_bias = 2 * unit * bias.abs().masked_fill(bias == -torch.inf, 0)
-    return torch.stack([rounded, of_bytes, of_bias]).float()
+def _bounds(w: Tensor, bias: Tensor, H: int) -> Tensor:
+    """(5, N), of each row of w (N, K), the first H of its columns and the others: how far a product
+    by their bytes can be from that by floats, for a left factor of norm 1; the norm of the bytes.
+    Last the rounding of the bias."""
+    unit, bounds = 2.0**-24, []  # of float32's rounding
+    for part in (w[:, :H], w[:, H:]):
+        whole, scale = rounded_to_bytes(part)
+        exact = scale.double() * whole
+        of_bytes, of_part = exact.norm(dim=1), part.double().norm(dim=1)
+        # Sums of K products, each rounded, and the few roundings of digits and of scales.
+        rounded = (part - exact).norm(dim=1) + (w.shape[1] + 12) * unit * (of_part + of_bytes)
+        bounds += [rounded, of_bytes]
+    of_bias = 3 * unit * bias.abs().masked_fill(bias == -torch.inf, 0)
+    return torch.stack([*bounds, of_bias]).float()

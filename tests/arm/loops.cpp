@@ -108,6 +108,24 @@ void packed(int64_t rows, int64_t K, int64_t width) {
   compare("dots_half", dots, {out.begin(), out.begin() + width}, 0);
 }
 
+void bytes(int64_t n, int64_t width) {
+  const std::vector<float> x = numbers(n * width);
+  std::vector<uint8_t> out(round_up(n, 4) * width);
+  std::vector<float> scales(width), taken(width), norms(width);
+  kLoopsDefault.to_bytes(x.data(), n, width, out.data(), scales.data(), taken.data(), norms.data());
+  std::vector<double> rests(width), lengths(width);
+  for (int64_t i = 0; i < round_up(n, 4); ++i)
+    for (int64_t j = 0; j < width; ++j) {
+      const double y = double{scales[j]} * (out[(i / 4 * width + j) * 4 + i % 4] - 128);
+      rests[j] += std::pow((i < n ? x[i * width + j] : 0) - y, 2), lengths[j] += y * y;
+      compared += 1, wrong += std::abs((i < n ? x[i * width + j] : 0) - y) > 0.501 * scales[j];
+    }
+  for (int64_t j = 0; j < width; ++j)
+    rests[j] = std::sqrt(rests[j]), lengths[j] = std::sqrt(lengths[j]);
+  compare("to_bytes, taken", taken, rests, 1e-4);
+  compare("to_bytes, norms", norms, lengths, 1e-4);
+}
+
 }  // namespace
 }  // namespace seq2seq_fast
 
@@ -118,6 +136,7 @@ int main() {
       for (int64_t width : {16, 48, 64}) {
         quantised(1, rows, K, width), quantised(2, rows, K, width);
         packed(rows, K, width);
+        bytes(K, width);
       }
   std::printf("%d compared, %d wrong\n", compared, wrong);
   return wrong != 0;

@@ -64,6 +64,7 @@ class Engine {
         late_(model.readout, sums_) {
     for (int64_t b = 0; b < B_; ++b) {
       searches_[b].limit = limits ? static_cast<const int64_t*>(limits->data_ptr())[b] : max_length;
+      most_ = std::max(most_, searches_[b].limit);
       searches_[b].first = static_cast<int32_t>(b);
       live_.push_back(
           {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(o_.bos)});
@@ -75,7 +76,8 @@ class Engine {
     for (int64_t b = 0; b < B_; ++b) going[b] = static_cast<int32_t>(b);
     while (!live_.empty()) {
       const auto rows = static_cast<int64_t>(live_.size());
-      step_.run(live_, greedy_ && step_.readout().seeks(rows, o_.keep_scores));
+      const bool seeks = greedy_ && step_.readout().seeks(rows, o_.keep_scores);
+      step_.run(live_, seeks ? most_ - t_ : 0);
       keep_weights();
       if (scores_come_late())
         late_.make_room(rows);
@@ -117,6 +119,7 @@ class Engine {
   const int64_t B_, P_;
   const int64_t* prefix_;  // (B, P)
   int64_t t_ = 0;          // steps that are behind
+  int64_t most_ = 0;       // steps that there may be
   std::vector<Search> searches_;
   std::vector<double> sums_;  // of greedy decoding: each source's log-probability
   LateLogProbs late_;

@@ -71,7 +71,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       of_gates_(model.context, 0, project.gates ? &source.values : nullptr),
       of_logits_(model.readout.matrix, hidden_state.size(2),
                  project.logits ? &source.values : nullptr),
-      readout_(model.readout, most),
+      readout_(model.readout, most, source.keys ? &source.values : nullptr, of_logits_),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
       contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
@@ -97,7 +97,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   if (source_.keys && !model_.query_after) query_all(B);
 }
 
-void DecoderStep::run(const std::vector<Live>& live, bool seek) {
+void DecoderStep::run(const std::vector<Live>& live, int64_t steps_sought) {
   const auto rows = static_cast<int64_t>(live.size());
   follow(live);
   if (source_.keys && !model_.query_after) attend(live);
@@ -108,7 +108,7 @@ void DecoderStep::run(const std::vector<Live>& live, bool seek) {
     query_all(rows);
     attend(live);
   }
-  read_out(rows, seek);
+  read_out(rows, steps_sought);
 }
 
 // Hypotheses take over the states of those they go on from, and the embeddings of their tokens.
@@ -238,11 +238,11 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
 }
 
 // The readout, and the next step's queries where they are of the same hidden states.
-void DecoderStep::read_out(int64_t rows, bool seek) {
+void DecoderStep::read_out(int64_t rows, int64_t steps_sought) {
   const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
   const int64_t chunks = model_.readout.chunks;
   const Factor states = query_factor(queries > 0 ? rows : 0);
-  readout_.run(rows, outputs(), contexts(), of_logits_, attended(), seek, [&](int64_t chunk) {
+  readout_.run({outputs(), contexts(), attended()}, rows, steps_sought, [&](int64_t chunk) {
     // Spread evenly, as threads take chunks in equal numbers.
     for (int64_t i = chunk * queries / chunks; i < (chunk + 1) * queries / chunks; ++i)
       query(states, i, rows);

@@ -72,14 +72,14 @@ class DecoderStep {
               const Tensor& cell_state, const std::optional<Tensor>& context, int64_t most,
               bool cover, Project project);
 
-  // `seek`: the most probable tokens alone are wanted of the readout.
-  void run(const std::vector<Live>& live, bool seek);
+  // Where the most probable tokens alone are wanted of the readout: in how many steps at most,
+  // this one among them; else 0.
+  void run(const std::vector<Live>& live, int64_t steps_sought);
 
   // After `run`:
   Readout& readout() { return readout_; }
   Operand outputs() const { return {hidden(now_, L_ - 1), Hp_, H_}; }
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
-  Attended attended() const { return {weights_, weights_ld_, sources_}; }
   const float* weights(int64_t m) const { return weights_ + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
 
@@ -91,7 +91,8 @@ class DecoderStep {
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
   void query_all(int64_t rows);
-  void read_out(int64_t rows, bool seek);
+  void read_out(int64_t rows, int64_t steps_sought);
+  Attended attended() const { return {weights_, weights_ld_, sources_}; }
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }
   float* cell(int which, int64_t layer) const { return cell_[which] + layer * most_ * Hp_; }
 

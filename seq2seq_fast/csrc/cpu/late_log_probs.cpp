@@ -33,7 +33,8 @@ void LateLogProbs::flush() {
   parallel_in_turns(
       chunks, packed_.chunk_panels * packed_.matrix.operations(n), [&](int64_t chunk) {
         const Buffer<float> logits(n * width);
-        packed_.logits_of(chunk, packed_.matrix, rows, n, logits, width);
+        packed_.over_panels(chunk, logits, width,
+                            [&](int64_t p, const Sums& to) { rows.multiply(p, 0, n, to); });
         for (int64_t i = 0; i < n; ++i) {
           peaks[i * chunks + chunk] = loops.peak(logits + i * width, packed_.count(chunk));
           const int64_t at = tokens_[i] - chunk * width;

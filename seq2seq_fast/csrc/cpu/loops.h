@@ -193,6 +193,10 @@ struct Loops {
   Bytes bytes;
   // One row of [operands side by side], into the same row of x.
   void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);
+  // Columns of x (n, width) as a panel of kInt8 has them, n filled up, and the scale of each; the
+  // Euclidean norms of what rounding has taken from a column, and of its bytes times their scale.
+  void (*to_bytes)(const float* x, int64_t n, int64_t width, uint8_t* out, float* scales,
+                   float* taken, float* norms);
   // n weights of bfloat16, a multiple of kBlock, as floats
   void (*unpack)(const uint16_t* w, int64_t n, float* out);
   // out[i] = bias[i] + [operands side by side] rows[i] of one row, i < n: the bits that

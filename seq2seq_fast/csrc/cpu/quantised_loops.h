@@ -63,5 +63,38 @@ void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
   to.count == 2 ? quantise_to<2>(operands, row, to) : quantise_to<1>(operands, row, to);
 }
 
+// Columns that are not finite become zeros with NaN for a scale and for norms.
+void to_bytes(const float* x, int64_t n, int64_t width, uint8_t* out, float* scales, float* taken,
+              float* norms) {
+  constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
+  for (int64_t j = 0; j < width; j += kVec) {
+    Vec top = 1e-30f + Vec{}, squares[2] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec size = magnitude(load(x + i * width + j));
+      top = size <= top ? top : size;  // a NaN stays
+    }
+    const VecInt finite = top < INFINITY;
+    const Vec inverse = finite ? 127.f / top : Vec{}, scale = finite ? top / 127.f : NAN + Vec{};
+    for (int64_t i = 0; i < n; i += 4) {
+      VecInt four = {};
+      for (int64_t k = 0; k < 4; ++k) {
+        Vec rounded = {};
+        if (i + k < n) {
+          const Vec y = load(x + (i + k) * width + j), scaled = finite ? y * inverse : Vec{};
+          rounded = (scaled + kRound) - kRound;
+          squares[0] += (scaled - rounded) * (scaled - rounded), squares[1] += rounded * rounded;
+        }
+        four |= (__builtin_convertvector(rounded, VecInt) + 128) << 8 * k;
+      }
+      std::memcpy(out + i * width + 4 * j, &four, sizeof four);
+    }
+    store(scales + j, scale);
+    for (int64_t l = 0; l < kVec; ++l) {
+      taken[j + l] = scale[l] * __builtin_sqrtf(squares[0][l]);
+      norms[j + l] = scale[l] * __builtin_sqrtf(squares[1][l]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace seq2seq_fast

@@ -1,35 +1,21 @@
 // Decoding's logits, and which token is the most probable one.
-//
-// Greedy decoding wants one logit of each row, the largest. It is sought with weights in bytes, a
-// quarter of what floats are to read and to multiply, and found exactly. With weights w = w' + r,
-// w' of int8, and a row x = x' + d, x' of one digit,
-//   |w x - w' x'| <= |r| |x| + |w'| |d|
-// in Euclidean norms (Cauchy-Schwarz), and what rounding may add is known too. A token with w' x' +
-// bound below the greatest w' x' - bound is not the one. Of those that are left, one to a few, the
-// product of floats is made, to the same bits that the product of all floats has: the token is the
-// same, ties included.
 #pragma once
-#include <array>
 #include <functional>
 #include <vector>
 
-#include "packed_product.h"
-#include "projected_values.h"
+#include "screen.h"
 
 namespace seq2seq_fast {
 
 // The tensors that come from Python: matrix, scales and bias; what the most probable token is
-// sought with, empty where it is not: matrix and scales of int8, bounds (kBounds, panels), the
-// largest of each panel's columns, and the weights (V, K), of the matrix' type.
+// sought with, empty where it is not: PackedScreen's, and the weights (V, K), of the matrix' type.
 struct PackedReadout {
-  enum Bound { kRounded, kOfBytes, kOfBias, kBounds };  // |r| and rounding; |w'|; rounding again
-  static constexpr int kTensors = 7;
+  static constexpr int kTensors = 3 + PackedScreen::kTensors + 1;
   Matrix matrix;
   const float* bias;
-  Matrix screen;
   const void* weights;
-  int64_t V, chunk_panels, chunks;                 // chunks of so many panels
-  std::vector<std::array<float, kBounds>> bounds;  // of each chunk
+  int64_t V, chunk_panels, chunks;  // chunks of so many panels
+  PackedScreen screen;
   PackedReadout(const Tensor* tensors, int64_t V);
 
   int64_t ld() const { return matrix.panels * matrix.width; }
@@ -37,9 +23,14 @@ struct PackedReadout {
   int64_t count(int64_t chunk) const {  // of tokens
     return std::min(chunk_width(), V - chunk * chunk_width());
   }
-  // Logits of a chunk of n rows, ld apart, by `matrix` or by `screen`, whose left factor it takes.
-  void logits_of(int64_t chunk, const Matrix& by, const Factor& rows, int64_t n, float* out,
-                 int64_t ld) const;
+  // Calls f with each panel of a chunk, and where its part of the chunk's n logits goes: out (n,
+  // chunk_width), ld apart, each to begin at the bias.
+  template <typename F>
+  void over_panels(int64_t chunk, float* out, int64_t ld, F f) const {
+    const int64_t width = matrix.width, first = chunk * chunk_panels;
+    for (int64_t p = first; p < std::min(matrix.panels, first + chunk_panels); ++p, out += width)
+      f(p, Sums{bias + p * width, 0, out, ld});
+  }
   // Logits of n tokens in a row [operands side by side].
   void logits_at(const Operand* operands, int64_t row, const int32_t* tokens, int64_t n,
                  float* out) const;
@@ -54,15 +45,16 @@ struct Normaliser {
 
 class Readout {
  public:
-  Readout(const PackedReadout& packed, int64_t most);  // rows at once
+  // `most` rows at once; values (B, S, D), null without attention, which may be projected already.
+  Readout(const PackedReadout& packed, int64_t most, const Tensor* values,
+          const ProjectedValues& projected);
 
   // Whether the most probable tokens are quicker to seek than all logits are to make; `scored`:
   // which are wanted all the same, but later.
   bool seeks(int64_t rows, bool scored) const;
-  // Of rows [hidden, context]; meanwhile, chunk by chunk, what else there is to do. Where there are
-  // projected values, they give the context's part of logits that are not sought.
-  void run(int64_t rows, const Operand& hidden, const Operand& context,
-           const ProjectedValues& values, const Attended& attended, bool seek,
+  // Of n rows; meanwhile, chunk by chunk, what else there is to do. Where they are to be sought:
+  // how many steps there may be from here on, else 0.
+  void run(const StepRows& rows, int64_t n, int64_t steps_sought,
            const std::function<void(int64_t chunk)>& beside);
 
   // After `run`: whether logits are near theirs, and peaks have tops alone. Rows whose numbers are
@@ -78,15 +70,17 @@ class Readout {
   int32_t most_probable(int64_t m) const;
 
  private:
-  float bound(int64_t m, int64_t chunk) const;
+  void make_all(int64_t n, const std::function<void(int64_t chunk)>& beside);
+  void make_near(int64_t n, const std::function<void(int64_t chunk)>& beside);
   float least(int64_t m) const;
-  bool decides(int64_t m) const;
   int32_t find(int64_t m) const;
 
   const PackedReadout& packed_;
-  Buffer<float> logits_, norms_;
+  const ProjectedValues& projected_;
+  Screen screen_;
+  Buffer<float> logits_;
   Buffer<Peak> peaks_;
-  Operand operands_[kOperands];
+  StepRows rows_;  // of the last step
   bool sought_ = false;
 };
 

@@ -1,0 +1,155 @@
+// See screen.h.
+#include "screen.h"
+
+#include <cmath>
+#include <numeric>
+
+namespace seq2seq_fast {
+namespace {
+
+constexpr float kSlack = 1.001f;      // for sums of squares in float32
+constexpr float kUnderflow = 1e-28f;  // more than products of 2^16 tiny numbers can lose
+constexpr float kFurthest = 1e30f;    // numbers that no sum of theirs overflows
+constexpr float kRounding = 0x1p-24f;
+// Numbers of a byte that are read while one is made of the values' products, and rounded.
+constexpr int64_t kReadMeanwhile = 6;
+
+// The larger one, or a NaN if there is one.
+float larger(float a, float b) { return a != a || b <= a ? a : b; }
+
+}  // namespace
+
+PackedScreen::PackedScreen(const Tensor* x, int64_t chunk_panels_)
+    : parts{Matrix(x[0], x[1], 1), Matrix(x[2], x[3], 1)},
+      panels(parts[kHidden].panels),
+      chunk_panels(chunk_panels_),
+      chunks((panels + chunk_panels - 1) / chunk_panels),
+      bounds(chunks),
+      bias_bounds(chunks) {
+  if (panels == 0) return;
+  STD_TORCH_CHECK(parts[kContext].panels == panels && parts[kContext].width == parts[0].width &&
+                      x[4].numel() == (2 * kParts + 1) * panels,
+                  "expected int8 of both parts of the readout's weights, and their bounds");
+  for (int64_t p = 0; p < panels; ++p) {
+    const auto raise = [&](float& most, int64_t i) {
+      most = std::max(most, floats(x[4])[i * panels + p]);
+    };
+    const int64_t chunk = p / chunk_panels;
+    for (int part = 0; part < kParts; ++part) {
+      raise(bounds[chunk][part].rounded, 2 * part);
+      raise(bounds[chunk][part].of_bytes, 2 * part + 1);
+    }
+    raise(bias_bounds[chunk], 2 * kParts);
+  }
+}
+
+ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
+    : B_(values.size(0)), S_(values.size(1)), bounds_(packed.chunks * B_) {
+  const Matrix& part = packed.parts[PackedScreen::kContext];
+  const int64_t S = S_, D = values.size(2), width = part.width, fours = (S + 3) / 4;
+  const int64_t n = packed.panels * B_;
+  matrix_.emplace(empty(values, {n, fours, width, 4}, ScalarType::Byte),
+                  empty(values, {n, width}, ScalarType::Float), 1);
+  auto* bytes = static_cast<uint8_t*>(matrix_->data.data_ptr());
+  auto* scales = static_cast<float*>(matrix_->scales.data_ptr());
+  const Matrix by(part.data, part.scales, 2);  // values of two digits lose little
+  const Factor rows(by, B_ * S, {floats(values), D, D});
+  const Buffer<float> lengths(2 * n);
+  parallel(n, S * D * width, [&](int64_t begin, int64_t end) {
+    alignas(64) const float nothing[kPanel] = {};
+    alignas(64) float of_columns[2][kPanel];
+    const Buffer<float> products(S * width);
+    for (int64_t i = begin; i < end; ++i) {
+      rows.multiply(i / B_, i % B_ * S, S, {nothing, 0, products, width});
+      loops.to_bytes(products, S, width, bytes + i * fours * 4 * width, scales + i * width,
+                     of_columns[0], of_columns[1]);
+      for (int j = 0; j < 2; ++j)
+        lengths[2 * i + j] = std::accumulate(of_columns[j], of_columns[j] + width, 0.f, larger);
+    }
+  });
+  for (int64_t b = 0; b < B_; ++b) {
+    double squares[2] = {};  // of the values, and of what rounding has taken from them
+    for (int64_t s = 0; s < S; ++s)
+      for (int j = 0; j < 2; ++j) squares[j] += std::pow(double{rows.norms(b * S + s)[j]}, 2);
+    const auto length = static_cast<float>(std::sqrt(squares[0])),
+               taken = static_cast<float>(std::sqrt(squares[1]));
+    // The context itself, and the sum of S products in its place, are rounded too.
+    const float rounding = 2 * kRounding * static_cast<float>(S + 12);
+    for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
+      const ByteBounds& of = packed.bounds[chunk][PackedScreen::kContext];
+      ByteBounds& to = bounds_[chunk * B_ + b];
+      const int64_t first = chunk * packed.chunk_panels;
+      for (int64_t p = first; p < std::min(packed.panels, first + packed.chunk_panels); ++p) {
+        to.rounded = larger(to.rounded, lengths[2 * place(p, b)]);
+        to.of_bytes = larger(to.of_bytes, lengths[2 * place(p, b) + 1]);
+      }
+      to.rounded += length * of.rounded + taken * of.of_bytes +
+                    rounding * length * (of.rounded + of.of_bytes);
+    }
+  }
+}
+
+Screen::Screen(const PackedScreen& packed, int64_t most, const Tensor* values)
+    : packed_(packed),
+      values_(values),
+      norms_(packed.panels > 0 ? 2 * PackedScreen::kParts * most : 0) {}
+
+void Screen::prepare(int64_t steps_left) {
+  ++steps_;
+  if (screened_ || !values_) return;
+  const int64_t B = values_->size(0), S = values_->size(1), D = values_->size(2);
+  const int64_t saved = D - B * round_up(S, 4);  // bytes of each token, in a step
+  if (saved <= 0) return;
+  const int64_t pays = B * S * D / (kReadMeanwhile * saved);  // steps
+  // Nobody knows when the tokens will end: half of that has to be behind.
+  if (steps_ > pays / 2 && steps_left > pays) screened_.emplace(packed_, *values_);
+}
+
+const ByteBounds& Screen::context_bounds(int64_t m, int64_t chunk) const {
+  return screened_ ? screened_->bounds(chunk, sources_[m])
+                   : packed_.bounds[chunk][PackedScreen::kContext];
+}
+
+float Screen::bound(int64_t m, int64_t chunk) const {
+  const ByteBounds &hidden = packed_.bounds[chunk][PackedScreen::kHidden],
+                   &context = context_bounds(m, chunk);
+  const float *h = norms(m, PackedScreen::kHidden), *c = norms(m, PackedScreen::kContext);
+  return kSlack * (h[0] * hidden.rounded + h[1] * hidden.of_bytes + c[0] * context.rounded +
+                   c[1] * context.of_bytes + packed_.bias_bounds[chunk]) +
+         kUnderflow;
+}
+
+bool Screen::finite(int64_t m) const {
+  for (int64_t chunk = 0; chunk < packed_.chunks; ++chunk) {
+    const ByteBounds* of[] = {&packed_.bounds[chunk][PackedScreen::kHidden],
+                              &context_bounds(m, chunk)};
+    for (int part = 0; part < PackedScreen::kParts; ++part)
+      if (!(norms(m, part)[0] * of[part]->of_bytes < kFurthest)) return false;
+  }
+  return true;
+}
+
+ScreenStep::ScreenStep(Screen& screen, const StepRows& rows, int64_t n)
+    : values_(screen.screened_ ? &*screen.screened_ : nullptr),
+      sources_(rows.to.sources),
+      n_(n),
+      hidden_(screen.packed_.parts[PackedScreen::kHidden], n, rows.hidden),
+      context_(
+          values_ ? values_->matrix() : screen.packed_.parts[PackedScreen::kContext], n,
+          values_ ? Operand{rows.to.weights, rows.to.ld, values_->positions()} : rows.context) {
+  screen.sources_ = sources_;
+  for (int64_t m = 0; m < n; ++m)
+    for (int part = 0; part < PackedScreen::kParts; ++part)
+      std::copy_n((part == PackedScreen::kHidden ? hidden_ : context_).norms(m), 2,
+                  screen.norms_ + 2 * (m * PackedScreen::kParts + part));
+}
+
+void ScreenStep::panel(int64_t p, const Sums& to) const {
+  hidden_.multiply(p, 0, n_, to);
+  const Sums onto = {to.out, to.ld, to.out, to.ld};
+  if (!values_) return context_.multiply(p, 0, n_, onto);
+  for (int64_t m = 0; m < n_; ++m)
+    context_.multiply(values_->place(p, sources_[m]), m, 1, onto.from(m, 0));
+}
+
+}  // namespace seq2seq_fast
