@@ -45,6 +45,9 @@ SCHEMAS = {
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # An encoder's layers, with weights packed as decoding has them.
+    "recurrent_layers": "(Tensor x, Tensor[] weights, str cell_type, int hidden_dim,"
+    " bool bidirectional) -> (Tensor, Tensor, Tensor)",
     # Memory for n bytes of weights, in few large pages where there are some.
     "weights_memory": "(Tensor like, int n) -> Tensor",
     # The same on a GPU: steps over a state that stays there, and what they have come to.

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..ops.attention_decoder import _weights_of
 from . import stepwise, together
 from .options import DecodingOptions
+from .packing import modules_of
 from .results import Generated
 from .watch import WeightWatch
 
@@ -249,7 +250,7 @@ class Loops:
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         if not self.watch.holds():
-            self.watch = WeightWatch(decoder)
+            self.watch = WeightWatch(modules_of(decoder))
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:

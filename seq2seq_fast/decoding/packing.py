@@ -1,6 +1,7 @@
 """A decoder's weights as the compiled engine reads them: from one end to the other."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,42 @@ def pack_decoder(
     Where `project_values`, the first layer's weights of the context are apart, and a step has no
     product with them; see `Seq2Seq.prepare_inference`.
     """
-    watch = WeightWatch(decoder)
+    watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
         weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
     return PackedDecoder(weights, dtype, watch, project_values)
+
+
+def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
+    """Those whose weights decoding reads, as `WeightWatch` takes them."""
+    tables: dict[str, Any] = decoder._modules
+    for name in ("embedding", decoder.cell_type, "fc_out"):
+        yield tables, name
+    attention = tables.get("attention")
+    yield (tables, "attention") if attention is None else (attention._modules, "Wa")
+
+
+class PackedLayers(NamedTuple):
+    """An encoder's recurrent layers, packed, and whether they are still the encoder's."""
+
+    weights: list[Tensor]  # in the order of csrc/cpu/recurrent_layers.cpp
+    watch: WeightWatch
+
+
+def pack_layers(table: dict[str, Any], name: str) -> PackedLayers:
+    """The weights of nn.LSTM, nn.GRU or nn.RNN, which has this name in a module's table, in
+    float32: of each layer and direction the input's, the hidden state's, and the bias."""
+    layers: nn.RNNBase = table[name]
+    packed: list[Tensor] = []
+    watch = WeightWatch([(table, name)])
+    with torch.no_grad():
+        weights = _weights_of(layers.all_weights, name)
+        for i in range(0, len(weights), 3):
+            for w in weights[i : i + 2]:
+                packed += pack_matrix(w, len(w) // layers.hidden_size, torch.float32)
+            bias = weights[i + 2]
+            packed.append(pack_rows(bias[:, None], len(bias) // layers.hidden_size).flatten())
+        return PackedLayers(_side_by_side(packed), watch)
 
 
 def _side_by_side(weights: list[Tensor]) -> list[Tensor]:

@@ -1,16 +1,17 @@
-"""Whether a decoder's weights are still what they were when they were packed."""
+"""Whether weights are still what they were when they were packed."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..nn.decoder import Decoder
-
 
 class WeightWatch:
-    """Of the modules whose weights decoding reads. One of nothing does not hold, nor do copies.
+    """Of all tensors of some modules. One of nothing does not hold, nor do copies.
+
+    Args:
+        modules: the tables that they are in, with their names there; what is not there must stay
+            away.
 
     Each call of `generate` asks, and at batch 1 it takes as long as a few steps of decoding do:
     this remembers where everything lay, rather than ask modules for their attributes.
@@ -18,11 +19,11 @@ class WeightWatch:
 
     __slots__ = ("_places", "_tensors")
 
-    def __init__(self, decoder: "Decoder | None" = None):
+    def __init__(self, modules: Iterable[tuple[dict[str, Any], str]] = ()):
         # What was in which place of which table; tensors, with address and version
         self._places: list[tuple[dict, str, Any]] = []
         self._tensors: list[tuple[Tensor, int, int | None]] = []
-        for table, name in () if decoder is None else _modules_of(decoder):
+        for table, name in modules:
             self._add(table, name)
 
     def _add(self, table: dict, name: str) -> None:
@@ -52,14 +53,3 @@ class WeightWatch:
 
     def __reduce__(self) -> tuple:
         return WeightWatch, ()
-
-
-def _modules_of(decoder: "Decoder") -> Iterator[tuple[dict, str]]:
-    tables: dict[str, Any] = decoder._modules
-    for name in ("embedding", decoder.cell_type, "fc_out"):
-        yield tables, name
-    attention = tables.get("attention")
-    if attention is None:
-        yield tables, "attention"
-    else:
-        yield attention._modules, "Wa"

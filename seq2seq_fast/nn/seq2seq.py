@@ -161,7 +161,8 @@ class Seq2Seq(nn.Module):
     def prepare_inference(
         self, dtype: str = "float32", *, project_values: bool = False
     ) -> "Seq2Seq":
-        """Keeps the decoder's weights packed for `generate`, which else packs them at every call.
+        """Keeps the decoder's weights packed for `generate`, which else packs them at every call,
+        and those of the encoder's recurrent layers, in float32.
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
         made anew at the next call after they were changed in place or exchanged. (Changes through
@@ -193,4 +194,6 @@ class Seq2Seq(nn.Module):
                 a GPU or without attention.
         """
         decoding.prepare_inference(self.decoder, dtype, project_values)
+        if isinstance(self.encoder, Encoder):
+            self.encoder.prepare_inference()
         return self
