@@ -1,6 +1,6 @@
 """Decoding T tokens of each source, encoding left out: the library's engine, the tutorial's code,
 ONNX Runtime (`pip install onnxruntime onnx`), and what reading the weights once a step takes. Then
-a step of the decoder alone, as loops of one's own call it."""
+the encoder alone, and a step of the decoder alone, as loops of one's own call it."""
 
 import copy
 import io
@@ -189,6 +189,27 @@ def test_decoding(name, sizes, B, mode, dtype, compare):
         shape={"B": B} | sizes | {"H": H},
         dtype=dtype,
         steps=T,
+    )
+
+
+@pytest.mark.parametrize("B", [1, 64])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("tutorial model", TUTORIAL), ("G2P model", G2P)], ids=["tutorial", "G2P"]
+)
+@torch.no_grad()
+def test_encoder(name, sizes, B, compare):
+    V, S, _ = sizes.values()
+    model, _ = models(V)
+    twin, src = plain.Encoder(V, EMB, H, LAYERS, 0.0).eval(), torch.randint(V, (B, S))
+    twin.load_state_dict(model.encoder.state_dict())
+    encoder = model.encoder.prepare_inference()
+    compare(
+        {"library": lambda: encoder(src), "tutorial code": lambda: twin(src)},
+        kind="decoding",
+        name=name,
+        mode="`encoder(src)`, the whole source",
+        shape={"B": B, "V": V, "S": S, "H": H},
+        steps=1,
     )
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
@@ -52,7 +53,9 @@ class Attention(nn.Module):
         checks.mask(mask, encoder_outputs)
         # Softmax cancels Va's bias. It stays in the graph, with a gradient of zero as in the plain
         # form, since DistributedDataParallel expects one of every parameter.
-        v = self.Va.weight[0] + 0 * self.Va.bias
+        v = self.Va.weight[0]
+        if torch.is_grad_enabled():
+            v = v + 0 * self.Va.bias
         return PreparedSource(
             prepare_keys(linear(self.Ua, encoder_outputs)), encoder_outputs, v, mask
         )
