@@ -27,12 +27,16 @@ const float* floats(const Tensor& x) {
 }
 
 Matrix::Matrix(const Tensor& data_, const Tensor& scales_, int64_t digits_)
-    : data(data_), scales(scales_), type(weights_of(data_.scalar_type())), digits(digits_) {
+    : data(data_),
+      scales(scales_),
+      weights(data_.data_ptr()),
+      scale(floats(scales_)),
+      type(weights_of(data_.scalar_type())),
+      digits(digits_) {
   const bool quantised = type == Weights::kInt8;
   STD_TORCH_CHECK(data.is_contiguous() && data.dim() == (quantised ? 4 : 3),
                   "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
   panels = data.size(0), K = data.size(1) * (quantised ? 4 : 1), width = data.size(2);
-  floats(scales);
   STD_TORCH_CHECK(
       width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
       "expected panels of whole units, and a scale for each column of uint8");
@@ -60,14 +64,14 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
 void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const {
   const int64_t K = matrix_.K, width = matrix_.width;
   const auto panel = [&]<typename W>() {
-    return static_cast<const W*>(matrix_.data.data_ptr()) + (i * K + skip_) * width;
+    return static_cast<const W*>(matrix_.weights) + (i * K + skip_) * width;
   };
   const auto as_floats = [&](const float* w) {
     loops.packed_panel(operands_, first, rows, w, width, to);
   };
   if (matrix_.type == Weights::kInt8) {
     loops.bytes.panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
-                      floats(matrix_.scales) + i * width, to);
+                      matrix_.scale + i * width, to);
   } else if (matrix_.type == Weights::kFloat) {
     as_floats(panel.template operator()<float>());
   } else if (rows < kLeastUnpacked) {

@@ -12,6 +12,8 @@ const float* floats(const Tensor& x);
 // digits or one. Made by seq2seq_fast/decoding/packing.py.
 struct Matrix {
   Tensor data, scales;
+  const void* weights;  // those of `data`; each question to a tensor takes a while
+  const float* scale;
   Weights type;
   int64_t panels, K, width, digits;
   Matrix(const Tensor& data, const Tensor& scales, int64_t digits = 2);
