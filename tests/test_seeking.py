@@ -191,10 +191,10 @@ def test_what_rounding_hides_of_projected_values(rounded):
     elif rounded == "weights":
         w[[5, 9], 0], values[..., 1:] = 1, 1
         w[5, 1:], w[9, 1 : int(0.95 * D)] = 0.49 * step, 0.51 * step
-    elif rounded == "values":  # which have two digits
-        values[..., 0], values[..., 1:] = 1, 0.49 / 8191
+    elif rounded == "values":
+        values[..., 0], values[..., 1:] = 1, 0.49 * step
         w[5, 1:], w[9, 1:] = 1, -1
-        bias[9] = 1.9 * 0.49 / 8191 * (D - 1)
+        bias[9] = 1.9 * 0.49 * step * (D - 1)
     else:  # of the others: 0.49 steps of the first one's 127
         values[..., -1], values[0, 0, -1], values[0, 1:, 1] = -20, 20, 1
         attention.Ua.weight[0, -1] = 1

@@ -12,7 +12,7 @@ constexpr float kUnderflow = 1e-28f;  // more than products of 2^16 tiny numbers
 constexpr float kFurthest = 1e30f;    // numbers that no sum of theirs overflows
 constexpr float kRounding = 0x1p-24f;
 // Numbers of a byte that are read while one is made of the values' products, and rounded.
-constexpr int64_t kReadMeanwhile = 6;
+constexpr int64_t kReadMeanwhile = 7;
 
 // The larger one, or a NaN if there is one.
 float larger(float a, float b) { return a != a || b <= a ? a : b; }
@@ -52,8 +52,7 @@ ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
                   empty(values, {n, width}, ScalarType::Float), 1);
   auto* bytes = static_cast<uint8_t*>(matrix_->data.data_ptr());
   auto* scales = static_cast<float*>(matrix_->scales.data_ptr());
-  const Matrix by(part.data, part.scales, 2);  // values of two digits lose little
-  const Factor rows(by, B_ * S, {floats(values), D, D});
+  const Factor rows(part, B_ * S, {floats(values), D, D});
   const Buffer<float> lengths(2 * n);
   parallel(n, S * D * width, [&](int64_t begin, int64_t end) {
     alignas(64) const float nothing[kPanel] = {};
