@@ -675,6 +675,22 @@ def test_bad_options_are_refused(options, error, message):
         make().generate(sources(3, 5), **GOOD | options)
 
 
+def test_equal_options_of_other_types_are_refused_all_the_same():
+    """Options that were found good once are not checked again; True == 1.0 == 1."""
+    model, src = make(), sources(3, 5)
+    options = GOOD | {"max_length": 1}
+    for _ in range(2):
+        assert model.generate(src, **options).tokens.shape == (3, 1)
+        for other in (True, 1.0):
+            with pytest.raises(TypeError, match=f"max_length: got {type(other).__name__}"):
+                model.generate(src, **options | {"max_length": other})
+    with pytest.raises(ValueError, match="eos: got 10"):  # of another vocabulary
+        model.generate(src, **options | {"eos": 10})
+        make(V=7).generate(src, **options | {"eos": 10})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vocabulary'"):
+        model.generate(src, **options, vocabulary=11)
+
+
 def test_other_bad_input_is_refused():
     model, src = make(), sources(3, 5)
     bare = make(KINDS[5])

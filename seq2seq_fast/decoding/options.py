@@ -106,7 +106,7 @@ _PLAIN = (int, float, bool, type(None))
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _checked_before(vocabulary: int, attention: bool, **given: Any) -> DecodingOptions:
+def _checked_before(vocabulary: int, attention: bool, /, **given: Any) -> DecodingOptions:
     options = DecodingOptions(**given)
     check(options, 0, vocabulary, attention)
     return options
