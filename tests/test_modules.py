@@ -359,3 +359,33 @@ BAD = {
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("query_after", [False, True])
+@pytest.mark.parametrize("cell_type", ["lstm", "gru", "rnn"])
+def test_batches_of_nothing(cell_type, query_after):
+    """Have results of nothing, and gradients of zero."""
+    torch.manual_seed(0)
+    parts = {"cell_type": cell_type}
+    model = s2s.Seq2Seq(
+        s2s.Encoder(13, 6, 20, 2, 0.1, bidirectional=True, bridge_dim=17, **parts),
+        s2s.Decoder(11, 6, 17, 2, 0.1, encoder_dim=40, query_after=query_after, **parts),
+        pad_idx=0,
+    )
+    src, trg = torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, 7, dtype=torch.int64)
+    for ratio in (0.0, 0.5, 1.0):
+        logits = model(src, trg, ratio)
+        assert logits.shape == (0, 7, 11)
+        logits.sum().backward()
+        assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    model.eval()
+    for prepared in (False, True):
+        if prepared:
+            model.prepare_inference()
+        with torch.no_grad():
+            source, state = model.encode(src)
+            for T in (1, 3):
+                out = model.decoder.run(trg[:, :T], state, source)
+                assert out.outputs.shape == (0, T, 17)
+            assert model.decoder.step(trg[:, 0], state, source)[0].shape == (0, 11)
+            assert model.score(src, trg).log_probs.shape == (0,)

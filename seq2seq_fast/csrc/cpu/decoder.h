@@ -170,7 +170,7 @@ class Packed {
 // Calls f(panel, first row, rows) for all panels and rows, in parallel.
 template <typename F>
 void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f) {
-  if (panels == 0) return;
+  if (panels == 0 || rows == 0) return;
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t chunks = std::clamp<int64_t>(wanted / panels, 1, (rows + kBlock - 1) / kBlock);
   const int64_t each = (rows + chunks - 1) / chunks;
