@@ -45,6 +45,10 @@ SCHEMAS = {
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # One step of it, with all logits.
+    "decoder_step": "(Tensor[] weights, str cell_type, bool query_after, Tensor tokens,"
+    " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # An encoder's layers, with weights packed as decoding has them.
     "recurrent_layers": "(Tensor x, Tensor[] weights, str cell_type, int hidden_dim,"
     " bool bidirectional) -> (Tensor, Tensor, Tensor)",

@@ -47,6 +47,24 @@ def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) ->
     return not is_reference(op, weight, backend) and why is None
 
 
+def _states(state: "DecoderState") -> tuple[Tensor, Tensor]:
+    hidden = state.hidden.contiguous()
+    return hidden, hidden.new_empty(0) if state.cell is None else state.cell.contiguous()
+
+
+def _source(
+    source: "stepwise.Source", state: "DecoderState"
+) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
+    """Context before the first step, what the source is made of, and its mask."""
+    if isinstance(source, Tensor):
+        return source.contiguous(), [], None
+    keys, powers = source.keys
+    powers = keys.new_empty(0) if powers is None else powers
+    context = None if state.context is None else state.context.contiguous()
+    parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+    return context, parts, source.mask
+
+
 def generate(
     decoder: "Decoder",
     packed: PackedDecoder,
@@ -61,22 +79,13 @@ def generate(
         limits = stepwise.row_limits(source, options, B).contiguous()
     if options.prefix is not None:
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
-    context, mask = state.context, None
-    from_source: list[Tensor] = []
-    if isinstance(source, Tensor):
-        context = source
-    else:
-        keys, powers = source.keys
-        powers = keys.new_empty(0) if powers is None else powers
-        from_source = [keys, powers, source.values.contiguous(), source.v.contiguous()]
-        mask = source.mask
+    context, from_source, mask = _source(source, state)
     found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
         packed.weights,
         decoder.cell_type,
         decoder.query_after,
-        state.hidden.contiguous(),
-        state.hidden.new_empty(0) if state.cell is None else state.cell.contiguous(),
-        None if context is None else context.contiguous(),
+        *_states(state),
+        context,
         from_source,
         mask,
         limits,
@@ -93,3 +102,28 @@ def generate(
     return Generated(
         tokens, lengths, log_probs, scores, finished, weights if options.return_weights else None
     )
+
+
+def step(
+    decoder: "Decoder",
+    packed: PackedDecoder,
+    tokens: Tensor,
+    state: "DecoderState",
+    source: "stepwise.Source",
+) -> tuple[Tensor, "DecoderState", Tensor | None]:
+    """`Decoder.step` from packed weights."""
+    context, from_source, mask = _source(source, state)
+    logits, hidden, cell, after, weights = torch.ops.seq2seq_fast.decoder_step.default(
+        packed.weights,
+        decoder.cell_type,
+        decoder.query_after,
+        tokens.long().contiguous(),
+        *_states(state),
+        context,
+        from_source,
+        mask,
+    )
+    state = type(state)(
+        hidden, None if state.cell is None else cell, after if decoder.query_after else None
+    )
+    return logits, state, None if isinstance(source, Tensor) else weights

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..decoding import native
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
+from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
@@ -136,11 +138,25 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """`forward` on a prepared source, unchecked: input (B,) ids -> logits (B, V), the state
         after it, and the attention weights (B, S), None without attention."""
+        packed = self._packed_for_steps() if len(input) else None
+        if packed is not None:
+            return native.step(self, packed, input, state, source)
         out = self.run(input.unsqueeze(1), state, source)
         features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
         context = out.contexts[:, 0] if self.query_after else None
         weights = None if out.weights is None else out.weights[:, 0]
         return linear(self.fc_out, features), DecoderState(out.hidden, out.cell, context), weights
+
+    def _packed_for_steps(self) -> PackedDecoder | None:
+        """The weights, if they lie prepared as a step that needs no gradient reads them."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        packed = self.packed
+        if packed is None or packed.dtype != "float32" or packed.projects_values:
+            return None
+        if asked_for(None) not in (None, "native") or torch.is_autocast_enabled("cpu"):
+            return None
+        return packed if packed.watch.holds() else None
 
     def run(
         self,

@@ -382,6 +382,41 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
+// One step of B rows, their tokens (B,): all logits (B, V), states, context and weights after it.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
+    std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor tokens,
+    Tensor hidden, Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
+    std::optional<Tensor> mask) {
+  const int64_t B = hidden.size(1);
+  const PackedDecoder model(std::move(weights), cell_type, query_after);
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() &&
+                      tokens.numel() == B && model.context.panels == 0,
+                  "expected int64 tokens (B,), and weights that project no values");
+  std::vector<Live> live;
+  for (int32_t b = 0; b < B; ++b) {
+    const int64_t token = static_cast<const int64_t*>(tokens.data_ptr())[b];
+    STD_TORCH_CHECK(token >= 0 && token < model.V, "expected token ids of the vocabulary");
+    live.push_back({b, b, static_cast<int32_t>(token)});
+  }
+  const DecoderSource from(source, mask, context ? context->size(1) : 0);
+  DecoderStep step(model, from, hidden, cell, context, B, false, {});
+  step.run(live, 0);
+  const Tensor logits = empty(hidden, {B, model.V}), contexts = empty(hidden, {B, from.D}),
+               attention = empty(hidden, {B, from.S}), h = empty(hidden, hidden.sizes()),
+               c = empty(cell, cell.sizes());
+  const auto to = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
+  parallel(B, model.V / 16, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      std::copy_n(step.readout().logits(b), model.V, to(logits) + b * model.V);
+  });
+  for (int64_t b = 0; b < B; ++b) {
+    std::copy_n(step.contexts().x + b * from.D, from.D, to(contexts) + b * from.D);
+    std::copy_n(step.weights(b), from.S, to(attention) + b * from.S);
+  }
+  step.copy_states(B, to(h), to(c));
+  return {logits, h, c, contexts, attention};
+}
+
 // n bytes, of the device that like is on, that large pages are asked for.
 Tensor weights_memory(Tensor like, int64_t n) {
   Tensor x = empty(like, {n}, ScalarType::Byte);
@@ -394,5 +429,6 @@ Tensor weights_memory(Tensor like, int64_t n) {
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("decode", TORCH_BOX(&seq2seq_fast::decode));
+  m.impl("decoder_step", TORCH_BOX(&seq2seq_fast::decoder_step));
   m.impl("weights_memory", TORCH_BOX(&seq2seq_fast::weights_memory));
 }

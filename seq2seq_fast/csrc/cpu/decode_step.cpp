@@ -111,6 +111,14 @@ void DecoderStep::run(const std::vector<Live>& live, int64_t steps_sought) {
   read_out(rows, steps_sought);
 }
 
+void DecoderStep::copy_states(int64_t rows, float* to_hidden, float* to_cell) const {
+  for (int64_t l = 0; l < L_; ++l)
+    for (int64_t m = 0; m < rows; ++m) {
+      to_hidden = std::copy_n(hidden(now_, l) + m * Hp_, H_, to_hidden);
+      if (lstm_) to_cell = std::copy_n(cell(now_, l) + m * Hp_, H_, to_cell);
+    }
+}
+
 // Hypotheses take over the states of those they go on from, and the embeddings of their tokens.
 void DecoderStep::follow(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());

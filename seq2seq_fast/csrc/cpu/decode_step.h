@@ -77,6 +77,8 @@ class DecoderStep {
   void run(const std::vector<Live>& live, int64_t steps_sought);
 
   // After `run`:
+  // Copies the states of all layers, (L, rows, H) each.
+  void copy_states(int64_t rows, float* hidden, float* cell) const;
   Readout& readout() { return readout_; }
   Operand outputs() const { return {hidden(now_, L_ - 1), Hp_, H_}; }
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
