@@ -40,17 +40,17 @@ SCHEMAS = {
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
     " int ignore_index, bool mean, bool need_input, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    "decode": "(Tensor[] weights, str cell_type, bool query_after, Tensor hidden, Tensor cell,"
-    " Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
+    "decode": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor hidden,"
+    " Tensor cell, Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One step of it, with all logits.
-    "decoder_step": "(Tensor[] weights, str cell_type, bool query_after, Tensor tokens,"
+    "decoder_step": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor tokens,"
     " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # An encoder's layers, with weights packed as decoding has them.
-    "recurrent_layers": "(Tensor x, Tensor[] weights, str cell_type, int hidden_dim,"
+    "recurrent_layers": "(Tensor x, Tensor packed, Tensor layout, str cell_type, int hidden_dim,"
     " bool bidirectional) -> (Tensor, Tensor, Tensor)",
     # Memory for n bytes of weights, in few large pages where there are some.
     "weights_memory": "(Tensor like, int n) -> Tensor",

@@ -516,7 +516,7 @@ def test_packed_weights_lie_side_by_side(dtype):
     decoder = make(KINDS[2]).decoder
     with torch.no_grad():
         apart = packing._pack(decoder, packing.DTYPES[dtype], True, False)
-    together = pack_decoder(decoder, dtype).weights
+    together = pack_decoder(decoder, dtype).weights.tensors()
     assert len({w.untyped_storage().data_ptr() for w in together}) == 1
     end = 0
     for a, b in zip(apart, together, strict=True):

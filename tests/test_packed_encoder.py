@@ -29,8 +29,8 @@ def runs_packed(encoder, src):
     """Whether a call reads the packed weights: wrong ones are noticed."""
     right = encoder.packed
     want = encoder(src)[0]
-    wrong = [torch.zeros_like(w) for w in right.weights]
-    encoder.packed = right._replace(weights=wrong)
+    memory = torch.zeros_like(right.weights.memory)
+    encoder.packed = right._replace(weights=right.weights._replace(memory=memory))
     found = encoder(src)[0]
     encoder.packed = right
     return not torch.equal(found, want)

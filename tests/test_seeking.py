@@ -25,8 +25,8 @@ def seeking():
     model, src = make(V=V), sources(2, 5)
     packed = pack_decoder(model.decoder, "float32")
     for part in (MATRIX, OF_CONTEXT):
-        packed.weights[part].fill_(128)
-    packed.weights[BOUNDS].zero_()
+        packed.weights.tensors()[part].fill_(128)
+    packed.weights.tensors()[BOUNDS].zero_()
     model.decoder.packed = packed
     options = {"bos": BOS, "eos": EOS, "max_length": 5, "return_scores": False}
     want = model.generate(src, backend="reference", **options)
@@ -170,7 +170,7 @@ def test_the_bound_is_needed_and_enough(rounded):
     options = {"bos": BOS, "eos": EOS, "max_length": 1, "return_scores": False}
     for part, token in ((1.0, 5), (0.9, 9)):
         decoder.packed = pack_decoder(decoder, "float32")
-        decoder.packed.weights[BOUNDS].mul_(part)
+        decoder.packed.weights.tensors()[BOUNDS].mul_(part)
         assert s2s.generate(decoder, context, state, **options).tokens.tolist() == [[token]]
 
 
@@ -267,7 +267,9 @@ def test_rows_batches_and_threads(threads):
 def test_what_is_packed():
     """The seeking copies are there but for int8, and only of many tokens, all finite."""
     decoder = make(V=V).decoder
-    matrix, scales, *of_context, bounds, weights = pack_decoder(decoder, "float32").weights[MATRIX:]
+    matrix, scales, *of_context, bounds, weights = pack_decoder(
+        decoder, "float32"
+    ).weights.tensors()[MATRIX:]
     P, H = -(-V // 64), decoder.layers.hidden_size
     assert bounds.shape == (5, P) and torch.equal(weights, decoder.fc_out.weight)
     parts = (matrix, scales, weights[:, :H], bounds[0]), (*of_context, weights[:, H:], bounds[2])
@@ -278,7 +280,7 @@ def test_what_is_packed():
         rounded = (restored[:V, : part.shape[1]] - part).norm(dim=1)
         assert (rounded <= most.repeat_interleave(64)[:V]).all()
         assert (rounded.max() > 0.5 * most.max()).all()  # and it is not far from what it bounds
-    of_half = pack_decoder(decoder, "bfloat16").weights[MATRIX:]
+    of_half = pack_decoder(decoder, "bfloat16").weights.tensors()[MATRIX:]
     assert of_half[-1].dtype == torch.bfloat16 and torch.equal(of_half[-1], weights.bfloat16())
     infinite = copy.deepcopy(decoder)
     with torch.no_grad():
@@ -289,7 +291,7 @@ def test_what_is_packed():
         (make(V=MANY_TOKENS - 1).decoder, ("float32",)),
         (infinite, ("float32",)),
     ):
-        assert all(w.numel() == 0 for w in pack_decoder(other, *form).weights[MATRIX:])
+        assert all(w.numel() == 0 for w in pack_decoder(other, *form).weights.tensors()[MATRIX:])
 
 
 @pytest.mark.parametrize("backend", ["native", "reference", None])

@@ -81,7 +81,7 @@ def generate(
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
     context, from_source, mask = _source(source, state)
     found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
-        packed.weights,
+        *packed.weights,
         decoder.cell_type,
         decoder.query_after,
         *_states(state),
@@ -114,7 +114,7 @@ def step(
     """`Decoder.step` from packed weights."""
     context, from_source, mask = _source(source, state)
     logits, hidden, cell, after, weights = torch.ops.seq2seq_fast.decoder_step.default(
-        packed.weights,
+        *packed.weights,
         decoder.cell_type,
         decoder.query_after,
         tokens.long().contiguous(),

@@ -1,5 +1,6 @@
 """A decoder's weights as the compiled engine reads them: from one end to the other."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +22,28 @@ PART = 1024  # of which the bounds are made at once, in float64
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
 
 
+class Packed(NamedTuple):
+    """Tensors in one piece of memory, and where they lie there: see csrc/cpu/packed_product.h."""
+
+    memory: Tensor  # uint8
+    layout: Tensor  # (n, 7) int64
+
+    def tensors(self) -> list[Tensor]:
+        found = []
+        for start, kind, dim, *sizes in self.layout.tolist():
+            dtype, shape = _DTYPES[kind], sizes[:dim]
+            n = math.prod(shape) * dtype.itemsize
+            found.append(self.memory[start : start + n].view(dtype).view(shape))
+        return found
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+
+
 class PackedDecoder(NamedTuple):
     """A decoder's weights, packed, and whether they are still the decoder's."""
 
-    weights: list[Tensor]  # in the order of PackedDecoder in csrc/cpu/decode_step.h
+    weights: Packed  # in the order of PackedDecoder in csrc/cpu/decode_step.h
     dtype: str
     watch: WeightWatch
     projects_values: bool
@@ -65,7 +84,7 @@ def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
 class PackedLayers(NamedTuple):
     """An encoder's recurrent layers, packed, and whether they are still the encoder's."""
 
-    weights: list[Tensor]  # in the order of csrc/cpu/recurrent_layers.cpp
+    weights: Packed  # in the order of csrc/cpu/recurrent_layers.cpp
     watch: WeightWatch
 
 
@@ -85,19 +104,19 @@ def pack_layers(table: dict[str, Any], name: str) -> PackedLayers:
         return PackedLayers(_side_by_side(packed), watch)
 
 
-def _side_by_side(weights: list[Tensor]) -> list[Tensor]:
+def _side_by_side(weights: list[Tensor]) -> Packed:
     """The same numbers in one piece of memory, which large pages can hold: a step reads all of it,
     and would look up the place of each small page."""
-    starts, total = [], 0
+    layout, total = [], 0
     for w in weights:
-        starts.append(total)
+        sizes = [*w.shape] + [0] * (4 - w.dim())
+        layout.append([total, _DTYPES.index(w.dtype), w.dim(), *sizes])
         total += -(-w.nbytes // 64) * 64
     memory = torch.ops.seq2seq_fast.weights_memory(weights[0], total)
-    placed = []
-    for w, start in zip(weights, starts, strict=True):
-        view = memory[start : start + w.nbytes].view(w.dtype).view(w.shape)
-        placed.append(view.copy_(w))
-    return placed
+    packed = Packed(memory, torch.tensor(layout))
+    for place, w in zip(packed.tensors(), weights, strict=True):
+        place.copy_(w)
+    return packed
 
 
 def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool) -> list[Tensor]:

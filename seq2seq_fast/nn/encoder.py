@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         layers = self.layers
         outputs, hidden, cell = torch.ops.seq2seq_fast.recurrent_layers.default(
             x.contiguous(),
-            packed.weights,
+            *packed.weights,
             self.cell_type,
             layers.hidden_size,
             layers.bidirectional,

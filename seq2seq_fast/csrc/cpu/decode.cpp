@@ -354,7 +354,7 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram
-Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor hidden,
+Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_after, Tensor hidden,
                Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
                std::optional<Tensor> mask, std::optional<Tensor> limits,
                std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
@@ -369,7 +369,7 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
   const Options options = {whole[0],         whole[1],       whole[2],     whole[3],
                            whole[4],         whole[5],       whole[6],     length_penalty,
                            coverage_penalty, return_weights, return_scores};
-  const PackedDecoder model(std::move(weights), cell_type, query_after);
+  const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
   const bool beams = options.beam_size > 1;  // all logits, of which rows share their sources
   const Project project = {project_values && !query_after,
@@ -384,11 +384,11 @@ Outputs decode(std::vector<Tensor> weights, std::string cell_type, bool query_af
 
 // One step of B rows, their tokens (B,): all logits (B, V), states, context and weights after it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
-    std::vector<Tensor> weights, std::string cell_type, bool query_after, Tensor tokens,
+    Tensor packed, Tensor layout, std::string cell_type, bool query_after, Tensor tokens,
     Tensor hidden, Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
     std::optional<Tensor> mask) {
   const int64_t B = hidden.size(1);
-  const PackedDecoder model(std::move(weights), cell_type, query_after);
+  const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() &&
                       tokens.numel() == B && model.context.panels == 0,
                   "expected int64 tokens (B,), and weights that project no values");

@@ -12,26 +12,26 @@ constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in
 
 }  // namespace
 
-static std::vector<PackedDecoder::Layer> layers_of(const std::vector<Tensor>& x) {
+static std::vector<PackedDecoder::Layer> layers_of(const std::vector<PackedTensor>& x) {
   std::vector<PackedDecoder::Layer> layers;
   for (size_t i = 1; i + kBehindLayers < x.size(); i += 5)
     layers.push_back({Matrix(x[i], x[i + 1]), Matrix(x[i + 2], x[i + 3]), floats(x[i + 4])});
   return layers;
 }
 
-PackedDecoder::PackedDecoder(std::vector<Tensor> x, const std::string& cell_type, bool after)
+PackedDecoder::PackedDecoder(const std::vector<PackedTensor>& x, const std::string& cell_type,
+                             bool after)
     : cell(cell_of(cell_type)),
       query_after(after),
-      V(x.at(0).size(0)),
-      E(x[0].dim() == 2 ? x[0].size(1) : 0),
+      V(x.at(0).sizes[0]),
+      E(x[0].dim == 2 ? x[0].sizes[1] : 0),
       embedding(floats(x[0])),
-      gates_of_tokens(x[0].dim() == 3 ? embedding : nullptr),
+      gates_of_tokens(x[0].dim == 3 ? embedding : nullptr),
       layers(layers_of(x)),
       query(x.at(x.size() - kBehindLayers), x.at(x.size() - kBehindLayers + 1)),
       b_query(floats(x.at(x.size() - kBehindLayers + 2))),
       context(x.at(x.size() - kBehindLayers + 3), x.at(x.size() - kBehindLayers + 4)),
-      readout(x.data() + x.size() - PackedReadout::kTensors, V),
-      tensors(std::move(x)) {}
+      readout(x.data() + x.size() - PackedReadout::kTensors, V) {}
 
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
                              int64_t context_width)

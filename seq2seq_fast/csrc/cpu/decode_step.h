@@ -35,8 +35,8 @@ struct PackedDecoder {
   const float* b_query;
   Matrix context;
   PackedReadout readout;
-  std::vector<Tensor> tensors;
-  PackedDecoder(std::vector<Tensor> tensors, const std::string& cell_type, bool query_after);
+  PackedDecoder(const std::vector<PackedTensor>& tensors, const std::string& cell_type,
+                bool query_after);
 };
 
 struct DecoderSource {

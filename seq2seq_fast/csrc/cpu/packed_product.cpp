@@ -26,17 +26,53 @@ const float* floats(const Tensor& x) {
   return static_cast<const float*>(x.data_ptr());
 }
 
-Matrix::Matrix(const Tensor& data_, const Tensor& scales_, int64_t digits_)
-    : data(data_),
-      scales(scales_),
-      weights(data_.data_ptr()),
-      scale(floats(scales_)),
-      type(weights_of(data_.scalar_type())),
-      digits(digits_) {
+PackedTensor::PackedTensor(const Tensor& x)
+    : data(x.data_ptr()), type(x.scalar_type()), dim(x.dim()), sizes{} {
+  STD_TORCH_CHECK(x.is_contiguous() && dim <= 4, "expected a contiguous tensor");
+  for (int64_t i = 0; i < dim; ++i) sizes[i] = x.size(i);
+}
+
+int64_t PackedTensor::numel() const {
+  int64_t n = 1;
+  for (int64_t i = 0; i < dim; ++i) n *= sizes[i];
+  return n;
+}
+
+const float* floats(const PackedTensor& x) {
+  STD_TORCH_CHECK(x.type == ScalarType::Float, "expected float32");
+  return static_cast<const float*>(x.data);
+}
+
+std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& layout) {
+  constexpr int64_t kColumns = 7;
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
+  constexpr int64_t kBytes[] = {4, 2, 1};
+  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.is_contiguous() &&
+                      layout.scalar_type() == ScalarType::Long && layout.is_contiguous() &&
+                      layout.dim() == 2 && layout.size(1) == kColumns,
+                  "expected bytes of packed tensors, and where they lie");
+  const int64_t n = layout.size(0), end = memory.numel();
+  const auto* row = static_cast<const int64_t*>(layout.data_ptr());
+  std::vector<PackedTensor> found(n, PackedTensor(memory));
+  for (PackedTensor& x : found) {
+    const int64_t type = row[1];
+    STD_TORCH_CHECK(type >= 0 && type < 3 && row[2] >= 0 && row[2] <= 4, "expected a layout");
+    x.data = static_cast<char*>(x.data) + row[0];
+    x.type = kTypes[type], x.dim = row[2];
+    std::copy_n(row + 3, 4, x.sizes);
+    STD_TORCH_CHECK(row[0] >= 0 && x.numel() >= 0 && row[0] + x.numel() * kBytes[type] <= end,
+                    "expected packed tensors to lie in their memory");
+    row += kColumns;
+  }
+  return found;
+}
+
+Matrix::Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits_)
+    : weights(data.data), scale(floats(scales)), type(weights_of(data.type)), digits(digits_) {
   const bool quantised = type == Weights::kInt8;
-  STD_TORCH_CHECK(data.is_contiguous() && data.dim() == (quantised ? 4 : 3),
+  STD_TORCH_CHECK(data.dim == (quantised ? 4 : 3),
                   "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
-  panels = data.size(0), K = data.size(1) * (quantised ? 4 : 1), width = data.size(2);
+  panels = data.sizes[0], K = data.sizes[1] * (quantised ? 4 : 1), width = data.sizes[2];
   STD_TORCH_CHECK(
       width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
       "expected panels of whole units, and a scale for each column of uint8");

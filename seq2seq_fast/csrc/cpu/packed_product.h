@@ -1,5 +1,7 @@
 // Products with packed weights, as decoding makes them.
 #pragma once
+#include <vector>
+
 #include "../common.h"
 #include "loops.h"
 
@@ -8,15 +10,29 @@ namespace seq2seq_fast {
 // A contiguous float32 tensor's numbers.
 const float* floats(const Tensor& x);
 
+// One of the tensors that lie side by side in packed memory, contiguous. A call has dozens of them:
+// to hand over each as a tensor of its own takes as long as a step of a small model.
+struct PackedTensor {
+  void* data;
+  ScalarType type;
+  int64_t dim, sizes[4];
+  explicit PackedTensor(const Tensor& x);
+  int64_t numel() const;
+};
+const float* floats(const PackedTensor& x);
+
+// Those of `memory`; layout (n, 7) int64 has of each its first byte, type (0 float32, 1 bfloat16, 2
+// uint8), number of dimensions and sizes. Made by seq2seq_fast/decoding/packing.py.
+std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& layout);
+
 // Packed weights, see loops.h; scales are of kInt8 alone, whose left factors have numbers of two
-// digits or one. Made by seq2seq_fast/decoding/packing.py.
+// digits or one.
 struct Matrix {
-  Tensor data, scales;
-  const void* weights;  // those of `data`; each question to a tensor takes a while
+  const void* weights;
   const float* scale;
   Weights type;
   int64_t panels, K, width, digits;
-  Matrix(const Tensor& data, const Tensor& scales, int64_t digits = 2);
+  Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits = 2);
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
   // From one digit of a row to the next; vectors are stored past its end.
   int64_t quantised_ld() const { return K + kBlock; }

@@ -5,20 +5,20 @@
 
 namespace seq2seq_fast {
 
-PackedReadout::PackedReadout(const Tensor* x, int64_t V)
+PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
     : matrix(x[0], x[1]),
       bias(floats(x[2])),
-      weights(x[kTensors - 1].data_ptr()),
+      weights(x[kTensors - 1].data),
       V(V),
       chunk_panels(matrix.panels >= 64 ? 4 : 1),
       chunks((matrix.panels + chunk_panels - 1) / chunk_panels),
       screen(x + 3, chunk_panels) {
-  const Tensor& w = x[kTensors - 1];
-  STD_TORCH_CHECK(screen.panels == 0 ||
-                      (screen.panels == matrix.panels && screen.parts[0].width == matrix.width &&
-                       w.numel() == V * matrix.K && w.is_contiguous() &&
-                       w.scalar_type() == x[0].scalar_type() && matrix.type != Weights::kInt8),
-                  "expected int8, bounds and rows of the readout's weights");
+  const PackedTensor& w = x[kTensors - 1];
+  STD_TORCH_CHECK(
+      screen.panels == 0 ||
+          (screen.panels == matrix.panels && screen.parts[0].width == matrix.width &&
+           w.numel() == V * matrix.K && w.type == x[0].type && matrix.type != Weights::kInt8),
+      "expected int8, bounds and rows of the readout's weights");
 }
 
 void PackedReadout::logits_at(const Operand* operands, int64_t row, const int32_t* tokens,

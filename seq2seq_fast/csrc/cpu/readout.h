@@ -16,7 +16,7 @@ struct PackedReadout {
   const void* weights;
   int64_t V, chunk_panels, chunks;  // chunks of so many panels
   PackedScreen screen;
-  PackedReadout(const Tensor* tensors, int64_t V);
+  PackedReadout(const PackedTensor* tensors, int64_t V);
 
   int64_t ld() const { return matrix.panels * matrix.width; }
   int64_t chunk_width() const { return chunk_panels * matrix.width; }

@@ -20,13 +20,14 @@ constexpr int64_t kTensors = 5;        // of a layer: matrix and scales of both 
 struct Layer {
   Matrix input, hidden;
   const float* bias;
-  explicit Layer(const Tensor* x) : input(x[0], x[1]), hidden(x[2], x[3]), bias(floats(x[4])) {}
+  explicit Layer(const PackedTensor* x)
+      : input(x[0], x[1]), hidden(x[2], x[3]), bias(floats(x[4])) {}
 };
 
 // One layer in one direction, over T steps of B rows. Rows lie step by step.
 class Recurrence {
  public:
-  Recurrence(const Tensor* weights, Cell cell, const Tensor& x, int64_t H, bool backwards)
+  Recurrence(const PackedTensor* weights, Cell cell, const Tensor& x, int64_t H, bool backwards)
       : layer_(weights),
         cell_(cell),
         T_(x.size(1)),
@@ -110,11 +111,12 @@ void copy_rows(const Operand& from, int64_t n, float* to, int64_t ld) {
 
 // x (B, T, E) to outputs (B, T, directions H), hidden and cell (layers directions, B, H) as torch
 // has them; cell is empty but of an LSTM.
-std::tuple<Tensor, Tensor, Tensor> recurrent_layers(Tensor x, std::vector<Tensor> weights,
+std::tuple<Tensor, Tensor, Tensor> recurrent_layers(Tensor x, Tensor packed, Tensor layout,
                                                     std::string cell_type, int64_t H,
                                                     bool bidirectional) {
   const Cell cell = cell_of(cell_type);
   const int64_t B = x.size(0), T = x.size(1), E = x.size(2), directions = bidirectional ? 2 : 1;
+  const std::vector<PackedTensor> weights = packed_tensors(packed, layout);
   const auto n = static_cast<int64_t>(weights.size()) / kTensors;
   STD_TORCH_CHECK(
       n > 0 && n * kTensors == static_cast<int64_t>(weights.size()) && n % directions == 0 && T > 0,

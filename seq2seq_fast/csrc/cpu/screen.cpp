@@ -19,7 +19,7 @@ float larger(float a, float b) { return a != a || b <= a ? a : b; }
 
 }  // namespace
 
-PackedScreen::PackedScreen(const Tensor* x, int64_t chunk_panels_)
+PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
     : parts{Matrix(x[0], x[1], 1), Matrix(x[2], x[3], 1)},
       panels(parts[kHidden].panels),
       chunk_panels(chunk_panels_),
@@ -44,14 +44,18 @@ PackedScreen::PackedScreen(const Tensor* x, int64_t chunk_panels_)
 }
 
 ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
-    : B_(values.size(0)), S_(values.size(1)), bounds_(packed.chunks * B_) {
+    : B_(values.size(0)),
+      S_(values.size(1)),
+      bytes_(empty(values, {packed.panels * B_, (S_ + 3) / 4, packed.parts[0].width, 4},
+                   ScalarType::Byte)),
+      scales_(empty(values, {packed.panels * B_, packed.parts[0].width}, ScalarType::Float)),
+      matrix_(PackedTensor(bytes_), PackedTensor(scales_), 1),
+      bounds_(packed.chunks * B_) {
   const Matrix& part = packed.parts[PackedScreen::kContext];
   const int64_t S = S_, D = values.size(2), width = part.width, fours = (S + 3) / 4;
   const int64_t n = packed.panels * B_;
-  matrix_.emplace(empty(values, {n, fours, width, 4}, ScalarType::Byte),
-                  empty(values, {n, width}, ScalarType::Float), 1);
-  auto* bytes = static_cast<uint8_t*>(matrix_->data.data_ptr());
-  auto* scales = static_cast<float*>(matrix_->scales.data_ptr());
+  auto* bytes = static_cast<uint8_t*>(bytes_.data_ptr());
+  auto* scales = static_cast<float*>(scales_.data_ptr());
   const Factor rows(part, B_ * S, {floats(values), D, D});
   const Buffer<float> lengths(2 * n);
   parallel(n, S * D * width, [&](int64_t begin, int64_t end) {

@@ -36,7 +36,7 @@ struct PackedScreen {
   int64_t panels, chunk_panels, chunks;
   std::vector<std::array<ByteBounds, kParts>> bounds;  // of each chunk of panels
   std::vector<float> bias_bounds;
-  PackedScreen(const Tensor* tensors, int64_t chunk_panels);
+  PackedScreen(const PackedTensor* tensors, int64_t chunk_panels);
 };
 
 // What a step's rows are read out from.
@@ -50,7 +50,7 @@ class ScreenedValues {
  public:
   // values (B, S, D)
   ScreenedValues(const PackedScreen& packed, const Tensor& values);
-  const Matrix& matrix() const { return *matrix_; }  // (panels B, S / 4, width, 4)
+  const Matrix& matrix() const { return matrix_; }  // (panels B, S / 4, width, 4)
   int64_t positions() const { return S_; }
   int64_t place(int64_t panel, int64_t source) const { return panel * B_ + source; }
   const ByteBounds& bounds(int64_t chunk, int64_t source) const {
@@ -59,7 +59,8 @@ class ScreenedValues {
 
  private:
   int64_t B_, S_;
-  std::optional<Matrix> matrix_;
+  Tensor bytes_, scales_;
+  Matrix matrix_;
   std::vector<ByteBounds> bounds_;  // (chunks, B)
 };
 
