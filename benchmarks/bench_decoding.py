@@ -213,14 +213,17 @@ def test_encoder(name, sizes, B, compare):
     )
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("B", [1, 16])
 @pytest.mark.parametrize(
     ("name", "sizes"), [("tutorial model", TUTORIAL), ("G2P model", G2P)], ids=["tutorial", "G2P"]
 )
 @torch.no_grad()
-def test_step(name, sizes, B, compare):
+def test_step(name, sizes, B, prepared, compare):
     V, S, _ = sizes.values()
     model, twin = models(V)
+    if prepared:
+        model.prepare_inference()
     values, hidden, cell = model.encoder(torch.randint(V, (B, S)))
     source, token = model.decoder.source(values), torch.full((B,), BOS)
     compare(
@@ -230,7 +233,7 @@ def test_step(name, sizes, B, compare):
         },
         kind="decoding",
         name=name,
-        mode="`decoder(…)`, one step",
+        mode="`decoder(…)`, one step" + (", prepared" if prepared else ""),
         shape={"B": B, "V": V, "S": S, "H": H},
         steps=1,
     )

@@ -549,6 +549,21 @@ def test_prepared_weights_follow_the_parameters(project_values):
         assert torch.equal(model.generate(src, **options).tokens, before.tokens)
 
 
+@torch.no_grad()
+def test_prepared_weights_follow_what_parameters_are_computed_from():
+    model, src = make().prepare_inference(), sources(5, 6)
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    torch.nn.utils.parametrizations.weight_norm(model.decoder.fc_out)
+    scale = model.decoder.fc_out.parametrizations.weight.original0
+    for factor in (1, -1, 0.5):
+        scale.mul_(factor)
+        for _ in range(2):
+            want = model.generate(src, backend="reference", **options)
+            found = model.generate(src, **options)
+            assert torch.equal(found.tokens, want.tokens)
+            torch.testing.assert_close(found.log_probs, want.log_probs, rtol=1e-4, atol=1e-4)
+
+
 def test_many_threads_at_once():
     model = make(V=300, H=48).prepare_inference()
     inputs = [sources(1 + i % 3, 5 + i % 4, i) for i in range(8)]
