@@ -198,7 +198,11 @@ def _sections(results: dict) -> list[tuple]:
             _growth,
             growth,
         ),
-        ("Decoding, the encoder left out:", _decoding, decoding),
+        (
+            "Decoding, the encoder left out; the encoder and a single step alone:",
+            _decoding,
+            decoding,
+        ),
     ]
 
 

@@ -554,7 +554,7 @@ def test_prepared_weights_follow_what_parameters_are_computed_from():
     model, src = make().prepare_inference(), sources(5, 6)
     options = {"bos": BOS, "eos": EOS, "max_length": 8}
     torch.nn.utils.parametrizations.weight_norm(model.decoder.fc_out)
-    scale = model.decoder.fc_out.parametrizations.weight.original0
+    scale = model.eval().decoder.fc_out.parametrizations.weight.original0
     for factor in (1, -1, 0.5):
         scale.mul_(factor)
         for _ in range(2):

@@ -162,7 +162,8 @@ class Seq2Seq(nn.Module):
         self, dtype: str = "float32", *, project_values: bool = False
     ) -> "Seq2Seq":
         """Keeps the decoder's weights packed for `generate`, which else packs them at every call,
-        and those of the encoder's recurrent layers, in float32.
+        and those of the encoder's recurrent layers, in float32. Single calls of encoder and
+        decoder that need no gradient read them too, of the decoder where dtype is "float32".
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
         made anew at the next call after they were changed in place or exchanged. (Changes through
