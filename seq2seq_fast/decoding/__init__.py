@@ -51,9 +51,9 @@ def generate(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     with torch.no_grad(), evaluating(decoder):
-        prepared = decoder.source(source) if isinstance(source, Tensor) else source
         B = state.hidden.shape[1]
         asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
+        prepared = decoder.source(source) if isinstance(source, Tensor) else source
         _check_state(decoder, prepared, state)
         packed = _ready(decoder, asked, backend)
         if B == 0:

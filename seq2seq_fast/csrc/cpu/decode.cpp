@@ -371,6 +371,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                            coverage_penalty, return_weights, return_scores};
   const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
+  STD_TORCH_CHECK(!project_values || from.keys, "expected values to project");
   const bool beams = options.beam_size > 1;  // all logits, of which rows share their sources
   const Project project = {project_values && !query_after,
                            project_values && beams && model.readout.matrix.type != Weights::kInt8};
