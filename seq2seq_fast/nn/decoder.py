@@ -138,8 +138,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """`forward` on a prepared source, unchecked: input (B,) ids -> logits (B, V), the state
         after it, and the attention weights (B, S), None without attention."""
-        packed = self._packed_for_steps() if len(input) else None
-        if packed is not None:
+        packed = self._packed_for_steps()
+        if packed is not None and len(input) > 0:
             return native.step(self, packed, input, state, source)
         out = self.run(input.unsqueeze(1), state, source)
         features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
