@@ -43,9 +43,12 @@ DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<T
   floats(values);
   std::fill(std::copy_n(floats(v_), A, +v), v + keys->Hp, 0.f);
   max_v = loops.largest(v, A);
+  lengths.assign(values.size(0), S);
   if (!mask_) return;
   mask = static_cast<const bool*>(mask_->data_ptr());
   for (int i = 0; i < 2; ++i) mask_stride[i] = mask_->stride(i);
+  for (size_t b = 0; b < lengths.size(); ++b)
+    while (lengths[b] > 0 && !attended(static_cast<int64_t>(b), lengths[b] - 1)) --lengths[b];
 }
 
 DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source,
@@ -68,9 +71,9 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       inputs_(most * model.E),
       queries_(most * query_ld_),
       weights_(most * weights_ld_),
-      of_gates_(model.context, 0, project.gates ? &source.values : nullptr),
+      of_gates_(model.context, 0, project.gates ? &source.values : nullptr, source.lengths),
       of_logits_(model.readout.matrix, hidden_state.size(2),
-                 project.logits ? &source.values : nullptr),
+                 project.logits ? &source.values : nullptr, source.lengths),
       readout_(model.readout, most, source.keys ? &source.values : nullptr, of_logits_),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},

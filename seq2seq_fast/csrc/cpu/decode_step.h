@@ -48,6 +48,7 @@ struct DecoderSource {
   int64_t S = 0, D = 0, A = 0, mask_stride[2] = {};
   DecoderSource(const std::vector<Tensor>& tensors, const std::optional<Tensor>& mask,
                 int64_t context_width);
+  std::vector<int64_t> lengths;  // of each source, up to the last position that is attended to
   bool attended(int64_t b, int64_t s) const {
     return !mask || mask[b * mask_stride[0] + s * mask_stride[1]];
   }

@@ -4,6 +4,8 @@
 // W sum_s a[s] v[s] = sum_s a[s] (W v[s]). With W v[s] made once of each source, a step reads S
 // rows for each row it has, in place of the D rows of weights that all rows share.
 #pragma once
+#include <vector>
+
 #include "packed_product.h"
 
 namespace seq2seq_fast {
@@ -17,14 +19,17 @@ struct Attended {
 
 class ProjectedValues {
  public:
-  // Of values (B, S, D), by a matrix' rows from `skip` on; null for nothing.
-  ProjectedValues(const Matrix& matrix, int64_t skip, const Tensor* values);
+  // Of values (B, S, D), of which each source has so many that can be attended to, by a matrix'
+  // rows from `skip` on; null for nothing.
+  ProjectedValues(const Matrix& matrix, int64_t skip, const Tensor* values,
+                  const std::vector<int64_t>& lengths);
   explicit operator bool() const { return panels_ > 0; }
   // Adds the context's part to a panel of n rows, from `first` on.
   void add(const Attended& to, int64_t panel, int64_t first, int64_t n, const Sums& sums) const;
 
  private:
   const int64_t panels_, width_, B_, S_;
+  const std::vector<int64_t>& lengths_;
   Buffer<float> products_;  // (panels, B, S, width), which a step reads in this order
 };
 
