@@ -149,16 +149,23 @@ def test_crowded_logits(name, B, dtype):
         check_alike(*decoded(model.decoder, source, state, dtype, **options))
 
 
+def of_zeros(H, D, attention):
+    """A decoder whose parameters are zero, hidden states too; its weights of the context, and its
+    readout's bias."""
+    sizes = {"attention": attention, "encoder_dim": D}
+    decoder = s2s.Decoder(V, 6, H, 1, 0.0, cell_type="rnn", **sizes).eval()
+    for p in decoder.parameters():
+        p.zero_()
+    return decoder, decoder.fc_out.weight[:, H:], decoder.fc_out.bias
+
+
 @pytest.mark.parametrize("rounded", ["weights", "rows"])
 @torch.no_grad()
 def test_the_bound_is_needed_and_enough(rounded):
     """Token 5 is the one by little, and token 9 by as much as rounding can hide: with nine tenths
     of the bound it comes out."""
     H, D, step = 8, 64, 1 / 127
-    decoder = s2s.Decoder(V, 6, H, 1, 0.0, cell_type="rnn", attention=False, encoder_dim=D).eval()
-    for p in decoder.parameters():
-        p.zero_()  # hidden states too
-    w, bias, context = decoder.fc_out.weight[:, H:], decoder.fc_out.bias, torch.ones(1, D)
+    (decoder, w, bias), context = of_zeros(H, D, attention=False), torch.ones(1, D)
     if rounded == "weights":  # to nothing, and to one step
         w[[5, 9], 0], context[0, 0] = 1, 0  # of 127 steps
         w[5, 1:], w[9, 1 : int(0.95 * D)] = 0.49 * step, 0.51 * step
@@ -180,11 +187,8 @@ def test_what_rounding_hides_of_projected_values(rounded):
     """As above, where values meet the context's bytes, as those of few and short sources do from
     the second or third step on: token 5 is the one, and the bytes alone speak for token 9."""
     H, D, S, step = 8, 64, 12, 1 / 127
-    decoder = s2s.Decoder(V, 6, H, 1, 0.0, cell_type="rnn", encoder_dim=D).eval()
-    for p in decoder.parameters():
-        p.zero_()  # equal attention to all
-    attention, w, bias = decoder.attention, decoder.fc_out.weight[:, H:], decoder.fc_out.bias
-    values = torch.zeros(1, S, D)
+    (decoder, w, bias), values = of_zeros(H, D, attention=True), torch.zeros(1, S, D)
+    attention = decoder.attention  # equal to all
     if rounded == "products":
         w[5, 0], w[5, 1], w[9, 0], w[9, 2] = 1, step, 1, step  # their own bytes are exact
         values[0, 0, 0], values[0, 1:, 1], values[0, 1 : S - 1, 2] = 1, 0.49, 0.51
