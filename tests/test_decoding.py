@@ -717,6 +717,17 @@ def test_other_bad_input_is_refused():
         s2s.generate(model.decoder, source, state._replace(hidden=state.hidden[:, :2]), **GOOD)
     with pytest.raises(TypeError, match="cell: got NoneType"):
         s2s.generate(model.decoder, source, state._replace(cell=None), **GOOD)
+    of_others = [
+        s2s.Decoder(11, 6, 13, 2, 0.0, **widths).source(torch.zeros(3, 5, D))
+        for D, widths in ((40, {"encoder_dim": 40}), (13, {"attention_dim": 40}))
+    ]
+    for prepared in (False, True):  # which reads weights without another check
+        twin = make().prepare_inference() if prepared else make()
+        for other in of_others:
+            with pytest.raises(ValueError, match="encoder_outputs: got "):
+                s2s.generate(twin.decoder, other, state, **GOOD)
+            with pytest.raises(ValueError, match="encoder_outputs: got "), torch.no_grad():
+                twin.decoder(torch.zeros(3, dtype=torch.int64), *state[:2], other)
     with pytest.raises(ValueError, match="trg: got shape"):
         model.score(src, torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match="trg: got torch.float32"):

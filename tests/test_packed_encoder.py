@@ -130,6 +130,14 @@ def test_where_it_is_not_wanted():
         assert make().double().prepare_inference().packed is None
 
 
+@torch.no_grad()
+def test_inputs_of_another_width_are_refused():
+    encoder = make().prepare_inference()
+    encoder.embedding = torch.nn.Embedding(13, 90)
+    with pytest.raises(RuntimeError, match="inputs as wide as a layer's weights"):
+        encoder(torch.zeros(2, 3, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("cell_type", CELLS)
 def test_a_model_s_encoder_is_prepared_with_it(cell_type):
     encoder = make(cell_type, bidirectional=True, bridge_dim=20)

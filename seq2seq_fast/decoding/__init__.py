@@ -53,7 +53,7 @@ def generate(
     with torch.no_grad(), evaluating(decoder):
         B = state.hidden.shape[1]
         asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
-        prepared = decoder.source(source) if isinstance(source, Tensor) else source
+        prepared = decoder.source(source)
         _check_state(decoder, prepared, state)
         packed = _ready(decoder, asked, backend)
         if B == 0:
@@ -134,7 +134,7 @@ def score(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    prepared = decoder.source(source) if isinstance(source, Tensor) else source
+    prepared = decoder.source(source)
     B = state.hidden.shape[1]
     token_ids("trg", trg, decoder.output_dim)
     if trg.dim() != 2 or trg.shape[0] != B or trg.shape[1] == 0:

@@ -95,4 +95,5 @@ class Attention(nn.Module):
             return self.precompute(encoder_outputs, mask)
         if mask is not None:
             raise ValueError("mask: got a Tensor, expected None: the prepared source has its own")
+        checks.prepared_source(encoder_outputs, self.Ua.weight)
         return encoder_outputs

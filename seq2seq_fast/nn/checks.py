@@ -1,7 +1,12 @@
 """Argument checks of the modules: they name the argument, what came, what was expected."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attention import PreparedSource
 
 
 def at_least_one(**sizes: int) -> None:
@@ -50,8 +55,6 @@ def floating(name: str, x: object, like: Tensor) -> Tensor:
 
 
 def state(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
-    if type(x) is Tensor and x.shape == shape and x.dtype == like.dtype and x.device == like.device:
-        return
     x = floating(name, x, like)
     if tuple(x.shape) != shape:
         what = "(B, H)" if len(shape) == 2 else "(n_layers, B, H)"
@@ -68,6 +71,19 @@ def encoder_outputs(x: Tensor, weight: Tensor) -> None:
         )
     if x.shape[1] == 0:
         raise ValueError("encoder_outputs: got an empty source (S = 0), expected S above 0")
+
+
+def prepared_source(source: "PreparedSource", weight: Tensor) -> None:
+    """source: made with a projection by weight (A, D), and not by one of other widths."""
+    encoder_outputs(source.values, weight)
+    expected = (*source.values.shape[:2], weight.shape[0])
+    if source.keys.keys.shape != expected or source.v.shape != expected[2:]:
+        raise ValueError(
+            "encoder_outputs: got a prepared source with keys of shape"
+            f" {tuple(source.keys.keys.shape)} and v {tuple(source.v.shape)}, expected"
+            f" (B, S, A) = {tuple(expected)} and (A,)"
+        )
+    mask(source.mask, source.values)
 
 
 def mask(x: Tensor | None, outputs: Tensor) -> None:

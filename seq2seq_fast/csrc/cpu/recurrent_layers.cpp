@@ -46,6 +46,7 @@ class Recurrence {
 
   // inputs: (T B, K), side by side
   void run(const Operand& a, const Operand& b) {
+    STD_TORCH_CHECK(layer_.input.K == a.K + b.K, "expected inputs as wide as a layer's weights");
     const Buffer<float> gates(panels_ * T_ * B_ * width_);  // before their nonlinearities
     const Factor inputs(layer_.input, T_ * B_, a, b);
     const int64_t parts = (T_ * B_ + kRowsTogether - 1) / kRowsTogether;
