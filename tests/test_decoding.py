@@ -454,8 +454,10 @@ def test_int8_and_any_size_of_what_it_multiplies(size):
 @pytest.mark.parametrize("kind", PROJECT, ids=str)
 @pytest.mark.parametrize("V", [70, FEW_TOKENS + 18])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_projected_values_are_another_order_of_sums(dtype, V, kind):
-    """In float32; with reduced weights too, but for int8's scales, which then are others."""
+def test_projected_values_are_another_order_of_sums(dtype, V, kind, monkeypatch):
+    """In float32; with reduced weights too, but for int8's scales, which then are others. Those of
+    the tokens' gates are not reduced where these are made beforehand: here of all."""
+    monkeypatch.setattr(packing, "FEW_TOKENS", V)
     model, src = make(kind, V=V, H=33), sources(9, 7)
     source, state = model.encode(src)
     want = first_log_probs(model.prepare_inference(dtype), source, state)
@@ -463,6 +465,17 @@ def test_projected_values_are_another_order_of_sums(dtype, V, kind):
     nothing = dtype == "int8" and kind[2]  # neither gates nor int8's logits
     assert torch.equal(ours, want) == nothing
     torch.testing.assert_close(ours, want, rtol=1e-4, atol=0.1 if dtype == "int8" else 1e-3)
+
+
+def test_projecting_values_makes_the_gates_of_so_many_tokens(monkeypatch):
+    V = FEW_TOKENS + 1
+    decoder = make(V=V, H=5).decoder
+    panels = pack_decoder(decoder, "float32", project_values=True).weights.tensors()[0]
+    assert panels.shape == (V, 1, 4 * packing.UNIT)
+    for many in (V * 20, V * 20 - 1):
+        monkeypatch.setattr(packing, "MOST_GATES", many)
+        first = pack_decoder(decoder, "float32", project_values=True).weights.tensors()[0]
+        assert torch.equal(first, panels if many == V * 20 else decoder.embedding.weight)
 
 
 def reduced_layers(decoder):

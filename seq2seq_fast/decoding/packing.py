@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
+MOST_GATES = 1 << 24  # of all tokens, which are made beforehand where values are projected
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
 PART = 1024  # of which the bounds are made at once, in float64
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
@@ -64,7 +65,8 @@ def pack_decoder(
     rows rounded to 14 bits: x = max |x| / 8191 * whole number.
 
     Where `project_values`, the first layer's weights of the context are apart, and a step has no
-    product with them; see `Seq2Seq.prepare_inference`.
+    product with them, nor with those of tokens, of which there may be MOST_GATES; see
+    `Seq2Seq.prepare_inference`.
     """
     watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
@@ -128,7 +130,8 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
     if project_values and not decoder.query_after:
         context = pack_matrix(layers[0][:, E:], len(layers[0]) // H, dtype)
         layers[0] = layers[0][:, :E]
-    if decoder.output_dim <= FEW_TOKENS:
+    gates = decoder.output_dim * len(layers[2])
+    if decoder.output_dim <= FEW_TOKENS or (project_values and gates <= MOST_GATES):
         packed = [_gates_of_tokens(decoder, layers[0][:, :E], layers[2])]
         layers[0] = layers[0][:, E:]
     else:

@@ -184,7 +184,9 @@ class Seq2Seq(nn.Module):
                 and quicker for one or a few sources that are much shorter than the context is
                 wide (a word; a sentence in beam search); slower for large batches and long
                 sources, and it takes memory for B S rows of gates, and of logits in beam search.
-                It rounds differently; either way a row is decoded alike alone and in any batch.
+                The tokens' part of the first layer's gates, if they are 64 MiB at most, is made
+                beforehand too, as it always is of 512 tokens or fewer. It rounds differently;
+                either way a row is decoded alike alone and in any batch.
 
         Returns:
             The model itself.

@@ -83,12 +83,19 @@ struct Peak {
 // Numbers that `dropout` makes at once.
 constexpr int64_t kDropoutBlock = 256;
 
+// What is read after a product, and can be on its way meanwhile.
+struct Soon {
+  const void* first = nullptr;
+  int64_t bytes = 0;
+};
+
 // Where sums go: out = init + sum, rows of them. init may be out, or one row with an ld_init of 0.
 struct Sums {
   const float* init;
   int64_t ld_init;
   float* out;
   int64_t ld;
+  Soon soon = {};
   Sums from(int64_t row, int64_t column) const {
     return {init + row * ld_init + column, ld_init, out + row * ld + column, ld};
   }

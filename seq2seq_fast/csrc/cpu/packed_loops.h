@@ -60,7 +60,7 @@ S2S_INLINE void packed_panel_of(const Operand* operands, int64_t first, int64_t 
   for (int s = 0; s < kOperands; ++s) K += operands[s].K;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
-    Ahead ahead(w, K, width * sizeof(W));
+    Ahead ahead(w, K, width * sizeof(W), to.soon);
     over_rows<kRowsByBlock>(rows, [&]<int M>() S2S_LAMBDA {
       packed_tile<W, M, N>(operands, first + row, w + at, width, ahead.next(), to.from(row, at));
       row += M;

@@ -7,23 +7,28 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;
 
-// The panel behind one of `steps` steps of `bytes` bytes: every tile of rows asks for as many of
-// its lines as it makes steps.
+// What is read after a panel of `steps` steps of `bytes` bytes: `soon`, and then the panel behind
+// it. Every tile of rows asks for as many lines as it makes steps.
 class Ahead {
  public:
-  Ahead(const void* panel, int64_t steps, int64_t bytes)
-      : steps_(steps),
-        at_(static_cast<const char*>(panel) + (steps * bytes)),
-        end_(at_ + (steps * bytes)) {}
+  Ahead(const void* panel, int64_t steps, int64_t bytes, const Soon& soon = {})
+      : tile_(steps * kLineBytes),
+        behind_(static_cast<const char*>(panel) + (steps * bytes)),
+        end_behind_(behind_ + (steps * bytes)),
+        at_(soon.bytes > 0 ? static_cast<const char*>(soon.first) : behind_),
+        end_(soon.bytes > 0 ? at_ + soon.bytes : end_behind_) {}
   const char* next() {
     const char* from = at_;
-    if (at_ + steps_ * kLineBytes < end_) at_ += steps_ * kLineBytes;
+    if (at_ + tile_ < end_)
+      at_ += tile_;
+    else if (end_ != end_behind_)
+      at_ = behind_, end_ = end_behind_;
     return from;
   }
 
  private:
-  int64_t steps_;
-  const char *at_, *end_;
+  int64_t tile_;
+  const char *behind_, *end_behind_, *at_, *end_;
 };
 
 // Calls f<M> for tiles of rows, kMost at a time and then fewer.

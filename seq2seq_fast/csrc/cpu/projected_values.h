@@ -24,6 +24,11 @@ class ProjectedValues {
   ProjectedValues(const Matrix& matrix, int64_t skip, const Tensor* values,
                   const std::vector<int64_t>& lengths);
   explicit operator bool() const { return panels_ > 0; }
+  // What `add` reads for a panel.
+  Soon of_panel(int64_t panel) const {
+    const int64_t n = B_ * S_ * width_;
+    return {products_ + panel * n, n * static_cast<int64_t>(sizeof(float))};
+  }
   // Adds the context's part to a panel of n rows, from `first` on.
   void add(const Attended& to, int64_t panel, int64_t first, int64_t n, const Sums& sums) const;
 

@@ -72,7 +72,8 @@ void Readout::make_all(int64_t n, const std::function<void(int64_t chunk)>& besi
   const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
   over_pieces(packed_.chunks, work, n, false, [&](int64_t chunk) {
     const int64_t v = chunk * packed_.chunk_width();
-    packed_.over_panels(chunk, logits_ + v, ld, [&](int64_t p, const Sums& to) {
+    packed_.over_panels(chunk, logits_ + v, ld, [&](int64_t p, Sums to) {
+      if (projected_) to.soon = projected_.of_panel(p);
       features.multiply(p, 0, n, to);
       if (projected_) projected_.add(rows_.to, p, 0, n, {to.out, ld, to.out, ld});
     });
