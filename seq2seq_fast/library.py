@@ -43,7 +43,8 @@ SCHEMAS = {
     "decode": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor hidden,"
     " Tensor cell, Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
-    " bool return_weights, bool return_scores, bool project_values)"
+    " bool return_weights, bool return_scores, bool project_values, Tensor? seed,"
+    " float temperature, int top_k, float top_p)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One step of it, with all logits.
     "decoder_step": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor tokens,"

@@ -298,49 +298,6 @@ def test_a_prefix_of_probability_zero(bias, max_length, beam_size):
     assert lengths[1] >= 2 or math.isnan(bias)
 
 
-def test_sampling_draws_from_the_stated_distribution():
-    model = make(V=5, pad_idx=None)
-    src = sources(1, 4).expand(20_000, -1)
-    trg = torch.tensor([[BOS, v] for v in range(5)])
-    log_p = model.score(src[:5], trg).log_probs.detach()
-
-    def frequencies(**options):
-        g = torch.Generator().manual_seed(0)
-        found = model.generate(
-            src, bos=BOS, eos=EOS, max_length=1, sample=True, generator=g, **options
-        )
-        torch.testing.assert_close(found.log_probs, log_p[found.tokens[:, 0]], rtol=1e-4, atol=1e-5)
-        return found.tokens[:, 0].bincount(minlength=5) / len(src)
-
-    def close(got, want):
-        assert ((got - want).abs() < 4 * (want * (1 - want) / len(src)).sqrt() + 1e-9).all()
-
-    p = log_p.exp()
-    close(frequencies(), p)
-    close(frequencies(temperature=2.0), (log_p / 2).softmax(0))
-    top = p.topk(2)
-    close(
-        frequencies(top_k=2),
-        torch.zeros(5).index_copy(0, top.indices, top.values / top.values.sum()),
-    )
-    ordered = p.sort(descending=True)
-    enough = float(ordered.values[:3].sum()) - 1e-3  # so that the third is needed
-    kept = ordered.values[:3] / ordered.values[:3].sum()
-    close(frequencies(top_p=enough), torch.zeros(5).index_copy(0, ordered.indices[:3], kept))
-    assert frequencies(top_k=1)[p.argmax()] == 1
-
-
-def test_a_generator_s_state_decides_the_draws():
-    model, src = make(), sources(9, 5)
-
-    def draw(seed):
-        g = torch.Generator().manual_seed(seed)
-        return model.generate(src, bos=BOS, eos=EOS, max_length=8, sample=True, generator=g).tokens
-
-    assert torch.equal(draw(1), draw(1))
-    assert draw(1).shape != draw(2).shape or not torch.equal(draw(1), draw(2))
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_score_is_the_forward_pass_log_softmax(kind):
     model, src = make(kind), sources(4, 6)

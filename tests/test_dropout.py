@@ -20,8 +20,8 @@ def test_the_share_and_the_mean(p):
     assert abs(share - p) < 5 * (p * (1 - p) / factors.numel()) ** 0.5 + 1e-9
 
 
-def philox(counter, key):
-    x = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+def philox(counter, key, third=0, fourth=0):
+    x = [counter & 0xFFFFFFFF, counter >> 32, third, fourth]
     k = [key & 0xFFFFFFFF, key >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]

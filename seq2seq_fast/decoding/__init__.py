@@ -37,10 +37,10 @@ def generate(
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
         state: `DecoderState` before the first token.
-        backend: None for the best there is: greedy decoding and beam search are one compiled call
-            on the CPU in float32, which runs without the GIL, and CUDA graphs of fused kernels on
-            a GPU, which compute in float32; anything else is PyTorch step by step. "native" for
-            the former, else an error; "reference" for plain PyTorch.
+        backend: None for the best there is: one compiled call on the CPU in float32, which runs
+            without the GIL, and CUDA graphs of fused kernels on a GPU, which compute in float32
+            and do not sample; anything else is PyTorch step by step. "native" for the former,
+            else an error; "reference" for plain PyTorch.
         options: of `DecodingOptions`; bos, eos and max_length must be given.
 
     Returns:
@@ -55,7 +55,7 @@ def generate(
         asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
         prepared = decoder.source(source)
         _check_state(decoder, prepared, state)
-        packed = _ready(decoder, asked, backend)
+        packed = _ready(decoder, backend)
         if B == 0:
             found = _nothing(asked, prepared, state)
         elif packed is not None:
@@ -93,12 +93,10 @@ def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = Fal
     decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
 
-def _ready(
-    decoder: "Decoder", options: DecodingOptions, backend: str | None
-) -> PackedDecoder | None:
+def _ready(decoder: "Decoder", backend: str | None) -> PackedDecoder | None:
     """decoder's weights, if they lie prepared for this call: then it needs no other question."""
     kept: PackedDecoder | None = decoder.packed
-    if kept is None or options.sample or asked_for(backend) not in (None, "native"):
+    if kept is None or asked_for(backend) not in (None, "native"):
         return None
     return kept if kept.watch.holds() else None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..library import HAS_KERNEL, is_reference
-from . import stepwise
+from . import sampling, stepwise
 from .options import DecodingOptions
 from .packing import PackedDecoder
 from .results import Generated
@@ -34,7 +34,7 @@ def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
         return f"the decoder is {weight.dtype}"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
-    return "it does not sample" if options.sample else None
+    return "it does not sample" if options.sample and device == "cuda" else None
 
 
 def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) -> bool:
@@ -97,6 +97,10 @@ def generate(
         options.return_weights,
         options.return_scores,
         packed.projects_values,
+        sampling.seed_of(options, state.hidden.device) if options.sample else None,
+        float(options.temperature),
+        min(options.top_k, decoder.output_dim),
+        float(options.top_p),
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     return Generated(

@@ -32,9 +32,10 @@ class DecodingOptions:
         no_repeat_ngram: no n-gram of this many tokens comes twice in a hypothesis; 0 for no rule.
         sample: draw each token instead of taking the most probable one.
         temperature, top_k, top_p: draw from softmax(log p / temperature), of the top_k most
-            probable tokens (0: of all), of the fewest whose probabilities reach top_p (Holtzman
-            et al. 2020).
-        generator: of the draws.
+            probable tokens (0: of all) and those as probable as the last of them, of the fewest
+            whose probabilities reach top_p (Holtzman et al. 2020).
+        generator: of the draws, which is asked for one number; None for torch's own. A draw hangs
+            on that number, on the row's place in the batch and on the step alone.
         prefix: (B, P) or (P,) ids that every hypothesis begins with, parts of its tokens, length
             and score. Beam search has no hypotheses of probability zero: where the prefix is one,
             none is returned.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from . import sampling
 from .options import DecodingOptions
 from .results import Generated
 
@@ -103,19 +104,6 @@ def bar(logits: Tensor, history: Tensor, options: DecodingOptions) -> Tensor:
     return barred
 
 
-def draw(logits: Tensor, options: DecodingOptions) -> Tensor:
-    """One token (N,) of each row of logits (N, V)."""
-    x = logits / options.temperature
-    if 0 < options.top_k < x.shape[1]:
-        x = x.masked_fill(x < x.topk(options.top_k).values[:, -1:], -torch.inf)
-    if options.top_p < 1:
-        ordered, index = x.sort(dim=1, descending=True, stable=True)
-        p = ordered.softmax(1)
-        beyond = p.cumsum(1) - p >= options.top_p  # what comes before reaches top_p already
-        x = x.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
-    return torch.multinomial(x.softmax(1), 1, generator=options.generator).squeeze(1)
-
-
 def one_each(
     decoder: "Decoder", source: "Source", state: "DecoderState", options: DecodingOptions
 ) -> Generated:
@@ -131,6 +119,7 @@ def one_each(
     if positions is not None and (options.return_weights or options.coverage_penalty > 0):
         weights = state.hidden.new_zeros(B, T, positions.shape[1])
     live = torch.arange(B, device=device)  # rows that have not ended
+    seed = sampling.seed_of(options, device) if options.sample else None
     token = torch.full((B,), options.bos, device=device)
     for t in range(T):
         logits, state, w = decoder.step(token, state, source)
@@ -139,7 +128,11 @@ def one_each(
             token = prefix[live, t]
         else:
             allowed = bar(logits, tokens[live, :t], options)
-            token = draw(allowed, options) if options.sample else allowed.argmax(1)
+            if seed is None:
+                token = allowed.argmax(1)
+            else:
+                noise = sampling.gumbel(seed, live, t, allowed.shape[1])
+                token = sampling.draw(allowed, noise, options)
         tokens[live, t] = token
         lengths[live] = t + 1
         log_probs[live] += log_p.gather(1, token[:, None]).squeeze(1)

@@ -1,4 +1,5 @@
-// Greedy decoding and beam search over DecoderStep, as seq2seq_fast/decoding/stepwise.py has them.
+// Greedy decoding, sampling and beam search over DecoderStep, as seq2seq_fast/decoding/stepwise.py
+// has them.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "decode_step.h"
+#include "sampling.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -14,6 +16,7 @@ struct Options {
   int64_t bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram;
   double length_penalty, coverage_penalty;
   bool keep_weights, keep_scores;  // beam search needs scores all the same
+  std::optional<Sampling> sampling;
 };
 
 // A live hypothesis after a step: its last token and the row of the step that it went on from.
@@ -56,6 +59,7 @@ class Engine {
         model_(model),
         source_(source),
         step_(step),
+        seeks_(greedy_ && !(o_.sampling && o_.sampling->cuts(model.V))),
         B_(B),
         P_(prefix ? prefix->size(1) : 0),
         prefix_(prefix ? static_cast<const int64_t*>(prefix->data_ptr()) : nullptr),
@@ -76,7 +80,7 @@ class Engine {
     for (int64_t b = 0; b < B_; ++b) going[b] = static_cast<int32_t>(b);
     while (!live_.empty()) {
       const auto rows = static_cast<int64_t>(live_.size());
-      const bool seeks = greedy_ && step_.readout().seeks(rows, o_.keep_scores);
+      const bool seeks = seeks_ && step_.readout().seeks(rows, o_.keep_scores);
       step_.run(live_, seeks ? most_ - t_ : 0);
       keep_weights();
       if (scores_come_late())
@@ -97,7 +101,8 @@ class Engine {
 
  private:
   void go_on(int32_t b);
-  int32_t bar(int32_t m) const;
+  void bar(int32_t m) const;
+  int32_t choose(int32_t m) const;
   bool scores_come_late() const { return o_.keep_scores && step_.readout().sought(); }
   void take(Search& search, int32_t token);
   void settle();
@@ -112,10 +117,11 @@ class Engine {
   double coverage(int32_t b, int32_t m) const;
 
   const Options& o_;
-  const bool greedy_ = o_.beam_size == 1;
+  const bool greedy_ = o_.beam_size == 1;  // or it draws: one hypothesis of each source
   const PackedDecoder& model_;
   const DecoderSource& source_;
   DecoderStep& step_;
+  const bool seeks_;  // not all logits are needed
   const int64_t B_, P_;
   const int64_t* prefix_;  // (B, P)
   int64_t t_ = 0;          // steps that are behind
@@ -133,7 +139,7 @@ void Engine::go_on(int32_t b) {
   Search& search = searches_[b];
   search.next.clear();
   if (greedy_)
-    take(search, t_ < P_ ? forced(b) : bar(search.first));
+    take(search, t_ < P_ ? forced(b) : choose(search.first));
   else if (t_ < P_)
     force(search, forced(b));
   else
@@ -178,22 +184,35 @@ void Engine::force(Search& search, int32_t token) {
   if (log_prob > -INFINITY) search.next.push_back({log_prob, m, token});
 }
 
-// Sets the logits of what must not follow to -inf. The most probable token of what is left.
-int32_t Engine::bar(int32_t m) const {
+// Sets the logits of what must not follow to -inf.
+void Engine::bar(int32_t m) const {
+  Readout& readout = step_.readout();
+  if (t_ + 1 < o_.min_length) readout.bar(m, o_.eos);
+  const int64_t n = o_.no_repeat_ngram;
+  if (n == 0 || t_ < n) return;
+  std::vector<int32_t> history(t_);
+  for (int64_t t = t_ - 1, at = m; t >= 0; at = nodes_[t--][at].parent)
+    history[t] = nodes_[t][at].token;
+  const auto last = history.end() - (n - 1);
+  for (auto gram = history.begin(); gram + n <= history.end(); ++gram)
+    if (std::equal(last, history.end(), gram)) readout.bar(m, gram[n - 1]);
+}
+
+// The most probable token of what may follow, or one that is drawn of it.
+int32_t Engine::choose(int32_t m) const {
   Readout& readout = step_.readout();
   float* logits = readout.logits(m);
   const float eos = logits[o_.eos];
-  if (t_ + 1 < o_.min_length) readout.bar(m, o_.eos);
-  const int64_t n = o_.no_repeat_ngram;
-  if (n > 0 && t_ >= n) {
-    std::vector<int32_t> history(t_);
-    for (int64_t t = t_ - 1, at = m; t >= 0; at = nodes_[t--][at].parent)
-      history[t] = nodes_[t][at].token;
-    const auto last = history.end() - (n - 1);
-    for (auto gram = history.begin(); gram + n <= history.end(); ++gram)
-      if (std::equal(last, history.end(), gram)) readout.bar(m, gram[n - 1]);
+  bar(m);
+  int32_t best;
+  if (o_.sampling) {
+    const Sampling& sampling = *o_.sampling;
+    if (!seeks_ && readout.finite(m)) cut(sampling, logits, model_.V);
+    best = readout.drawn(m, {sampling.seed, static_cast<uint32_t>(live_[m].source),
+                             static_cast<uint32_t>(t_), sampling.scale});
+  } else {
+    best = readout.most_probable(m);
   }
-  const int32_t best = readout.most_probable(m);
   if (logits[best] != -INFINITY) return best;  // most often, without another look at all logits
   const Peak left = loops.peak(logits, model_.V);
   if (left.top != -INFINITY) return left.index;
@@ -215,7 +234,7 @@ std::vector<Candidate> Engine::best(const Search& search) const {
     const float* logits = readout.logits(m);
     const Normaliser r = readout.normaliser(m);
     const double so_far = search.log_probs[k];
-    bar(m);
+    choose(m);  // whatever it is, there is one
     for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
       const int64_t v = chunk * packed.chunk_width();
       double least = best.size() < most ? -INFINITY : best.back().log_prob;
@@ -351,6 +370,15 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
   return {tokens, lengths, log_probs, scores, finished, weights};
 }
 
+Sampling sampling_of(const Tensor& seed, double temperature, int64_t top_k, double top_p) {
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
+                  "expected a seed of one int64");
+  // No temperature makes 0 of a logit of -inf, nor infinity of two that differ.
+  const auto scale = static_cast<float>(std::clamp(1 / temperature, 1e-30, 1e30));
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr())), scale, top_k,
+          top_p};
+}
+
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram
@@ -359,22 +387,26 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                std::optional<Tensor> mask, std::optional<Tensor> limits,
                std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
                double length_penalty, double coverage_penalty, bool return_weights,
-               bool return_scores, bool project_values) {
+               bool return_scores, bool project_values, std::optional<Tensor> seed,
+               double temperature, int64_t top_k, double top_p) {
   const int64_t B = hidden.size(1);
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
   for (const auto& x : {limits, prefix})
     STD_TORCH_CHECK(
         !x || (x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->size(0) == B),
         "expected int64 limits (B,) and prefix (B, P)");
-  const Options options = {whole[0],         whole[1],       whole[2],     whole[3],
-                           whole[4],         whole[5],       whole[6],     length_penalty,
-                           coverage_penalty, return_weights, return_scores};
+  const auto sampling =
+      seed ? std::optional(sampling_of(*seed, temperature, top_k, top_p)) : std::nullopt;
+  const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
+                           whole[4],         whole[5],       whole[6],      length_penalty,
+                           coverage_penalty, return_weights, return_scores, sampling};
   const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
   const DecoderSource from(source, mask, context ? context->size(1) : 0);
   STD_TORCH_CHECK(!project_values || from.keys, "expected values to project");
-  const bool beams = options.beam_size > 1;  // all logits, of which rows share their sources
+  // Whether all logits are needed: of beams, which share their sources, and of draws from the best.
+  const bool all = options.beam_size > 1 || (sampling && sampling->cuts(model.V));
   const Project project = {project_values && !query_after,
-                           project_values && beams && model.readout.matrix.type != Weights::kInt8};
+                           project_values && all && model.readout.matrix.type != Weights::kInt8};
   DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0,
                    project);
   Engine engine(options, model, from, step, B, max_length, limits, prefix);

@@ -21,10 +21,10 @@ Tensor dropout_factors(Tensor seed, std::vector<int64_t> size, double p) {
   const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
   const auto threshold = static_cast<uint64_t>(std::llround(p * 4294967296.0));
   const float kept = p < 1 ? static_cast<float>(1 / (1 - p)) : 0.f;
-  const int64_t blocks = (n + kDropoutBlock - 1) / kDropoutBlock;
-  parallel(blocks, kDropoutBlock, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kDropoutBlock;
-    loops.dropout(key, begin, std::min(n, end * kDropoutBlock) - first, threshold, kept,
+  const int64_t blocks = (n + kRandomBlock - 1) / kRandomBlock;
+  parallel(blocks, kRandomBlock, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kRandomBlock;
+    loops.dropout(key, begin, std::min(n, end * kRandomBlock) - first, threshold, kept,
                   out + first);
   });
   return torch::stable::reshape(flat, size);

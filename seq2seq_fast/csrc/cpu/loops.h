@@ -80,8 +80,16 @@ struct Peak {
   int32_t index;
 };
 
-// Numbers that `dropout` makes at once.
-constexpr int64_t kDropoutBlock = 256;
+// Random numbers that are made at once.
+constexpr int64_t kRandomBlock = 256;
+
+// Which draw of a token: the seed of all, the row, and the step it is for.
+struct Draw {
+  uint64_t seed;
+  uint32_t row, step;
+  float scale;  // of logits, before they are perturbed
+};
+constexpr float kMostPerturbed = 23;
 
 // What is read after a product, and can be on its way meanwhile.
 struct Soon {
@@ -180,6 +188,9 @@ struct Loops {
   // is below the threshold.
   void (*dropout)(uint64_t key, int64_t block, int64_t n, uint64_t threshold, float kept,
                   float* out);
+  // out = scale x + g for the n numbers of a block, kRandomBlock at most; each has a g of its own,
+  // of Gumbel's distribution, below kMostPerturbed.
+  void (*perturb)(const Draw& draw, int64_t block, const float* x, int64_t n, float* out);
 
   // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
   // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not

@@ -2,12 +2,12 @@
 #include "attention_loops.h"
 #include "cell_loops.h"
 #include "cross_entropy_loops.h"
-#include "dropout_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
 #include "product_loops.h"
 #include "quantised_loops.h"
 #include "quantised_panel.h"
+#include "random_loops.h"
 #include "scores_loops.h"
 
 namespace seq2seq_fast {
@@ -32,6 +32,7 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          sum_rows,
                          transpose,
                          dropout,
+                         perturb,
                          advance_cell,
                          retreat_cell,
                          packed_panel,

@@ -148,12 +148,13 @@ float top(const float* x, int64_t n) {
   constexpr int kTogether = 4;  // so that one comparison need not wait for the other
   Vec tops[kTogether];
   for (Vec& top : tops) top = -INFINITY - Vec{};
-  for (int64_t i = 0; i < n; i += kTogether * kVec)
-    for (int j = 0; j < kTogether; ++j) {
-      if (i + j * kVec >= n) break;
-      const Vec y = load_some(x + i + j * kVec, n - i - j * kVec, -INFINITY);
-      tops[j] = y > tops[j] ? y : tops[j];
-    }
+  int64_t i = 0;
+  const auto meet = [&](int j, Vec y) S2S_LAMBDA { tops[j] = y > tops[j] ? y : tops[j]; };
+  for (; i + kTogether * kVec <= n; i += kTogether * kVec)
+#pragma GCC unroll 4
+    for (int j = 0; j < kTogether; ++j) meet(j, load(x + i + j * kVec));
+  for (; i < n; i += kVec) meet(0, load_some(x + i, n - i, -INFINITY));
+#pragma GCC unroll 4
   for (int j = 1; j < kTogether; ++j) tops[0] = tops[j] > tops[0] ? tops[j] : tops[0];
   return largest_lane(tops[0]);
 }

@@ -1,6 +1,7 @@
 // See readout.h.
 #include "readout.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace seq2seq_fast {
@@ -104,6 +105,11 @@ float Readout::least(int64_t m) const {
   return least;
 }
 
+bool Readout::finite(int64_t m) const {
+  return std::all_of(peaks(m), peaks(m) + packed_.chunks,
+                     [](const Peak& p) { return p.top < INFINITY; });
+}
+
 void Readout::bar(int64_t m, int64_t token) {
   logits(m)[token] = -INFINITY;
   if (!sought_) return;
@@ -123,23 +129,77 @@ int32_t Readout::most_probable(int64_t m) const {
   return best.index;
 }
 
-int32_t Readout::find(int64_t m) const {
-  const float most = least(m);
-  if (most == -INFINITY) return 0;  // all are barred
-  std::vector<int32_t> places(packed_.chunk_width());
-  std::vector<int32_t> left;
-  for (int64_t i = 0; i < packed_.chunks; ++i) {
-    const float off = screen_.bound(m, i), threshold = most - off - 1e-6f * (std::abs(most) + off);
-    if (!(peaks(m)[i].top > threshold)) continue;
-    const int64_t v = i * packed_.chunk_width();
-    const int64_t found = loops.above(logits(m) + v, packed_.count(i), threshold, places.data());
-    for (int64_t j = 0; j < found; ++j) left.push_back(static_cast<int32_t>(v + places[j]));
+std::vector<int32_t> Readout::left(int64_t m, const float* values, const std::vector<float>& tops,
+                                   float scale, float size) const {
+  const int64_t chunks = packed_.chunks, width = packed_.chunk_width();
+  const auto off = [&](int64_t i) { return scale * screen_.bound(m, i); };
+  float most = -INFINITY;
+  for (int64_t i = 0; i < chunks; ++i) most = std::max(most, tops[i] - off(i));
+  std::vector<int32_t> left, places(width);
+  if (most == -INFINITY) return {0};  // all are barred
+  for (int64_t i = 0; i < chunks; ++i) {
+    const float threshold = most - off(i) - 1e-6f * (std::abs(most) + off(i) + size);
+    if (!(tops[i] > threshold)) continue;
+    const int64_t n = loops.above(values + i * width, packed_.count(i), threshold, places.data());
+    for (int64_t j = 0; j < n; ++j) left.push_back(static_cast<int32_t>(i * width + places[j]));
   }
-  if (left.size() == 1) return left[0];
-  std::vector<float> exact(left.size());
+  return left;
+}
+
+std::vector<float> Readout::exact(int64_t m, const std::vector<int32_t>& tokens) const {
+  std::vector<float> found(tokens.size());
   const Operand operands[kOperands] = {rows_.hidden, rows_.context};
-  packed_.logits_at(operands, m, left.data(), static_cast<int64_t>(left.size()), exact.data());
-  return left[std::max_element(exact.begin(), exact.end()) - exact.begin()];
+  packed_.logits_at(operands, m, tokens.data(), static_cast<int64_t>(tokens.size()), found.data());
+  return found;
+}
+
+int32_t Readout::find(int64_t m) const {
+  std::vector<float> tops(packed_.chunks);
+  for (int64_t i = 0; i < packed_.chunks; ++i) tops[i] = peaks(m)[i].top;
+  const std::vector<int32_t> tokens = left(m, logits(m), tops, 1, 0);
+  if (tokens.size() == 1) return tokens[0];
+  const std::vector<float> values = exact(m, tokens);
+  return tokens[std::max_element(values.begin(), values.end()) - values.begin()];
+}
+
+int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
+  const int64_t V = packed_.V, width = packed_.chunk_width();
+  std::vector<float> values(V), tops(packed_.chunks);
+  for (int64_t v = 0; v < V; v += kRandomBlock)
+    loops.perturb(draw, v / kRandomBlock, logits(m) + v, std::min(kRandomBlock, V - v),
+                  values.data() + v);
+  for (int64_t i = 0; i < packed_.chunks; ++i)
+    tops[i] = loops.top(values.data() + i * width, packed_.count(i));
+  const std::vector<int32_t> tokens = left(m, values.data(), tops, draw.scale, kMostPerturbed);
+  if (tokens.size() == 1) return tokens[0];
+  std::vector<float> exact = this->exact(m, tokens);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int64_t block = tokens[i] / kRandomBlock, at = tokens[i] % kRandomBlock;
+    float one[kRandomBlock] = {};
+    one[at] = exact[i];
+    loops.perturb(draw, block, one, kRandomBlock, one);
+    exact[i] = one[at];
+  }
+  return tokens[std::max_element(exact.begin(), exact.end()) - exact.begin()];
+}
+
+int32_t Readout::drawn(int64_t m, const Draw& draw) const {
+  if (sought_) return find_drawn(m, draw);
+  if (!finite(m)) return most_probable(m);
+  float best = -INFINITY, values[kRandomBlock];
+  int64_t token = 0;
+  for (int64_t v = 0; v < packed_.V; v += kRandomBlock) {
+    const float* x = logits(m) + v;
+    const int64_t n = std::min(kRandomBlock, packed_.V - v);
+    const float top = loops.top(x, n);
+    if (top == -INFINITY || draw.scale * top + kMostPerturbed < best) continue;
+    loops.perturb(draw, v / kRandomBlock, x, n, values);
+    const float largest = loops.top(values, n);
+    if (!(largest > best)) continue;
+    best = largest;
+    token = v + (std::find(values, values + n, best) - values);
+  }
+  return static_cast<int32_t>(token);
 }
 
 }  // namespace seq2seq_fast

@@ -64,16 +64,27 @@ class Readout {
   float* logits(int64_t m) const { return logits_ + m * packed_.ld(); }
   const Peak* peaks(int64_t m) const { return peaks_ + m * packed_.chunks; }  // of each chunk
   Normaliser normaliser(int64_t m) const { return {peaks(m), packed_.chunks}; }
+  // Whether no logit is +inf or NaN.
+  bool finite(int64_t m) const;
   // Its logit becomes -inf. Peaks stay as they were but where they are sought by.
   void bar(int64_t m, int64_t token);
   // The first of equals. Of what is not barred, where it is sought.
   int32_t most_probable(int64_t m) const;
+  // The largest logit of what is not barred, perturbed. As `most_probable` where one is +inf or
+  // NaN.
+  int32_t drawn(int64_t m, const Draw& draw) const;
 
  private:
   void make_all(int64_t n, const std::function<void(int64_t chunk)>& beside);
   void make_near(int64_t n, const std::function<void(int64_t chunk)>& beside);
   float least(int64_t m) const;
   int32_t find(int64_t m) const;
+  int32_t find_drawn(int64_t m, const Draw& draw) const;
+  // Tokens whose value, out of one of each logit, may be the largest: a chunk's is off by its
+  // bound, times scale, and by roundings of numbers as large as `size`.
+  std::vector<int32_t> left(int64_t m, const float* values, const std::vector<float>& tops,
+                            float scale, float size) const;
+  std::vector<float> exact(int64_t m, const std::vector<int32_t>& tokens) const;
 
   const PackedReadout& packed_;
   const ProjectedValues& projected_;

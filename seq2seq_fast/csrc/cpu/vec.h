@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef S2S_INTRINSICS
 #include <immintrin.h>
 #endif
@@ -85,20 +86,25 @@ S2S_INLINE Vec sums(Vec in[kVec]) {
 #endif
 }
 
+// All lanes as one: f(x, y) of each half and the other, and so on.
+template <int N = kVec / 2, typename F>
+S2S_INLINE float folded(Vec x, F f) {
+  if constexpr (N == 0) {
+    return x[0];
+  } else {
+    const Vec others = [&]<int... I>(std::integer_sequence<int, I...>) S2S_LAMBDA {
+      return __builtin_shufflevector(x, x, (I + N) % kVec...);
+    }(std::make_integer_sequence<int, kVec>());
+    return folded<N / 2>(f(x, others), f);
+  }
+}
+
 S2S_INLINE float sum(Vec x) {
-  float lanes[kVec];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int n = kVec / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
-  return lanes[0];
+  return folded(x, [](Vec a, Vec b) S2S_LAMBDA { return a + b; });
 }
 
 S2S_INLINE float largest_lane(Vec x) {
-  float lanes[kVec];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int n = kVec / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-  return lanes[0];
+  return folded(x, [](Vec a, Vec b) S2S_LAMBDA { return a > b ? a : b; });
 }
 
 // x where it lies above the bound, or below it, and a NaN where x is one.
@@ -185,6 +191,29 @@ S2S_INLINE Vec exp_negative(Vec x) {
   const Exponential e = exponential(at_least(-110.f, x));
   const VecInt half = e.k >> 1;
   return (e.p + 1.f) * power_of_two(half) * power_of_two(e.k - half);
+}
+
+// log(x) of a positive normal number, to about one unit in the last place; coefficients from
+// Cephes' logf.
+S2S_INLINE Vec log_positive(Vec x) {
+  constexpr int32_t kRootHalf = 0x3f3504f3;
+  VecInt bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const VecInt k = (bits - kRootHalf) >> 23;  // x = 2^k m, m from sqrt(1/2) to sqrt(2)
+  bits -= k << 23;
+  Vec m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Vec f = m - 1.f, ff = f * f, e = __builtin_convertvector(k, Vec);
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec low = p * f * ff + e * -2.12194440e-4f;  // ln 2 in two parts
+  return e * 0.693359375f + (f + (low - 0.5f * ff));
 }
 
 // tanh to about one unit in the last place; coefficients of the small part from Cephes' tanhf
