@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -213,7 +214,15 @@ def _has(backend: str, name: str, device: str) -> bool:
 _USABLE = {
     key: tuple(backend for backend in order if _has(backend, *key)) for key, order in ORDER.items()
 }
-_forced: list[str] = []
+
+
+class _Forced(threading.local):
+    """What `use_backend` names, in the thread that is inside the block."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
 
 
 def backends() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -264,13 +273,14 @@ def _asked_of_gpus() -> bool:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend: "native", "triton" or "reference"."""
+    """Run every op inside the block on one backend: "native", "triton" or "reference". It holds
+    for the thread that is in the block."""
     check_backend_name(name)
-    _forced.append(name)
+    before, _forced.name = _forced.name, name
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.name = before
 
 
 def check_backend_name(name: str) -> None:
@@ -280,7 +290,7 @@ def check_backend_name(name: str) -> None:
 
 def asked_for(backend: str | None) -> str | None:
     """The backend that a call's argument names, or else `use_backend`."""
-    return _forced[-1] if backend is None and _forced else backend
+    return _forced.name if backend is None else backend
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None) -> str:

@@ -232,6 +232,30 @@ def test_a_decoder_step_compiles_whole():
             torch.testing.assert_close(a, b)
 
 
+@torch._dynamo.config.patch(allow_rnn=True)
+@pytest.mark.parametrize(
+    ("cell_type", "attention"), [("lstm", True), ("lstm", False), ("gru", False), ("rnn", True)]
+)
+def test_a_whole_model_compiles(cell_type, attention):
+    """Where no draw decides on feedback."""
+    torch.manual_seed(0)
+    model = s2s.Seq2Seq(
+        s2s.Encoder(9, 5, 8, 2, 0.0, cell_type=cell_type),
+        s2s.Decoder(9, 5, 8, 2, 0.0, cell_type=cell_type, attention=attention),
+        pad_idx=0,
+    )
+    src, trg = torch.randint(1, 9, (3, 4)), torch.randint(1, 9, (3, 5))
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(src, trg, 0.0)
+    torch.testing.assert_close(got, model(src, trg, 0.0))
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(src, trg, 1.0)
+    leaves, want = list(model.parameters()), model.loss(src, trg, 1.0)
+    torch.testing.assert_close(loss, want)
+    for a, b in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_two_python_threads_at_once():
     model, _ = pair(H=32)
     batches = [tokens(4, 13, 6, seed) for seed in range(2)]

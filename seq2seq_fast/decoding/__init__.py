@@ -1,8 +1,9 @@
 """Decoding: greedy, beam search, sampling; scores of given targets. B batch, n generated tokens."""
 
 import contextlib
+import threading
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -154,36 +155,56 @@ def score(
     return Scored(log_probs, log_probs.sum(1), weights)
 
 
-def _training(model: nn.Module) -> list[nn.Module]:
-    """Those in training mode; to find them by `modules` takes as long as a step of decoding."""
-    found = [model] if model.training else []
-    for child in model._modules.values():
-        if child is not None:
-            found += _training(child)
-    return found
+def _training(model: nn.Module) -> bool:
+    """Whether any module is in training mode. `modules` would take as long as a step."""
+    if model.training:
+        return True
+    return any(child is not None and _training(child) for child in model._modules.values())
 
 
 class evaluating:
-    """Inside the block dropout is off. Warns, once, if it had to be turned off."""
+    """Inside the block dropout is off, of the model, whichever thread runs it, until the last
+    thread has left. Warns, once, if it had to be turned off."""
+
+    # Modules that were in training mode, and how many blocks they are in
+    _inside: ClassVar[dict[int, tuple[nn.Module, int]]] = {}
+    _lock = threading.Lock()
 
     def __init__(self, model: nn.Module):
-        self._training = _training(model)
+        self._modules: list[nn.Module] = []
+        self._model = model
 
     def __enter__(self) -> None:
         global _warned
-        if self._training and not _warned:
+        trains = _training(self._model)
+        if not trains and not self._inside:  # most often
+            return
+        if trains and not _warned:
             _warned = True
             warnings.warn(
-                "decoding a model in training mode: dropout is turned off meanwhile; call"
-                " model.eval()",
+                "decoding a model in training mode: dropout is turned off meanwhile, in all"
+                " threads; call model.eval()",
                 stacklevel=4,
             )
-        for module in self._training:
-            module.training = False
+        with self._lock:
+            self._modules = [
+                m for m in self._model.modules() if m.training or id(m) in self._inside
+            ]
+            for module in self._modules:
+                blocks = self._inside.get(id(module), (module, 0))[1]
+                self._inside[id(module)] = module, blocks + 1
+                module.training = False
 
     def __exit__(self, *_: object) -> None:
-        for module in self._training:
-            module.training = True
+        if not self._modules:
+            return
+        with self._lock:
+            for module in self._modules:
+                blocks = self._inside[id(module)][1]
+                self._inside[id(module)] = module, blocks - 1
+                if blocks == 1:
+                    module.training = True
+                    del self._inside[id(module)]
 
 
 def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:

@@ -47,9 +47,14 @@ def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) ->
     return not is_reference(op, weight, backend) and why is None
 
 
+def _floats(x: Tensor) -> Tensor:
+    """Contiguous and float32, which autocast's tensors are not."""
+    return x.float().contiguous()
+
+
 def _states(state: "DecoderState") -> tuple[Tensor, Tensor]:
-    hidden = state.hidden.contiguous()
-    return hidden, hidden.new_empty(0) if state.cell is None else state.cell.contiguous()
+    hidden = _floats(state.hidden)
+    return hidden, hidden.new_empty(0) if state.cell is None else _floats(state.cell)
 
 
 def _source(
@@ -57,11 +62,12 @@ def _source(
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     """Context before the first step, what the source is made of, and its mask."""
     if isinstance(source, Tensor):
-        return source.contiguous(), [], None
+        return _floats(source), [], None
     keys, powers = source.keys
+    keys = keys.float()
     powers = keys.new_empty(0) if powers is None else powers
-    context = None if state.context is None else state.context.contiguous()
-    parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+    context = None if state.context is None else _floats(state.context)
+    parts = [keys, powers, _floats(source.values), _floats(source.v)]
     return context, parts, source.mask
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
+from .fits import check_fits
 from .watch import WeightWatch
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def pack_decoder(
     product with them, nor with those of tokens, of which there may be MOST_GATES; see
     `Seq2Seq.prepare_inference`.
     """
+    check_fits(decoder)
     watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
         weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
@@ -77,10 +79,8 @@ def pack_decoder(
 def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
     """Those whose weights decoding reads, as `WeightWatch` takes them."""
     tables: dict[str, Any] = decoder._modules
-    for name in ("embedding", decoder.cell_type, "fc_out"):
+    for name in ("embedding", decoder.cell_type, "fc_out", "attention"):
         yield tables, name
-    attention = tables.get("attention")
-    yield (tables, "attention") if attention is None else (attention._modules, "Wa")
 
 
 class PackedLayers(NamedTuple):

@@ -3,11 +3,26 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+
+def _count_up(optimizer: Optimizer, *_: Any) -> None:
+    """After a step of a fused optimizer, which changes weights but not their versions (up to
+    PyTorch 2.13)."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            changed = [p for p in group["params"] if p.grad is not None]
+            torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_up)
 
 
 class WeightWatch:
-    """Of all tensors of some modules. One of nothing does not hold, nor do copies.
+    """Of all tensors of some modules. One of nothing does not hold, nor do copies, nor does one of
+    tensors that were made in inference mode.
 
     Args:
         modules: the tables that they are in, with their names there; what is not there must stay
@@ -22,7 +37,7 @@ class WeightWatch:
     def __init__(self, modules: Iterable[tuple[dict[str, Any], str]] = ()):
         # What was in which place of which table; tensors, with address and version
         self._places: list[tuple[dict, str, Any]] = []
-        self._tensors: list[tuple[Tensor, int, int | None]] = []
+        self._tensors: list[tuple[Tensor, int, int]] = []
         for table, name in modules:
             self._add(table, name)
 
@@ -34,9 +49,11 @@ class WeightWatch:
         for kept in (module._parameters, module._buffers, module.__dict__):
             for key, x in kept.items():
                 if isinstance(x, Tensor):
-                    version = None if x.is_inference() else x._version
                     self._places.append((kept, key, x))
-                    self._tensors.append((x, x.data_ptr(), version))
+                    if x.is_inference():  # which has no version, and may be changed unseen
+                        self._places.append(({}, key, x))
+                    else:
+                        self._tensors.append((x, x.data_ptr(), x._version))
         for child in module._modules:
             self._add(module._modules, child)
 
@@ -47,7 +64,7 @@ class WeightWatch:
             if table.get(name) is not what:
                 return False
         for x, pointer, version in self._tensors:
-            if x.data_ptr() != pointer or (version is not None and x._version != version):
+            if x.data_ptr() != pointer or x._version != version:
                 return False
         return bool(self._places)
 

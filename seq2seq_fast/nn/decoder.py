@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import decoding
 from ..decoding import native
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
@@ -121,6 +122,21 @@ class Decoder(nn.Module):
         self.check_state(DecoderState(hidden, cell, context), B)
         logits, state, _ = self.step(input, DecoderState(hidden, cell, context), source)
         return (logits, *(state if self.query_after else state[:2]))
+
+    def prepare_inference(
+        self, dtype: str = "float32", *, project_values: bool = False
+    ) -> "Decoder":
+        """Keeps the weights packed for `seq2seq_fast.generate`, which else packs them at every
+        call; for those whose encoder is none of this library. See `Seq2Seq.prepare_inference`.
+
+        Returns:
+            The decoder itself.
+
+        Raises:
+            ValueError: as `Seq2Seq.prepare_inference`.
+        """
+        decoding.prepare_inference(self, dtype, project_values)
+        return self
 
     def source(
         self, encoder_outputs: Tensor | PreparedSource, mask: Tensor | None = None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..decoding.fits import plain_layers
 from ..decoding.packing import PackedLayers, pack_layers
 from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
@@ -133,6 +134,7 @@ class Encoder(nn.Module):
         layers = self.layers
         return (
             type(layers) in (nn.LSTM, nn.GRU, nn.RNN)
+            and plain_layers(layers, self.cell_type)
             and not (layers._forward_hooks or layers._forward_pre_hooks)
             and embedded.is_cpu
             and embedded.dtype == torch.float32
@@ -164,7 +166,8 @@ class Encoder(nn.Module):
         return attention_decoder(
             x,
             zeros,
-            zeros if self.cell_type == "lstm" else None,
+            # Not the same tensor, which torch.compile does not take twice
+            zeros.clone() if self.cell_type == "lstm" else None,
             weights,
             context=x.new_empty(len(x), 0),
             cell_type=self.cell_type,

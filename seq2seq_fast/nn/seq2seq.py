@@ -1,5 +1,6 @@
 """Encoder and decoder over whole sequences; B batch, S source, T target length, batch first."""
 
+import contextlib
 import random
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..decoding import Generated, Scored
+from ..library import use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.readout import readout
@@ -109,7 +111,10 @@ class Seq2Seq(nn.Module):
                 " src has and T above 0"
             )
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
-        forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
+        if torch.compiler.is_compiling() and ratio in (0, 1):  # which needs none and takes none
+            forced = [ratio == 1] * (trg.shape[1] - 1)
+        else:
+            forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
         return self.decoder.run(trg[:, :-1], state, source, feedback), feedback
 
@@ -143,7 +148,8 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        with decoding.evaluating(self):
+        plain = use_backend("reference") if backend == "reference" else contextlib.nullcontext()
+        with decoding.evaluating(self), plain:
             source, state = self.encode(src)
             return decoding.generate(self.decoder, source, state, backend=backend, **options)
 
@@ -163,12 +169,13 @@ class Seq2Seq(nn.Module):
     ) -> "Seq2Seq":
         """Keeps the decoder's weights packed for `generate`, which else packs them at every call,
         and those of the encoder's recurrent layers, in float32. Single calls of encoder and
-        decoder that need no gradient read them too, of the decoder where dtype is "float32".
+        decoder that need no gradient read them too, of the decoder where dtype is "float32" and
+        no values are projected.
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
         made anew at the next call after they were changed in place or exchanged. (Changes through
-        `.data` are not seen.) On a GPU `generate` keeps what it needs by itself, and this does no
-        more than make it ready.
+        `.data`, NumPy or DLPack are not seen.) On a GPU `generate` keeps what it needs by itself,
+        and this does no more than make it ready.
 
         But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
         in bytes: greedy decoding then reads the bytes, and of the dtype's numbers those of the few
@@ -196,7 +203,7 @@ class Seq2Seq(nn.Module):
                 bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; project_values on
                 a GPU or without attention.
         """
-        decoding.prepare_inference(self.decoder, dtype, project_values)
+        self.decoder.prepare_inference(dtype, project_values=project_values)
         if isinstance(self.encoder, Encoder):
             self.encoder.prepare_inference()
         return self

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..library import HAS_KERNEL, choose
@@ -132,6 +133,9 @@ def _autocast_on(query: object) -> bool:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call goes through autograd, which refuses forward mode rather than lose it."""
+    if forward_ad._current_level >= 0:
+        return True
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:

@@ -153,14 +153,15 @@ def _split(weights, inputs, hidden):
 
 
 def _results(run: Run):
-    """What a caller sees of a run, time first."""
-    attends, has_cells = run.queries.dim() > 1, run.cells.dim() > 1
+    """What a caller sees of a run, time first; empty tensors for what there is not, since
+    torch.compile takes no None from a Function."""
+    has_cells = run.cells.dim() > 1
     return (
         run.hiddens[-1, 1:],
-        run.contexts[1:] if attends else None,
-        run.weights if attends else None,
+        run.contexts[1:],
+        run.weights,
         run.hiddens[:, -1],
-        run.cells[:, -1] if has_cells else None,
+        run.cells[:, -1] if has_cells else run.cells,
     )
 
 
@@ -415,8 +416,10 @@ def _decode(
             run, *weights,
         )  # fmt: skip
     outputs, contexts, weights, hidden, cell = results
+    if options.cell_type != "lstm":
+        cell = None
     if not attention:
-        contexts = context.unsqueeze(1).expand(-1, len(inputs), -1)
+        contexts, weights = context.unsqueeze(1).expand(-1, len(inputs), -1), None
     else:
         contexts, weights = contexts.transpose(0, 1), weights.transpose(0, 1)
     tokens, logits = (run.tokens.T, run.logits) if steps else (None, None)

@@ -370,6 +370,14 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
   return {tokens, lengths, log_probs, scores, finished, weights};
 }
 
+PackedDecoder model_of(const Tensor& packed, const Tensor& layout, const std::string& cell_type,
+                       bool query_after, const Tensor& hidden, const DecoderSource& from) {
+  PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
+  STD_TORCH_CHECK(model.fits(hidden.size(2), from.D, from.A, from.keys.has_value()),
+                  "expected states and a source of the decoder's widths");
+  return model;
+}
+
 Sampling sampling_of(const Tensor& seed, double temperature, int64_t top_k, double top_p) {
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
                   "expected a seed of one int64");
@@ -400,8 +408,10 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
                            whole[4],         whole[5],       whole[6],      length_penalty,
                            coverage_penalty, return_weights, return_scores, sampling};
-  const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
-  const DecoderSource from(source, mask, context ? context->size(1) : 0);
+  const DecoderSource from(source, mask, context, B);
+  const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
+  STD_TORCH_CHECK(model.has(options.bos) && model.has(options.eos),
+                  "expected bos and eos of the vocabulary");
   STD_TORCH_CHECK(!project_values || from.keys, "expected values to project");
   // Whether all logits are needed: of beams, which share their sources, and of draws from the best.
   const bool all = options.beam_size > 1 || (sampling && sampling->cuts(model.V));
@@ -421,17 +431,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
     Tensor hidden, Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
     std::optional<Tensor> mask) {
   const int64_t B = hidden.size(1);
-  const PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
+  const DecoderSource from(source, mask, context, B);
+  const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() &&
                       tokens.numel() == B && model.context.panels == 0,
                   "expected int64 tokens (B,), and weights that project no values");
   std::vector<Live> live;
   for (int32_t b = 0; b < B; ++b) {
     const int64_t token = static_cast<const int64_t*>(tokens.data_ptr())[b];
-    STD_TORCH_CHECK(token >= 0 && token < model.V, "expected token ids of the vocabulary");
+    STD_TORCH_CHECK(model.has(token), "expected token ids of the vocabulary");
     live.push_back({b, b, static_cast<int32_t>(token)});
   }
-  const DecoderSource from(source, mask, context ? context->size(1) : 0);
   DecoderStep step(model, from, hidden, cell, context, B, false, {});
   step.run(live, 0);
   const Tensor logits = empty(hidden, {B, model.V}), contexts = empty(hidden, {B, from.D}),

@@ -27,19 +27,46 @@ PackedDecoder::PackedDecoder(const std::vector<PackedTensor>& x, const std::stri
       E(x[0].dim == 2 ? x[0].sizes[1] : 0),
       embedding(floats(x[0])),
       gates_of_tokens(x[0].dim == 3 ? embedding : nullptr),
+      panels_of_tokens(x[0].dim == 3 ? x[0].sizes[1] : 0),
       layers(layers_of(x)),
       query(x.at(x.size() - kBehindLayers), x.at(x.size() - kBehindLayers + 1)),
       b_query(floats(x.at(x.size() - kBehindLayers + 2))),
       context(x.at(x.size() - kBehindLayers + 3), x.at(x.size() - kBehindLayers + 4)),
       readout(x.data() + x.size() - PackedReadout::kTensors, V) {}
 
+static bool over(const Matrix& matrix, int64_t K, int64_t panels) {
+  if (K == 0) return matrix.panels == 0;
+  return matrix.K == (matrix.type == Weights::kInt8 ? round_up(K, 4) : K) &&
+         matrix.panels == panels;
+}
+
+bool PackedDecoder::fits(int64_t H, int64_t D, int64_t A, bool attends) const {
+  const int64_t unit = cell == Cell::kRnn ? kPanel : kBlock, panels = (H + unit - 1) / unit;
+  const auto plain = [](int64_t N) { return (N + kPanel - 1) / kPanel; };
+  if (gates_of_tokens && panels_of_tokens != panels) return false;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const bool apart = layers[l].hidden.panels > 0;
+    const int64_t from_below = l > 0 ? H : E + (context.panels > 0 ? 0 : D);
+    if (!over(layers[l].input, from_below + (apart ? 0 : H), panels)) return false;
+    if (apart && !over(layers[l].hidden, H, panels)) return false;
+  }
+  if (context.panels > 0 && !over(context, D, panels)) return false;
+  if (attends ? !over(query, H, plain(A)) : query.panels > 0) return false;
+  return over(readout.matrix, H + D, plain(V));
+}
+
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
-                             int64_t context_width)
-    : v(x.empty() ? 0 : round_up(x[3].size(0), kPad)), D(context_width) {
+                             const std::optional<Tensor>& context, int64_t B)
+    : v(x.empty() ? 0 : round_up(x[3].size(0), kPad)), D(context ? context->size(1) : 0) {
+  STD_TORCH_CHECK(!context || context->size(0) == B, "expected a context of each row");
   if (x.empty()) return;
   keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
   values = x[2], v_ = x[3];
   S = keys->S, A = keys->H, D = values.size(2);
+  STD_TORCH_CHECK(keys->B == B && values.size(0) == B && values.size(1) == S && v_.size(0) == A &&
+                      (!context || context->size(1) == D) &&
+                      (!mask_ || (mask_->size(0) == B && mask_->size(1) == S)),
+                  "expected keys (B, S, A), values (B, S, D), v (A,), context (B, D), mask (B, S)");
   floats(values);
   std::fill(std::copy_n(floats(v_), A, +v), v + keys->Hp, 0.f);
   max_v = loops.largest(v, A);
@@ -81,8 +108,9 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       covered_{Buffer<float>(cover ? most * source.S : 0),
                Buffer<float>(cover ? most * source.S : 0)} {
   const int64_t B = hidden_state.size(1);
-  STD_TORCH_CHECK(static_cast<size_t>(L_) == model.layers.size() && B <= most,
-                  "expected hidden (L, B, H) of the decoder's layers");
+  STD_TORCH_CHECK(static_cast<size_t>(L_) == model.layers.size() && B <= most &&
+                      cell_state.numel() == (lstm_ ? hidden_state.numel() : 0),
+                  "expected hidden (L, B, H) of the decoder's layers, and cell of an LSTM");
   const auto load = [&](const Tensor& from, float* to) {
     for (int64_t i = 0; i < L_; ++i)
       for (int64_t b = 0; b < B; ++b) {

@@ -30,6 +30,7 @@ struct PackedDecoder {
   int64_t V, E;            // E is 0 where tokens have gates
   const float* embedding;  // (V, E)
   const float* gates_of_tokens;
+  int64_t panels_of_tokens;
   std::vector<Layer> layers;
   Matrix query;
   const float* b_query;
@@ -37,6 +38,9 @@ struct PackedDecoder {
   PackedReadout readout;
   PackedDecoder(const std::vector<PackedTensor>& tensors, const std::string& cell_type,
                 bool query_after);
+  // Whether its matrices are those of these widths, and it attends or not.
+  bool fits(int64_t H, int64_t D, int64_t A, bool attends) const;
+  bool has(int64_t token) const { return token >= 0 && token < V; }
 };
 
 struct DecoderSource {
@@ -46,8 +50,9 @@ struct DecoderSource {
   float max_v = 0;
   const bool* mask = nullptr;
   int64_t S = 0, D = 0, A = 0, mask_stride[2] = {};
+  // context: (B, D) of a decoder without attention, or what the first step reads.
   DecoderSource(const std::vector<Tensor>& tensors, const std::optional<Tensor>& mask,
-                int64_t context_width);
+                const std::optional<Tensor>& context, int64_t B);
   std::vector<int64_t> lengths;  // of each source, up to the last position that is attended to
   bool attended(int64_t b, int64_t s) const {
     return !mask || mask[b * mask_stride[0] + s * mask_stride[1]];

@@ -1,0 +1,241 @@
+"""Modules that were replaced, changed or used in unusual ways after they were made."""
+
+import copy
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from decoding_models import BOS, EOS, KINDS, make, sources
+from torch import nn
+from torch.autograd import forward_ad
+
+import seq2seq_fast as s2s
+from seq2seq_fast.decoding import evaluating
+from seq2seq_fast.library import asked_for
+
+OPTIONS = {"bos": BOS, "eos": EOS, "max_length": 6}
+V, H, E = 11, 13, 6  # of `make`
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_packed_weights_follow_optimizers(name, fused):
+    """Fused ones do not count versions up."""
+    model, src = make().prepare_inference(), sources(5, 6)
+    batch = SimpleNamespace(src=src, trg=torch.randint(3, V, (5, 9)))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = getattr(torch.optim, name)(model.parameters(), 0.1, fused=fused)
+    for _ in range(3):
+        s2s.training.train(model, [batch], optimizer, criterion, 1.0)
+        fresh = copy.deepcopy(model)
+        fresh.encoder.packed = fresh.decoder.packed = None
+        found = [
+            (
+                s2s.training.evaluate(m, [batch], criterion),
+                m.generate(src, backend="native", **OPTIONS).tokens,
+            )
+            for m in (model, fresh)
+        ]
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+        assert torch.equal(found[0][1], found[1][1])
+
+
+def test_packed_weights_follow_a_replaced_attention():
+    model, src = make().prepare_inference(), sources(5, 6)
+    model.decoder.attention = s2s.Attention(H).eval()
+    for p in model.decoder.attention.parameters():
+        nn.init.normal_(p, std=3.0)
+    ours, plain = (
+        model.generate(src, return_weights=True, backend=b, **OPTIONS).weights[:, 0]
+        for b in (None, "reference")
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_weights_follow_those_of_inference_mode():
+    with torch.inference_mode():
+        model, src = make().prepare_inference(), sources(5, 6)
+        for p in model.parameters():
+            p.mul_(-3)
+        ours, plain = (model.generate(src, backend=b, **OPTIONS) for b in (None, "reference"))
+    torch.testing.assert_close(ours.log_probs, plain.log_probs)
+
+
+MISFITS = {
+    "embedding": (nn.Embedding(V, 9), "lstm: has input_size 19, expected 22"),
+    "embedding ": (nn.Embedding(9, E), r"embedding.weight: got shape \(9, 6\), expected \(11, 6\)"),
+    "lstm": (nn.LSTM(E + H, 4, 2, batch_first=True), "lstm: has hidden_size 4, expected 13"),
+    "lstm ": (
+        nn.LSTM(E + H, H, 2),
+        "lstm: got LSTM.*, expected one direction of LSTM, batch_first",
+    ),
+    "lstm  ": (nn.GRU(E + H, H, 2, batch_first=True), "lstm: got GRU.*, expected one direction"),
+    "lstm   ": (nn.LSTM(E + H, H, 3, batch_first=True), "lstm: has num_layers 3, expected 2"),
+    "fc_out": (nn.Linear(12, V), r"fc_out.weight: got shape \(11, 12\), expected \(11, 26\)"),
+    "fc_out ": (nn.Linear(2 * H, 10), r"fc_out.weight: got shape \(10, 26\), expected \(11, 26\)"),
+    "fc_out  ": (nn.Linear(2 * H, V, bias=False), "fc_out.bias: got NoneType, expected a Tensor"),
+    "fc_out   ": (
+        nn.Linear(2 * H, V).half(),
+        "embedding.weight: is torch.float32 .* torch.float16",
+    ),
+    "attention.Wa": (nn.Linear(H, 300), r"Wa.weight: got shape \(300, 13\), expected \(13, 13\)"),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("place", MISFITS)
+def test_modules_that_do_not_fit_are_named(place, prepared):
+    model, src = make(), sources(3, 5)
+    if prepared:
+        model.prepare_inference()
+    module, message = MISFITS[place]
+    owner, _, name = place.strip().rpartition(".")
+    setattr(model.decoder.get_submodule(owner), name, module.eval())
+    if place != "fc_out   ":  # which no engine decodes; it is refused where it is prepared
+        with pytest.raises(
+            ValueError, match="decoder." + ("attention." if owner else "") + message
+        ):
+            model.generate(src, backend="native", **OPTIONS)
+
+
+def test_a_vocabulary_may_be_replaced():
+    model, src = make().prepare_inference(), sources(3, 5)
+    model.decoder.embedding, model.decoder.fc_out = nn.Embedding(30, E), nn.Linear(2 * H, 30)
+    model.decoder.output_dim = 30
+    model.eval()
+    ours, plain = (model.generate(src, backend=b, **OPTIONS) for b in ("native", "reference"))
+    assert torch.equal(ours.tokens, plain.tokens)
+
+
+def test_what_a_prepared_step_is_given_must_fit():
+    model, src = make().prepare_inference(), sources(3, 5)
+    source, state = model.encode(src)
+    token = torch.full((3,), BOS)
+    wrong = {
+        "cell": (state._replace(cell=None), source),
+        "width": (state._replace(hidden=state.hidden[..., :5], cell=state.cell[..., :5]), source),
+        "batch": (state, source._replace(values=source.values[:2])),
+        "source": (state, torch.zeros(3, H)),
+    }
+    with torch.no_grad():
+        model.decoder.step(token, state, source)
+        for bad in wrong.values():
+            with pytest.raises(RuntimeError, match="expected"):
+                model.decoder.step(token, *bad)
+        model.decoder.output_dim = 2_000_000_000
+        with pytest.raises(RuntimeError, match="expected bos and eos of the vocabulary"):
+            model.generate(src, bos=1_999_999_999, eos=EOS, max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("rnn", nn.RNN(5, H, 2, batch_first=True, nonlinearity="relu")),
+        ("lstm", nn.LSTM(5, H, 2, batch_first=True, bias=False)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_layers_that_no_loop_computes_are_torchs(kind, layers):
+    """In place of an encoder's."""
+    encoder, src = make((kind, True, False)).encoder.prepare_inference(), sources(3, 5)
+    setattr(encoder, kind, layers.eval())
+    torch.testing.assert_close(encoder(src)[0], layers(encoder.embedding(src))[0])
+
+
+def test_a_decoder_alone_is_prepared():
+    model, src = make(), sources(3, 5)
+    source, state = model.encode(src)
+    want = s2s.generate(model.decoder, source, state, **OPTIONS)
+    assert model.decoder.prepare_inference(project_values=True) is model.decoder
+    assert model.decoder.packed.projects_values and model.encoder.packed is None
+    found = s2s.generate(model.decoder, source, state, **OPTIONS)
+    torch.testing.assert_close(found.scores, want.scores)
+    with pytest.raises(ValueError, match="dtype: got 'float8'"):
+        model.decoder.prepare_inference("float8")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_generate_under_autocast(kind, prepared):
+    model, src = make(kind), sources(4, 6)
+    if prepared:
+        model.prepare_inference()
+    want = model.generate(src, **OPTIONS)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            for options in ({}, {"beam_size": 3}, {"sample": True}, {"return_scores": False}):
+                model.generate(src, **OPTIONS, **options)
+            found = model.generate(src, **OPTIONS)
+        assert found.scores.dtype == torch.float32
+        first = (found.tokens[:, 0] == want.tokens[:, 0]).float().mean()
+        assert first >= 0.5
+
+
+def test_a_backend_is_forced_in_its_thread_alone():
+    inside, seen = threading.Event(), []
+    done = threading.Event()
+
+    def other():
+        inside.wait()
+        seen.append(asked_for(None))
+        with s2s.use_backend("native"):
+            seen.append(asked_for(None))
+            done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with s2s.use_backend("reference"):
+        inside.set()
+        done.wait()
+        thread.join()
+        assert asked_for(None) == "reference"
+        with s2s.use_backend("native"):
+            assert asked_for(None) == "native"
+        assert asked_for(None) == "reference"
+    assert seen == [None, "native"] and asked_for(None) is None
+
+
+@pytest.mark.filterwarnings("ignore:decoding a model in training mode")
+def test_dropout_is_off_until_the_last_call_has_ended():
+    model = make().train()
+    model.encoder.eval()
+    first, second = evaluating(model), evaluating(model.decoder)
+    first.__enter__()
+    second.__enter__()
+    assert not any(m.training for m in model.modules())
+    first.__exit__()
+    assert model.training and not model.decoder.training and not model.decoder.lstm.training
+    second.__exit__()
+    assert all(m.training for m in model.decoder.modules()) and not model.encoder.training
+    assert not evaluating._inside
+
+
+def test_forward_mode_is_refused():
+    """No tangent is lost without a word."""
+    q, k, values, v = (
+        torch.randn(2, 3, 8),
+        torch.randn(2, 5, 8),
+        torch.randn(2, 5, 6),
+        torch.randn(8),
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            s2s.additive_attention(dual, k, values, v, backend="native")
+        with pytest.raises(NotImplementedError, match="jvp"):
+            s2s.additive_scores(dual, k, v, backend="native")
+        layers, zeros = (
+            [[*layer] for layer in nn.LSTM(8 + 6, 13).all_weights],
+            torch.zeros(1, 2, 13),
+        )
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
+            s2s.attention_decoder(dual, zeros, zeros, layers, context=torch.zeros(2, 6))
+        rows = forward_ad.make_dual(torch.randn(4, 8), torch.ones(4, 8))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            s2s.linear_cross_entropy(rows, torch.randn(7, 8), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(
+            lambda q: s2s.additive_attention(q, k, values, v, backend="native")[0], (q,), (q,)
+        )
