@@ -36,6 +36,7 @@ ROWS = [  # name, sizes, B, mode, dtype
     ("G2P model", G2P, 1, "greedy", "int8"),
     ("G2P model", G2P, 256, "greedy", "float32"),
 ]
+SAMPLED = {"": {}, ", top_k 50": {"top_k": 50}, ", top_p 0.9": {"top_p": 0.9}}
 ONNX_RUNTIME_SPINS_S = 0.05  # its threads, up to 40 ms after its last call
 NAMES = "name, sizes, B, mode, dtype"
 IDS = [f"{name} B {B} {mode} {dtype}".replace(" ", "_") for name, _, B, mode, dtype in ROWS]
@@ -69,7 +70,7 @@ def models(V):
     return model.eval(), twin.eval()
 
 
-def tutorial(decoder, values, hidden, cell, T):
+def tutorial(decoder, values, hidden, cell, T, choose=lambda logits: logits.argmax(-1)):
     """Its loop, which projects the keys at every step."""
 
     @torch.inference_mode()
@@ -77,9 +78,21 @@ def tutorial(decoder, values, hidden, cell, T):
         h, c, token = hidden, cell, torch.full((len(values),), BOS, device=values.device)
         for _ in range(T):
             logits, h, c = decoder(token, h, c, values)
-            token = logits.argmax(-1)
+            token = choose(logits)
 
     return call
+
+
+def drawn(logits, top_k=0, top_p=1.0):
+    """As such loops draw."""
+    if top_k:
+        logits, tokens = logits.topk(top_k)
+    elif top_p < 1:
+        logits, tokens = logits.sort(descending=True)
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    found = torch.multinomial(logits.softmax(-1), 1)
+    return (found if top_k == 0 and top_p == 1 else tokens.gather(1, found)).squeeze(1)
 
 
 def tutorial_beams(decoder, values, hidden, cell, T, K):
@@ -188,6 +201,32 @@ def test_decoding(name, sizes, B, mode, dtype, compare):
         mode=mode,
         shape={"B": B} | sizes | {"H": H},
         dtype=dtype,
+        steps=T,
+    )
+
+
+@pytest.mark.parametrize("kept", SAMPLED, ids=["all", "top_k", "top_p"])
+@pytest.mark.parametrize("B", [1, 64])
+@torch.no_grad()
+def test_sampling(B, kept, compare):
+    V, S, T = TUTORIAL.values()
+    model, twin = models(V)
+    values, hidden, cell = model.encoder(torch.randint(V, (B, S)))
+    source, state = model.decoder.source(values), s2s.DecoderState(hidden, cell)
+    model.prepare_inference()
+    options = {"bos": BOS, "eos": EOS, "max_length": T, "min_length": T, "return_scores": False}
+    options |= {"sample": True} | SAMPLED[kept]
+    compare(
+        {
+            "library": lambda: s2s.generate(model.decoder, source, state, **options),
+            "tutorial code": tutorial(
+                twin, values, hidden, cell, T, lambda logits: drawn(logits, **SAMPLED[kept])
+            ),
+        },
+        kind="decoding",
+        name="tutorial model",
+        mode="sampled" + kept,
+        shape={"B": B} | TUTORIAL | {"H": H},
         steps=T,
     )
 
