@@ -113,6 +113,14 @@ def test_what_is_left_of_many(top_k, backend):
     assert torch.equal(found.unique(), kept.sort().values)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_share_of_nearly_all_leaves_all(backend):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    for top_p in (1 - 2**-53, 1 - 2**-40):
+        found = first_tokens(logits, 20_000, backend=backend, top_p=top_p, temperature=50.0)
+        assert len(found.unique()) == 300
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.1}])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("barred", [-math.inf, 0.0])

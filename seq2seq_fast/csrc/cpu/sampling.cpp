@@ -2,6 +2,7 @@
 #include "sampling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -35,39 +36,35 @@ void keep_largest(float* x, int64_t n, int64_t k) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < kth ? -INFINITY : x[i];
 }
 
+// Stretches of numbers from 0 to 1, in their order: those that share the first seven bits behind
+// the point.
+constexpr int64_t kStretches = 0x3f81;
+int64_t stretch(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
+
 // Keeps the largest ones, of equals the first, as long as what comes before has less than a share
 // of the sum of exp(scale x).
 void keep_share(float* x, int64_t n, double share, float scale) {
   std::vector<float> e(n);
   for (int64_t i = 0; i < n; ++i) e[i] = scale * x[i];
   loops.exponentials(e.data(), nullptr, nullptr, n);
-  const auto mass = [&](auto begin, auto end) {
-    return std::accumulate(begin, end, 0., [&](double sum, int32_t i) { return sum + e[i]; });
-  };
-  const double wanted = share * std::accumulate(e.begin(), e.end(), 0.);
+  std::vector<double> masses(kStretches);
+  for (const float each : e) masses[stretch(each)] += each;
+  const double wanted = share * std::accumulate(masses.begin(), masses.end(), 0.);
+  double before = 0;
+  int64_t at = kStretches - 1;  // where the last one that is kept lies
+  while (at > 0 && before + masses[at] < wanted) before += masses[at--];
   std::vector<int32_t> order;
-  for (const float least : {5e-2f, 1e-3f, 1e-6f, -1.f}) {  // few, most often, have that share
-    order = above(e.data(), n, least);
-    if (mass(order.begin(), order.end()) >= wanted) break;
-  }
-  const auto before = [&](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); };
-  double sum = 0;
-  auto first = order.begin(), last = order.end();  // the last one that is kept is among these
-  while (last - first > 1) {
-    const auto middle = first + (last - first) / 2;
-    std::nth_element(first, middle, last, before);
-    const double more = mass(first, middle);
-    if (sum + more >= wanted) {
-      last = middle;
-    } else {
-      sum += more;
-      first = middle;
-    }
-  }
-  const int32_t end = *first;
-  const float least = x[end];
   for (int32_t i = 0; i < n; ++i)
-    if (x[i] < least || (x[i] == least && i > end)) x[i] = -INFINITY;
+    if (stretch(e[i]) == at) order.push_back(i);
+  if (order.empty()) return;  // the share is that of all, but for rounding
+  std::sort(order.begin(), order.end(),
+            [&](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); });
+  size_t last = 0;
+  while (last + 1 < order.size() && before + e[order[last]] < wanted) before += e[order[last++]];
+  const int32_t end = order[last];
+  const float least = x[end];
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] < least ? -INFINITY : x[i];
+  for (int64_t i = end + 1; i < n; ++i) x[i] = x[i] == least ? -INFINITY : x[i];
 }
 
 }  // namespace
