@@ -79,10 +79,12 @@ def check_alike(all_logits, sought, alone):
     size=st.sampled_from([0.1, 1.0, 8.0]),
     dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
     temperature=st.sampled_from([None, None, 1e-3, 0.7, 1.0, 30.0]),  # None: greedy decoding
+    top_k=st.sampled_from([0, 1, 2, 17, 60, 100]),
+    top_p=st.sampled_from([1.0, 0.9]),
     seed=st.integers(0, 100),
 )
 def test_the_results_are_those_of_all_logits(
-    kind, options, coverage_penalty, P, B, H, V, size, dtype, temperature, seed
+    kind, options, coverage_penalty, P, B, H, V, size, dtype, temperature, top_k, top_p, seed
 ):
     model, src = make(kind, V, H, seed=seed, size=size), sources(B, 9, seed)
     options = options | {
@@ -91,7 +93,7 @@ def test_the_results_are_those_of_all_logits(
         "return_weights": kind[1],
     }
     if temperature is not None:
-        options |= {"sample": True, "temperature": temperature}
+        options |= {"sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     source, state = model.encode(src)
     found = decoded(model.decoder, source, state, dtype, **options)
     check_alike(*found)
@@ -150,7 +152,8 @@ def test_crowded_logits(name, B, dtype):
     fc_out = model.decoder.fc_out
     crowd(name, fc_out.weight, fc_out.bias)
     source, state = model.encode(src)
-    for options in ({}, {"no_repeat_ngram": 1}, {"min_length": 8}):
+    draws = {"sample": True}, {"sample": True, "top_k": 5}, {"sample": True, "top_k": 60}
+    for options in ({}, {"no_repeat_ngram": 1}, {"min_length": 8}, *draws):
         check_alike(*decoded(model.decoder, source, state, dtype, **options))
 
 

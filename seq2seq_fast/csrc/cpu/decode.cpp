@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "decode_step.h"
-#include "sampling.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -59,7 +58,7 @@ class Engine {
         model_(model),
         source_(source),
         step_(step),
-        seeks_(greedy_ && !(o_.sampling && o_.sampling->cuts(model.V))),
+        seeks_(greedy_ && !(o_.sampling && !o_.sampling->seeks(model.V))),
         B_(B),
         P_(prefix ? prefix->size(1) : 0),
         prefix_(prefix ? static_cast<const int64_t*>(prefix->data_ptr()) : nullptr),
@@ -206,10 +205,9 @@ int32_t Engine::choose(int32_t m) const {
   bar(m);
   int32_t best;
   if (o_.sampling) {
-    const Sampling& sampling = *o_.sampling;
-    if (!seeks_ && readout.finite(m)) cut(sampling, logits, model_.V);
-    best = readout.drawn(m, {sampling.seed, static_cast<uint32_t>(live_[m].source),
-                             static_cast<uint32_t>(t_), sampling.scale});
+    best = readout.drawn(m, *o_.sampling,
+                         {o_.sampling->seed, static_cast<uint32_t>(live_[m].source),
+                          static_cast<uint32_t>(t_), o_.sampling->scale});
   } else {
     best = readout.most_probable(m);
   }
@@ -414,7 +412,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                   "expected bos and eos of the vocabulary");
   STD_TORCH_CHECK(!project_values || from.keys, "expected values to project");
   // Whether all logits are needed: of beams, which share their sources, and of draws from the best.
-  const bool all = options.beam_size > 1 || (sampling && sampling->cuts(model.V));
+  const bool all = options.beam_size > 1 || (sampling && !sampling->seeks(model.V));
   const Project project = {project_values && !query_after,
                            project_values && all && model.readout.matrix.type != Weights::kInt8};
   DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0,

@@ -6,6 +6,9 @@
 
 namespace seq2seq_fast {
 
+// What rounding can add to a difference of such numbers.
+static float slack(float a, float b) { return 1e-6f * (std::abs(a) + b); }
+
 PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
     : matrix(x[0], x[1]),
       bias(floats(x[2])),
@@ -138,7 +141,7 @@ std::vector<int32_t> Readout::left(int64_t m, const float* values, const std::ve
   std::vector<int32_t> left, places(width);
   if (most == -INFINITY) return {0};  // all are barred
   for (int64_t i = 0; i < chunks; ++i) {
-    const float threshold = most - off(i) - 1e-6f * (std::abs(most) + off(i) + size);
+    const float threshold = most - off(i) - slack(most, off(i) + size);
     if (!(tops[i] > threshold)) continue;
     const int64_t n = loops.above(values + i * width, packed_.count(i), threshold, places.data());
     for (int64_t j = 0; j < n; ++j) left.push_back(static_cast<int32_t>(i * width + places[j]));
@@ -183,23 +186,33 @@ int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
   return tokens[std::max_element(exact.begin(), exact.end()) - exact.begin()];
 }
 
-int32_t Readout::drawn(int64_t m, const Draw& draw) const {
-  if (sought_) return find_drawn(m, draw);
-  if (!finite(m)) return most_probable(m);
-  float best = -INFINITY, values[kRandomBlock];
-  int64_t token = 0;
-  for (int64_t v = 0; v < packed_.V; v += kRandomBlock) {
-    const float* x = logits(m) + v;
-    const int64_t n = std::min(kRandomBlock, packed_.V - v);
-    const float top = loops.top(x, n);
-    if (top == -INFINITY || draw.scale * top + kMostPerturbed < best) continue;
-    loops.perturb(draw, v / kRandomBlock, x, n, values);
-    const float largest = loops.top(values, n);
-    if (!(largest > best)) continue;
-    best = largest;
-    token = v + (std::find(values, values + n, best) - values);
+int32_t Readout::drawn(int64_t m, const Sampling& sampling, const Draw& draw) {
+  const int64_t V = packed_.V;
+  if (!sought_ && !finite(m)) return most_probable(m);
+  if (sought_ && !sampling.cuts(V)) return find_drawn(m, draw);
+  if (sought_) make_largest(m, sampling.top_k);
+  cut(sampling, logits(m), V);
+  return seq2seq_fast::drawn(logits(m), V, draw);
+}
+
+void Readout::make_largest(int64_t m, int64_t k) {
+  const int64_t V = packed_.V, width = packed_.chunk_width();
+  float* x = logits(m);
+  std::vector<float> lowest(V);  // what the logits are not below
+  for (int64_t i = 0; i < packed_.chunks; ++i) {
+    const float off = screen_.bound(m, i);
+    for (int64_t v = i * width; v < i * width + packed_.count(i); ++v) lowest[v] = x[v] - off;
   }
-  return static_cast<int32_t>(token);
+  const float kth = kth_largest(lowest.data(), V, k);
+  std::vector<int32_t> tokens, places(width);
+  for (int64_t i = 0; i < packed_.chunks; ++i) {
+    const float off = screen_.bound(m, i), threshold = kth - off - slack(kth, off);
+    const int64_t n = loops.above(x + i * width, packed_.count(i), threshold, places.data());
+    for (int64_t j = 0; j < n; ++j) tokens.push_back(static_cast<int32_t>(i * width + places[j]));
+  }
+  std::fill_n(x, V, -INFINITY);
+  const std::vector<float> found = exact(m, tokens);
+  for (size_t i = 0; i < tokens.size(); ++i) x[tokens[i]] = found[i];
 }
 
 }  // namespace seq2seq_fast

@@ -3,6 +3,7 @@
 #include <functional>
 #include <vector>
 
+#include "sampling.h"
 #include "screen.h"
 
 namespace seq2seq_fast {
@@ -70,9 +71,9 @@ class Readout {
   void bar(int64_t m, int64_t token);
   // The first of equals. Of what is not barred, where it is sought.
   int32_t most_probable(int64_t m) const;
-  // The largest logit of what is not barred, perturbed. As `most_probable` where one is +inf or
-  // NaN.
-  int32_t drawn(int64_t m, const Draw& draw) const;
+  // One of what is not barred, drawn; changes the logits of what it cannot be, and makes those of
+  // what it may be. As `most_probable` where one is +inf or NaN.
+  int32_t drawn(int64_t m, const Sampling& sampling, const Draw& draw);
 
  private:
   void make_all(int64_t n, const std::function<void(int64_t chunk)>& beside);
@@ -80,6 +81,8 @@ class Readout {
   float least(int64_t m) const;
   int32_t find(int64_t m) const;
   int32_t find_drawn(int64_t m, const Draw& draw) const;
+  // Makes the logits of all that may be among the k largest; the others become -inf.
+  void make_largest(int64_t m, int64_t k);
   // Tokens whose value, out of one of each logit, may be the largest: a chunk's is off by its
   // bound, times scale, and by roundings of numbers as large as `size`.
   std::vector<int32_t> left(int64_t m, const float* values, const std::vector<float>& tops,

@@ -7,32 +7,11 @@
 #include <numeric>
 #include <vector>
 
-#include "loops.h"
-
 namespace seq2seq_fast {
 namespace {
 
-// Places of x above a threshold.
-std::vector<int32_t> above(const float* x, int64_t n, float threshold) {
-  std::vector<int32_t> places(n);
-  places.resize(loops.above(x, n, threshold, places.data()));
-  return places;
-}
-
-// The k-th largest is not below the k-th largest of the tops of so many stretches, so that only
-// what is not below that needs to be ordered.
 void keep_largest(float* x, int64_t n, int64_t k) {
-  const int64_t width = std::max<int64_t>(n / (2 * k), 1);
-  std::vector<float> left;
-  for (int64_t i = 0; i < n; i += width) left.push_back(loops.top(x + i, std::min(width, n - i)));
-  const auto place = [&] { return left.begin() + (k - 1); };
-  std::nth_element(left.begin(), place(), left.end(), std::greater<>());
-  const float least = std::nextafter(*place(), -INFINITY);
-  left.clear();
-  for (const int32_t i : above(x, n, least)) left.push_back(x[i]);
-  if (static_cast<int64_t>(left.size()) < k) return;  // what is left out is -inf already
-  std::nth_element(left.begin(), place(), left.end(), std::greater<>());
-  const float kth = *place();
+  const float kth = kth_largest(x, n, k);
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < kth ? -INFINITY : x[i];
 }
 
@@ -68,6 +47,41 @@ void keep_share(float* x, int64_t n, double share, float scale) {
 }
 
 }  // namespace
+
+// It is not below the k-th largest of the tops of so many stretches, so that only what is not below
+// that needs to be ordered.
+float kth_largest(const float* x, int64_t n, int64_t k) {
+  const int64_t width = std::max<int64_t>(n / (2 * k), 1);
+  std::vector<float> left;
+  for (int64_t i = 0; i < n; i += width) left.push_back(loops.top(x + i, std::min(width, n - i)));
+  const auto kth = [&] {
+    std::nth_element(left.begin(), left.begin() + (k - 1), left.end(), std::greater<>());
+    return left[k - 1];
+  };
+  std::vector<int32_t> places(n);
+  const float least = std::nextafter(kth(), -INFINITY);
+  const int64_t found = loops.above(x, n, least, places.data());
+  if (found < k) return -INFINITY;
+  left.resize(found);
+  for (int64_t i = 0; i < found; ++i) left[i] = x[places[i]];
+  return kth();
+}
+
+int32_t drawn(const float* x, int64_t n, const Draw& draw) {
+  float best = -INFINITY, values[kRandomBlock];
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += kRandomBlock) {
+    const int64_t count = std::min(kRandomBlock, n - i);
+    const float top = loops.top(x + i, count);
+    if (top == -INFINITY || draw.scale * top + kMostPerturbed < best) continue;
+    loops.perturb(draw, i / kRandomBlock, x + i, count, values);
+    const float largest = loops.top(values, count);
+    if (!(largest > best)) continue;
+    best = largest;
+    at = i + (std::find(values, values + count, best) - values);
+  }
+  return static_cast<int32_t>(at);
+}
 
 void cut(const Sampling& sampling, float* logits, int64_t V) {
   if (loops.top(logits, V) == -INFINITY) return;
