@@ -269,6 +269,20 @@ def test_bad_input_names_the_argument(change, error, name):
         s2s.additive_attention(**{**args, **change})
 
 
+def test_sizes_beyond_all_memory_are_refused():
+    """Those of expanded tensors, whose products do not fit into 64 bits."""
+    x, n = torch.zeros(1, 1, 1), 2**62
+    with pytest.raises(MemoryError):
+        s2s.additive_scores(x.expand(1, n, 1), x, torch.ones(1))
+    with pytest.raises(MemoryError):
+        s2s.prepare_keys(x.expand(n, 1, 1))
+    nothing = torch.zeros(1, 0, 1)
+    with pytest.raises(MemoryError):
+        s2s.additive_attention(
+            nothing.expand(n, 0, 1), x.expand(n, 1, 1), x[..., :0].expand(n, 1, 0), torch.ones(1)
+        )
+
+
 def test_double_backward_raises(on):
     tensors = on.put(*inputs((1, 2, 3, 4, 3), torch.float32))
     q, k, values, v = (x.requires_grad_() for x in tensors)

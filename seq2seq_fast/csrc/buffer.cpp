@@ -52,6 +52,13 @@ thread_local Kept kept;
 
 }  // namespace
 
+int64_t product_of(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t n : sizes)
+    if (n < 0 || __builtin_mul_overflow(product, n, &product)) throw std::bad_alloc();
+  return product;
+}
+
 #ifdef S2S_SANITIZE  // which sees where a block ends only if every block is one of its own
 
 void* take(size_t& bytes) { return allocate(bytes); }

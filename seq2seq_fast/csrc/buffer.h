@@ -6,12 +6,18 @@
 // calls of malloc are a fifth of the time.
 #pragma once
 #include <cstddef>
+#include <cstdint>
+#include <initializer_list>
 
 namespace seq2seq_fast {
 
 // Small blocks, and all of them together, have less than kSmall; of the others a thread keeps
 // kMostKept.
 constexpr size_t kSmall = size_t{64} << 10, kMostKept = size_t{32} << 20;
+
+// The product of sizes. One that does not fit, as that of an expanded tensor's may, is more than
+// there is memory for: std::bad_alloc.
+int64_t product_of(std::initializer_list<int64_t> sizes);
 
 // `bytes` of uninitialised memory on a 64 byte boundary, given back by the same thread, the last
 // one first. `bytes` becomes what give_back is to be told.

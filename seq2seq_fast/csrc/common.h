@@ -25,7 +25,8 @@ template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : bytes_(static_cast<size_t>(std::max<int64_t>(n, 1)) * sizeof(T)), data_(take(bytes_)) {}
+      : bytes_(static_cast<size_t>(std::max<int64_t>(product_of({n, sizeof(T)}), 1))),
+        data_(take(bytes_)) {}
   ~Buffer() { give_back(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

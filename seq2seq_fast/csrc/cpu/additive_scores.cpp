@@ -49,7 +49,7 @@ Queries::Queries(const Tensor& query, const Tensor& v_)
       T(query.size(1)),
       H(query.size(2)),
       Hp(round_up(H, kPad)),
-      streams(kStreams * B * T * Hp),
+      streams(product_of({kStreams, B, T, Hp})),
       v(Hp),
       max(B * T) {
   const Rows<float> vs(v_), qs(query);
@@ -68,6 +68,11 @@ Queries::Queries(const Tensor& query, const Tensor& v_)
 }
 
 namespace {
+
+// A row of Keys has at most 2 S Hp of them.
+int64_t floats_of_all(int64_t B, int64_t S, int64_t Hp) {
+  return product_of({B, 2, S, Hp}) == 0 ? 0 : B * Keys::floats(S, Hp);
+}
 
 // What Keys holds, of raw (B, S, H).
 void make_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float* powers) {
@@ -95,7 +100,9 @@ void make_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float*
 Tensor prepare_keys(Tensor keys) {
   STD_TORCH_CHECK(keys.dim() == 3, "expected keys (B, S, H)");
   const int64_t B = keys.size(0), S = keys.size(1), H = keys.size(2);
-  Tensor powers = empty(keys, {B, Keys::floats(S, round_up(H, kPad))}, ScalarType::Float);
+  const int64_t Hp = round_up(H, kPad);
+  floats_of_all(B, S, Hp);  // or an error
+  Tensor powers = empty(keys, {B, Keys::floats(S, Hp)}, ScalarType::Float);
   make_powers(Rows<float>(keys), B, S, H, static_cast<float*>(powers.data_ptr()));
   return powers;
 }
@@ -109,7 +116,7 @@ Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers)
       Hp(round_up(H, kPad)),
       blocks((S + kRows - 1) / kRows),
       raw(keys),
-      own(powers ? 0 : B * floats(S, Hp)),
+      own(powers ? 0 : floats_of_all(B, S, Hp)),
       data(powers ? static_cast<const float*>(powers->data_ptr()) : own) {
   if (!powers) make_powers(raw, B, S, H, own);
   STD_TORCH_CHECK(
@@ -155,7 +162,7 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
   const int64_t B = q.B, T = q.T, S = k.S, H = q.H, Hp = q.Hp;
   const int64_t groups = (Hp + kGroup - 1) / kGroup;
   Buffer<float> partial_v(B * Hp);
-  Buffer<Mode> modes(B * k.blocks * T);
+  Buffer<Mode> modes(product_of({B, k.blocks, T}));
   parallel(B * T, S, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float max_g = loops.largest(g + i * ldg, S);
@@ -252,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor 
     const Queries q(query, v);
     const Keys k(keys, std::nullopt);
     const Rows<float> rows(grad);
-    Buffer<float> g(q.B * q.T * k.S), scratch(rows.scratch(1));
+    Buffer<float> g(product_of({q.B, q.T, k.S})), scratch(rows.scratch(1));
     for (int64_t i = 0; i < q.B * q.T; ++i)
       std::copy_n(rows.block(i / q.T, i % q.T, 1, scratch).data, k.S, g + i * k.S);
     out = scores_backward(q, k, g, k.S, query, keys, v, needs);
