@@ -255,6 +255,16 @@ def test_reference_passes_gradcheck():
             ValueError,
             "keys: is on meta, expected cpu",
         ),
+        (dict(query=torch.zeros(2, 3, 5).to_sparse()), TypeError, "query: .*sparse_coo"),
+        (dict(keys=torch.zeros(2, 4, 5).to_mkldnn()), TypeError, "keys: .*mkldnn"),
+        (
+            dict(values=torch.nested.nested_tensor([[[1.0]], [[2.0]]], layout=torch.jagged)),
+            TypeError,
+            "values: .*nested",
+        ),
+        (dict(mask=torch.ones(2, 4).bool().to_sparse()), TypeError, "mask: .*sparse_coo"),
+        (dict(score_bias=torch.ones(2, 3, 4).to_sparse()), TypeError, "score_bias: .*sparse_coo"),
+        (dict(scale=10**400), ValueError, "scale: got 1329 bits, expected what a float can hold"),
         (dict(backend="nope"), ValueError, "backend"),
     ],
 )

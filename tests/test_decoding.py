@@ -649,6 +649,26 @@ GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
         ({"prefix": torch.tensor([11])}, ValueError, "prefix: got token id 11"),
         ({"prefix": torch.tensor([3, EOS])}, ValueError, "prefix: got eos"),
         ({"prefix": [3]}, TypeError, "prefix: got list"),
+        ({"prefix": torch.tensor([3]).to_sparse()}, TypeError, "prefix: got .*sparse_coo"),
+        (
+            {"prefix": torch.empty(3, 2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "prefix: is on meta",
+        ),
+        ({"max_length": 2**63}, ValueError, "max_length: got 9223372036854775808, expected 1 to"),
+        ({"no_repeat_ngram": 2**63}, ValueError, "no_repeat_ngram: got .*, expected 0 to"),
+        ({"length_penalty": "x"}, TypeError, "length_penalty: got str, expected a number"),
+        ({"length_penalty": None}, TypeError, "length_penalty: got NoneType"),
+        ({"length_penalty": 10**400}, ValueError, "length_penalty: got 1329 bits"),
+        ({"coverage_penalty": torch.ones(2)}, TypeError, "coverage_penalty: got Tensor"),
+        ({"max_length_ratio": "x"}, TypeError, "max_length_ratio: got str"),
+        ({"sample": True, "temperature": None}, TypeError, "temperature: got NoneType"),
+        ({"sample": True, "top_p": "x"}, TypeError, "top_p: got str"),
+        ({"top_p": torch.ones(2)}, TypeError, "top_p: got Tensor"),
+        ({"sample": True, "generator": 3}, TypeError, "generator: got int"),
+        ({"sample": "yes"}, TypeError, "sample: got str, expected True or False"),
+        ({"return_weights": "yes"}, TypeError, "return_weights: got str"),
+        ({"return_scores": 0}, TypeError, "return_scores: got int"),
         ({"backend": "triton"}, ValueError, "backend: 'triton' .* no decode kernel"),
         ({"backend": "other"}, ValueError, "backend: got 'other'"),
         ({"beams": 3}, TypeError, "beams"),
@@ -674,6 +694,118 @@ def test_equal_options_of_other_types_are_refused_all_the_same():
         make(V=7).generate(src, **options | {"eos": 10})
     with pytest.raises(TypeError, match="unexpected keyword argument 'vocabulary'"):
         model.generate(src, **options, vocabulary=11)
+
+
+def test_a_length_beyond_all_numbers_is_the_greatest():
+    model, src = make(), sources(3, 5)
+    options = GOOD | {"min_length": 6}
+    for ratio in (1e19, 1e300):
+        for backend in (None, "reference"):
+            found = model.generate(src, max_length_ratio=ratio, backend=backend, **options)
+            assert found.lengths.tolist() == [6, 6, 6]
+    most = decoding.DecodingOptions(BOS, EOS, 2**63 - 1, max_length_ratio=1e300)
+    assert most.limits(torch.tensor([3])) >= 2**62
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
+def test_another_default_device_changes_nothing(kind):
+    src, options = sources(3, 5), GOOD | {"max_length_ratio": 1.5}
+    want = make(kind).generate(src, **options)
+    model = make(kind)
+    with torch.device("meta"):
+        for backend in (None, "reference"):
+            for prepared in (False, True):
+                if prepared:
+                    model.prepare_inference()
+                found = model.generate(src, backend=backend, **options)
+                assert torch.equal(found.tokens, want.tokens)
+                assert model.generate(src, **options | {"beam_size": 2}).tokens.is_cpu
+
+
+WIDE = s2s.Decoder(11, 2, 1, 1, 0.0, encoder_dim=140_000)
+STATE = s2s.DecoderState(torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+CALLS = {
+    "decoder": (lambda: ask(make()), TypeError, "decoder: got Seq2Seq, expected a Decoder"),
+    "no decoder": (lambda: ask(None), TypeError, "decoder: got NoneType"),
+    "state": (lambda: ask(state=tuple(STATE)), TypeError, "state: got tuple, expected a Decoder"),
+    "no state": (lambda: ask(state=None), TypeError, "state: got NoneType"),
+    "no hidden": (
+        lambda: ask(state=STATE._replace(hidden=None)),
+        TypeError,
+        "hidden: got NoneType, expected a Tensor",
+    ),
+    "hidden rank": (
+        lambda: ask(state=STATE._replace(hidden=torch.zeros(4))),
+        ValueError,
+        r"hidden: got shape \(4,\), expected \(n_layers, B, H\)",
+    ),
+    "keys' type": (lambda: ask(keys=lambda k: k.keys), TypeError, "encoder_outputs.keys: got Ten"),
+    "no keys": (
+        lambda: ask(keys=lambda k: k._replace(keys=None)),
+        TypeError,
+        "encoder_outputs.keys: got NoneType",
+    ),
+    "keys' dtype": (
+        lambda: ask(keys=lambda k: k._replace(keys=k.keys.long())),
+        TypeError,
+        "encoder_outputs.keys: got torch.int64",
+    ),
+    "keys' device": (
+        lambda: ask(keys=lambda k: k._replace(keys=k.keys.to("meta"))),
+        ValueError,
+        "encoder_outputs.keys: is on meta",
+    ),
+    "powers": (
+        lambda: ask(keys=lambda k: k._replace(powers=torch.zeros(3, 4))),
+        ValueError,
+        r"keys.powers: got torch.float32 of shape \(3, 4\)",
+    ),
+    "no v": (lambda: ask(v=None), TypeError, "encoder_outputs.v: got NoneType"),
+    "v's dtype": (
+        lambda: ask(v=torch.zeros(4).double()),
+        TypeError,
+        "encoder_outputs.v: got torch.float64",
+    ),
+    "int8 too wide": (
+        lambda: decoding.prepare_inference(WIDE, "int8"),
+        ValueError,
+        "dtype: got 'int8' of weights for 14000[0-9] inputs, expected at most 131072",
+    ),
+    "dtype": (lambda: make().prepare_inference(["a"]), ValueError, r"dtype: got \['a'\]"),
+    "project_values": (
+        lambda: make().prepare_inference(project_values="x"),
+        TypeError,
+        "project_values: got str",
+    ),
+}
+CALLS |= {
+    f"eos {eos!r}": (lambda eos=eos: ask(eos=eos), error, message)
+    for eos, error, message in [
+        (11, ValueError, "eos: got 11, expected 0 to 10"),
+        (-5, ValueError, "eos: got -5"),
+        (2.5, TypeError, "eos: got float"),
+        (True, TypeError, "eos: got bool"),
+        ("a", TypeError, "eos: got str"),
+        (torch.tensor(2), TypeError, "eos: got Tensor"),
+    ]
+}
+
+
+def ask(decoder=0, state=STATE, keys=None, eos=None, **changes):
+    """Calls `generate`, or `score` where an eos is given, on a source with changes."""
+    small = make(H=4, layers=1).decoder
+    decoder = small if decoder == 0 else decoder
+    source = small.source(torch.zeros(3, 5, 4))
+    source = source._replace(**changes, keys=keys(source.keys) if keys else source.keys)
+    if eos is None:
+        return s2s.generate(decoder, source, state, **GOOD)
+    return s2s.score(decoder, source, state, torch.ones(3, 4, dtype=torch.int64), eos=eos)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS.values(), ids=CALLS)
+def test_bad_calls_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_other_bad_input_is_refused():
@@ -702,6 +834,8 @@ def test_other_bad_input_is_refused():
         model.score(src, torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(TypeError, match="trg: got torch.float32"):
         model.score(src, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="trg: is on meta, expected cpu"):
+        model.score(src, torch.zeros(3, 4, dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match="trg: got token id 11"):
         model.score(src, torch.full((3, 4), 11))
     with pytest.raises(ValueError, match="dtype: got 'int4'"):

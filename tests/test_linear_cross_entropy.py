@@ -1,5 +1,6 @@
 """Cross entropy without the logits: parity with the plain form, memory, machinery, bad input."""
 
+import math
 import random
 import statistics
 import subprocess
@@ -307,6 +308,20 @@ def test_memory_stays_far_below_the_logits():
     assert numbers < 2048 * 16384 / 4
 
 
+def test_no_features_make_equal_logits():
+    inputs = torch.zeros(4, 0), torch.zeros(7, 0), torch.tensor([0, 3, 6, 6])
+    for backend in ("native", "reference"):
+        loss = s2s.linear_cross_entropy(*inputs, backend=backend)
+        assert loss == pytest.approx(math.log(7))
+
+
+def test_meta_tensors_have_a_loss_too():
+    x, w = (torch.empty(n, 3, device="meta", requires_grad=True) for n in (4, 7))
+    loss = s2s.linear_cross_entropy(x, w, torch.empty(4, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.is_meta and x.grad.shape == x.shape and w.grad.shape == w.shape
+
+
 X, IDS = torch.zeros, torch.zeros(2, dtype=torch.int64)
 
 
@@ -328,6 +343,12 @@ BAD = {
     "target shape": (call(target=IDS[:1]), ValueError, r"target: got shape \(1,\), expected \(2,"),
     "target high": (call(target=IDS + 5), ValueError, "target: got class 5, expected 0 to 4"),
     "target low": (call(target=IDS - 1), ValueError, "target: got class -1, expected 0 to 4, or -"),
+    "target sparse": (call(target=IDS.to_sparse()), TypeError, "target: got a Tensor that is"),
+    "ignored": (call(ignore_index=1.5), TypeError, "ignore_index: got float"),
+    "ignored none": (call(ignore_index=None), TypeError, "ignore_index: got NoneType"),
+    "ignored bool": (call(ignore_index=True), TypeError, "ignore_index: got bool"),
+    "ignored Tensor": (call(ignore_index=IDS), TypeError, "ignore_index: got Tensor"),
+    "ignored far": (call(ignore_index=2**63), ValueError, "ignore_index: got 9223372036854775808"),
     "reduction": (call(reduction="none"), ValueError, "reduction: got 'none'"),
     "smoothing": (call(label_smoothing=1.5), ValueError, "label_smoothing: got 1.5"),
     "smoothing type": (call(label_smoothing="x"), TypeError, "label_smoothing: got str"),

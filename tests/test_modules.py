@@ -285,6 +285,31 @@ SOURCE = ATTENTION.precompute(OUTPUTS, MASK)
 
 BAD = {
     "encoder sizes": (lambda: s2s.Encoder(11, 5, 0, 2, 0.0), ValueError, "hidden_dim: got 0"),
+    "encoder size True": (
+        lambda: s2s.Encoder(True, 5, 8, 2, 0.0),
+        ValueError,
+        "input_dim: got True",
+    ),
+    "encoder cell list": (
+        lambda: s2s.Encoder(11, 5, 8, 2, 0.0, cell_type=["lstm"]),
+        ValueError,
+        r"cell_type: got \['lstm'\]",
+    ),
+    "encoder flag": (
+        lambda: s2s.Encoder(11, 5, 8, 2, 0.0, bidirectional="x"),
+        TypeError,
+        "bidirectional: got str",
+    ),
+    "decoder flag": (
+        lambda: s2s.Decoder(11, 5, 8, 2, 0.0, query_after="x"),
+        TypeError,
+        "query_after: got str",
+    ),
+    "encoder dropout type": (
+        lambda: s2s.Encoder(11, 5, 8, 2, None),
+        TypeError,
+        "dropout: got NoneType, expected a number",
+    ),
     "encoder dropout": (lambda: s2s.Encoder(11, 5, 8, 2, 1.5), ValueError, "dropout: got 1.5"),
     "decoder sizes": (lambda: s2s.Decoder(0, 5, 8, 2, 0.0), ValueError, "output_dim: got 0"),
     "attention size": (lambda: s2s.Attention(0), ValueError, "hidden_dim: got 0"),
@@ -292,12 +317,23 @@ BAD = {
     "src rank": (lambda: ENCODER(IDS), ValueError, r"src: got shape \(2,\), expected \(B, S\)"),
     "src no tensor": (lambda: ENCODER([[1]]), TypeError, "src: got list"),
     "src empty": (lambda: ENCODER(SRC[:, :0]), ValueError, "src: .*S = 0"),
+    "src device": (
+        lambda: ENCODER(SRC.to("meta")),
+        ValueError,
+        "src: is on meta, expected cpu as the module is",
+    ),
+    "src sparse": (lambda: ENCODER(SRC.to_sparse()), TypeError, "src: got a Tensor that is .*coo"),
     "src id": (lambda: ENCODER(SRC + 10), ValueError, "src: got token id 11, expected 0 to 10"),
     "src negative": (lambda: ENCODER(SRC - 2), ValueError, "src: got token id -1"),
     "input id": (
         lambda: DECODER(IDS + 8, STATE, STATE, OUTPUTS),
         ValueError,
         "input: got token id 10, expected 0 to 8",
+    ),
+    "input device": (
+        lambda: DECODER(IDS.to("meta"), STATE, STATE, OUTPUTS),
+        ValueError,
+        "input: is on meta",
     ),
     "input rank": (lambda: DECODER(SRC, STATE, STATE, OUTPUTS), ValueError, "input: got shape"),
     "input batch": (
@@ -343,6 +379,16 @@ BAD = {
     ),
     "hidden rank": (lambda: ATTENTION(STATE, OUTPUTS), ValueError, "hidden: got shape"),
     "mask dtype": (lambda: ATTENTION(STATE[0], OUTPUTS, MASK.float()), TypeError, "mask: got"),
+    "outputs of oneDNN": (
+        lambda: ATTENTION(STATE[0], OUTPUTS.to_mkldnn()),
+        TypeError,
+        "encoder_outputs: got a Tensor that is torch._mkldnn, expected a strided one",
+    ),
+    "mask sparse": (
+        lambda: ATTENTION(STATE[0], OUTPUTS, MASK.to_sparse()),
+        TypeError,
+        "mask: got a Tensor that is torch.sparse_coo",
+    ),
     "mask shape": (lambda: ATTENTION(STATE[0], OUTPUTS, MASK[:, :3]), ValueError, "mask: got"),
     "mask list": (lambda: ATTENTION(STATE[0], OUTPUTS, [True]), TypeError, "mask: got list"),
     "mask device": (
@@ -361,6 +407,12 @@ BAD = {
     "trg empty": (lambda: MODEL(SRC, TRG[:, :0]), ValueError, "trg: got shape"),
     "trg floats": (lambda: MODEL(SRC, TRG.double()), TypeError, "trg: got torch.float64"),
     "ratio": (lambda: MODEL(SRC, TRG, 1.2), ValueError, "teacher_forcing_ratio: got 1.2"),
+    "trg device": (lambda: MODEL(SRC, TRG.to("meta")), ValueError, "trg: is on meta"),
+    "ratio str": (lambda: MODEL(SRC, TRG, "x"), TypeError, "teacher_forcing_ratio: got str"),
+    "ratio Tensor": (lambda: MODEL(SRC, TRG, IDS), TypeError, "teacher_forcing_ratio: got Tensor"),
+    "no encoder": (lambda: s2s.Seq2Seq(None, DECODER), TypeError, "encoder: got NoneType"),
+    "no decoder": (lambda: s2s.Seq2Seq(ENCODER, None), TypeError, "decoder: got NoneType"),
+    "swapped": (lambda: s2s.Seq2Seq(DECODER, ENCODER), TypeError, "encoder: got Decoder"),
     "widths differ": (
         lambda: s2s.Seq2Seq(ENCODER, s2s.Decoder(9, 5, 7, 2, 0.0)),
         ValueError,
@@ -376,6 +428,16 @@ BAD = {
         ValueError,
         "pad_idx: got 11, expected 0 to 10",
     ),
+    "pad_idx float": (
+        lambda: s2s.Seq2Seq(ENCODER, DECODER, pad_idx=0.5),
+        TypeError,
+        "pad_idx: got float, expected a whole number",
+    ),
+    "pad_idx Tensor": (
+        lambda: s2s.Seq2Seq(ENCODER, DECODER, pad_idx=IDS),
+        TypeError,
+        "pad_idx: got Tensor",
+    ),
 }
 
 
@@ -383,6 +445,22 @@ BAD = {
 def test_bad_input_names_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_model_on_meta_makes_shapes():
+    model, _ = pair()
+    src, trg = (x.to("meta") for x in tokens(3, 7, 5))
+    logits = model.to("meta")(src, trg)
+    assert logits.is_meta and logits.shape == (3, 5, V_TRG)
+    model.loss(src, trg).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)
+
+
+def test_dropout_is_drawn_on_the_models_device():
+    model, _ = pair(dropout=0.5)
+    inputs = tokens(3, 7, 5)
+    with torch.device("meta"):
+        assert model(*inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("query_after", [False, True])

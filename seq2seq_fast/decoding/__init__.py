@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..library import asked_for, use_backend
+from ..ops.checks import flag, tensor, whole
 from . import graphed, native, stepwise
 from .options import DecodingOptions, checked, token_ids
 from .packing import DTYPES, PackedDecoder, pack_decoder
@@ -51,8 +52,8 @@ def generate(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    B = _rows(decoder, state)
     with torch.no_grad(), evaluating(decoder):
-        B = state.hidden.shape[1]
         asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
         prepared = decoder.source(source)
         _check_state(decoder, prepared, state)
@@ -74,8 +75,9 @@ def generate(
 
 def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = False) -> None:
     """See `Seq2Seq.prepare_inference`."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+    flag(project_values=project_values)
     weight = decoder.fc_out.weight
     if weight.dtype not in native.DTYPES.get(weight.device.type, ()):
         raise ValueError(
@@ -133,14 +135,18 @@ def score(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
-    prepared = decoder.source(source)
-    B = state.hidden.shape[1]
+    B = _rows(decoder, state)
     token_ids("trg", trg, decoder.output_dim)
     if trg.dim() != 2 or trg.shape[0] != B or trg.shape[1] == 0:
         raise ValueError(
             f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {B} as the source has"
             " and T above 0"
         )
+    if trg.device != state.hidden.device:
+        raise ValueError(f"trg: is on {trg.device}, expected {state.hidden.device} as the state is")
+    if eos is not None:
+        whole("eos", eos, 0, decoder.output_dim - 1)
+    prepared = decoder.source(source)
     _check_state(decoder, prepared, state)
     fed, wanted = trg[:, :-1], trg[:, 1:].long()
     out = decoder.run(fed, state, prepared)
@@ -205,6 +211,18 @@ class evaluating:
                 if blocks == 1:
                     module.training = True
                     del self._inside[id(module)]
+
+
+def _rows(decoder: "Decoder", state: "DecoderState") -> int:
+    """B of a state, of which the rest is checked along with the source."""
+    if not hasattr(decoder, "check_state"):
+        raise TypeError(f"decoder: got {type(decoder).__name__}, expected a Decoder")
+    if not hasattr(state, "hidden"):
+        raise TypeError(f"state: got {type(state).__name__}, expected a DecoderState")
+    hidden = tensor("hidden", state.hidden)
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (n_layers, B, H)")
+    return hidden.shape[1]
 
 
 def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:

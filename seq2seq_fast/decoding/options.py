@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import above_zero, flag, instance, number, tensor, whole
+
+FARTHEST = 2.0**62  # that a length may be, so that it stays whole in 64 bits
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -83,7 +87,8 @@ class DecodingOptions:
         """The most tokens of each row, given the length of its source."""
         most = torch.full_like(lengths, self.max_length)
         if self.max_length_ratio is not None:
-            relative = (self.max_length_ratio * lengths.double()).floor().long()
+            relative = (self.max_length_ratio * lengths.double()).floor()
+            relative = relative.clamp_max(FARTHEST).long()
             most = torch.minimum(most, relative)
         least = 1 if self.prefix is None else max(1, self.prefix.shape[-1])
         return most.clamp_min(least)
@@ -118,22 +123,28 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
     for name in ("bos", "eos", "pad_idx"):
         token = getattr(options, name)
         if token is not None or name != "pad_idx":
-            _whole(name, token, 0, vocabulary - 1)
-    _whole("max_length", options.max_length, 1)
-    _whole("min_length", options.min_length, 0, options.max_length)
-    _whole("beam_size", options.beam_size, 1, vocabulary)
-    _whole("n_best", options.n_best, 1, options.beam_size)
-    _whole("no_repeat_ngram", options.no_repeat_ngram, 0)
-    _whole("top_k", options.top_k, 0)
-    _number("length_penalty", options.length_penalty, 0)
-    _number("coverage_penalty", options.coverage_penalty, 0)
-    _above_zero("temperature", options.temperature)
+            whole(name, token, 0, vocabulary - 1)
+    whole("max_length", options.max_length, 1)
+    whole("min_length", options.min_length, 0, options.max_length)
+    whole("beam_size", options.beam_size, 1, vocabulary)
+    whole("n_best", options.n_best, 1, options.beam_size)
+    whole("no_repeat_ngram", options.no_repeat_ngram, 0)
+    whole("top_k", options.top_k, 0)
+    _not_below_zero("length_penalty", options.length_penalty)
+    _not_below_zero("coverage_penalty", options.coverage_penalty)
+    above_zero("temperature", options.temperature)
+    flag(
+        sample=options.sample,
+        return_weights=options.return_weights,
+        return_scores=options.return_scores,
+    )
     if options.max_length_ratio is not None:
-        _above_zero("max_length_ratio", options.max_length_ratio)
+        above_zero("max_length_ratio", options.max_length_ratio)
     if not options.return_scores and options.beam_size > 1:
         raise ValueError(
             "return_scores: got False, expected True of beam search, which goes by them"
         )
+    number("top_p", options.top_p)
     if not 0 < options.top_p <= 1:
         raise ValueError(f"top_p: got {options.top_p}, expected above 0 and at most 1")
     _sampling(options)
@@ -147,22 +158,10 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
     _prefix(options, batch, vocabulary)
 
 
-def _whole(name: str, x: object, least: int, most: int | None = None) -> None:
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a whole number")
-    if x < least or (most is not None and x > most):
-        span = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name}: got {x}, expected {span}")
-
-
-def _number(name: str, x: float, least: float) -> None:
-    if not (math.isfinite(x) and x >= least):
-        raise ValueError(f"{name}: got {x}, expected a finite number, at least {least}")
-
-
-def _above_zero(name: str, x: float) -> None:
-    if not (math.isfinite(x) and x > 0):
-        raise ValueError(f"{name}: got {x}, expected a finite number above 0")
+def _not_below_zero(name: str, x: float) -> None:
+    number(name, x)
+    if not (math.isfinite(x) and x >= 0):
+        raise ValueError(f"{name}: got {x}, expected a finite number, at least 0")
 
 
 _OF_SAMPLING = {
@@ -173,6 +172,8 @@ _OF_SAMPLING = {
 
 
 def _sampling(options: DecodingOptions) -> None:
+    if options.generator is not None:
+        instance("generator", options.generator, torch.Generator)
     if options.sample:
         if options.beam_size > 1:
             raise ValueError(f"beam_size: got {options.beam_size}, expected 1 with sample")
@@ -187,6 +188,8 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
     if prefix is None:
         return
     token_ids("prefix", prefix, vocabulary)
+    if prefix.is_meta:
+        raise ValueError("prefix: is on meta, expected ids that can be read")
     if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] != batch):
         raise ValueError(
             f"prefix: got shape {tuple(prefix.shape)}, expected (P,) or (B, P) with B = {batch}"
@@ -201,11 +204,12 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
 
 
 def token_ids(name: str, x: object, vocabulary: int) -> None:
-    """x: whole numbers below `vocabulary`."""
+    """x: whole numbers below `vocabulary`, where there are numbers."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: got {got}, expected a Tensor of int64 or int32 token ids")
-    if x.numel() == 0:
+    tensor(name, x)
+    if x.is_meta or x.numel() == 0:
         return
     low, high = (int(n) for n in torch.aminmax(x))
     if low < 0 or high >= vocabulary:

@@ -21,6 +21,7 @@ FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 MOST_GATES = 1 << 24  # of all tokens, which are made beforehand where values are projected
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
 PART = 1024  # of which the bounds are made at once, in float64
+MOST_INPUTS = 1 << 17  # of int8's products, whose sums fit into whole numbers of 32 bits
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
 
 
@@ -115,7 +116,7 @@ def _side_by_side(weights: list[Tensor]) -> Packed:
         layout.append([total, _DTYPES.index(w.dtype), w.dim(), *sizes])
         total += -(-w.nbytes // 64) * 64
     memory = torch.ops.seq2seq_fast.weights_memory(weights[0], total)
-    packed = Packed(memory, torch.tensor(layout))
+    packed = Packed(memory, torch.tensor(layout, device="cpu"))
     for place, w in zip(packed.tensors(), weights, strict=True):
         place.copy_(w)
     return packed
@@ -183,6 +184,10 @@ def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     """
     if dtype != torch.int8:
         return pack_rows(w.to(dtype), blocks), w.new_empty(0)
+    if w.shape[1] > MOST_INPUTS:
+        raise ValueError(
+            f"dtype: got 'int8' of weights for {w.shape[1]} inputs, expected at most {MOST_INPUTS}"
+        )
     whole, scale = rounded_to_bytes(w)
     filled = F.pad(whole, (0, -w.shape[1] % 4))
     fours = pack_rows(filled, blocks).unflatten(1, (-1, 4)).transpose(2, 3)

@@ -61,10 +61,10 @@ def attended(source: "Source") -> Tensor | None:
 def row_limits(source: "Source", options: DecodingOptions, batch: int) -> Tensor:
     """The most tokens of each row (B,)."""
     if options.max_length_ratio is None:  # a prefix is no longer than max_length
-        return torch.full((batch,), options.max_length)
+        return torch.full((batch,), options.max_length, device="cpu")
     positions = attended(source)
     if positions is None:  # nothing that a length is relative to
-        return options.limits(torch.full((batch,), options.max_length))
+        return options.limits(torch.full((batch,), options.max_length, device="cpu"))
     return options.limits(positions.sum(1))
 
 

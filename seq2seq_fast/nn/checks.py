@@ -5,34 +5,45 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..ops.additive_attention import PreparedKeys
+from ..ops.checks import bools, instance, powers, tensor
+
 if TYPE_CHECKING:
     from .attention import PreparedSource
 
 
 def at_least_one(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: got {size!r}, expected a whole number above 0")
 
 
 def probability(name: str, p: float) -> None:
+    """True and False will do: always, never."""
+    if not isinstance(p, (int, float)):
+        raise TypeError(f"{name}: got {type(p).__name__}, expected a number between 0 and 1")
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: got {p}, expected between 0 and 1")
 
 
-def _tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+def part(name: str, x: object, expected: str, *attributes: str) -> None:
+    """x is a module that has what is read of it."""
+    if not all(hasattr(x, attribute) for attribute in attributes):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected {expected}")
 
 
-def tokens(name: str, x: Tensor, spelled: str, dims: int, vocabulary: int) -> None:
-    """x: ids below `vocabulary`. On a GPU or in a compiler their range is left to the embedding,
-    because looking would wait for the device or break the graph."""
-    _tensor(name, x)
+def tokens(
+    name: str, x: Tensor, spelled: str, dims: int, vocabulary: int, device: torch.device
+) -> None:
+    """x: ids below `vocabulary`, on the module's device. On a GPU or in a compiler their range is
+    left to the embedding, because looking would wait for the device or break the graph."""
+    tensor(name, x)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: got {x.dtype}, expected int64 or int32 token ids")
     if x.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled}")
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, expected {device} as the module is")
     if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
         low, high = (int(n) for n in torch.aminmax(x))
         if low < 0 or high >= vocabulary:
@@ -42,8 +53,7 @@ def tokens(name: str, x: Tensor, spelled: str, dims: int, vocabulary: int) -> No
 
 def floating(name: str, x: object, like: Tensor) -> Tensor:
     """x has the dtype and device of `like`, a parameter; under autocast any float will do."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+    x = tensor(name, x)
     if x.device != like.device:
         raise ValueError(f"{name}: is on {x.device}, expected {like.device} as the module is")
     if x.dtype != like.dtype:
@@ -76,6 +86,9 @@ def encoder_outputs(x: Tensor, weight: Tensor) -> None:
 def prepared_source(source: "PreparedSource", weight: Tensor) -> None:
     """source: made with a projection by weight (A, D), and not by one of other widths."""
     encoder_outputs(source.values, weight)
+    instance("encoder_outputs.keys", source.keys, PreparedKeys)
+    floating("encoder_outputs.keys", source.keys.keys, weight)
+    floating("encoder_outputs.v", source.v, weight)
     expected = (*source.values.shape[:2], weight.shape[0])
     if source.keys.keys.shape != expected or source.v.shape != expected[2:]:
         raise ValueError(
@@ -83,15 +96,15 @@ def prepared_source(source: "PreparedSource", weight: Tensor) -> None:
             f" {tuple(source.keys.keys.shape)} and v {tuple(source.v.shape)}, expected"
             f" (B, S, A) = {tuple(expected)} and (A,)"
         )
+    if source.keys.powers is not None:
+        powers(source.keys.powers, source.keys.keys)
     mask(source.mask, source.values)
 
 
 def mask(x: Tensor | None, outputs: Tensor) -> None:
     if x is None:
         return
-    if not isinstance(x, Tensor) or x.dtype != torch.bool:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+    bools(x)
     if x.shape != outputs.shape[:2]:
         raise ValueError(
             f"mask: got shape {tuple(x.shape)}, expected (B, S) = {tuple(outputs.shape[:2])}"

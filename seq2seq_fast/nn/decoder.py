@@ -12,6 +12,7 @@ from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
 from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from ..ops.checks import flag
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
 from . import checks
@@ -67,6 +68,7 @@ class Decoder(nn.Module):
             output_dim=output_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
         )
         checks.probability("dropout", dropout)
+        flag(attention=attention, query_after=query_after, recompute=recompute)
         encoder_dim = hidden_dim if encoder_dim is None else encoder_dim
         attention_dim = hidden_dim if attention_dim is None else attention_dim
         checks.at_least_one(encoder_dim=encoder_dim, attention_dim=attention_dim)
@@ -115,7 +117,8 @@ class Decoder(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         source = self.source(encoder_outputs, mask)
-        checks.tokens("input", input, "(B,)", 1, self.output_dim)
+        device = self.embedding.weight.device
+        checks.tokens("input", input, "(B,)", 1, self.output_dim, device)
         B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
         if input.shape[0] != B:
             raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")

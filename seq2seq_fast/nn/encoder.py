@@ -7,6 +7,7 @@ from ..decoding.fits import plain_layers
 from ..decoding.packing import PackedLayers, pack_layers
 from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
+from ..ops.checks import flag
 from ..ops.dropout import dropout_factors
 from . import checks
 from .cells import recurrent
@@ -44,6 +45,7 @@ class Encoder(nn.Module):
             input_dim=input_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
         )
         checks.probability("dropout", dropout)
+        flag(bidirectional=bidirectional)
         self.cell_type = cell_type
         self.output_dim = hidden_dim * (2 if bidirectional else 1)
         self.state_dim = self.output_dim if bridge_dim is None else bridge_dim
@@ -68,7 +70,8 @@ class Encoder(nn.Module):
         Raises:
             TypeError, ValueError: src is not (B, S) whole numbers in the vocabulary with S above 0.
         """
-        checks.tokens("src", src, "(B, S)", 2, self.embedding.num_embeddings)
+        table = self.embedding
+        checks.tokens("src", src, "(B, S)", 2, table.num_embeddings, table.weight.device)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
         embedded = self.embedding(src)

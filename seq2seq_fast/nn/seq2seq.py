@@ -11,6 +11,7 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import use_backend
 from ..ops.attention_decoder import DecoderOutput
+from ..ops.checks import whole
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.readout import readout
 from . import checks
@@ -31,6 +32,8 @@ class Seq2Seq(nn.Module):
 
     def __init__(self, encoder: Encoder, decoder: Decoder, pad_idx: int | None = None):
         super().__init__()
+        checks.part("encoder", encoder, "an Encoder", "cell_type", "state_dim", "layers")
+        checks.part("decoder", decoder, "a Decoder", "cell_type", "check_state", "layers")
         handed_over = encoder.output_dim if decoder.attention is not None else encoder.state_dim
         for name, ours, theirs in (
             ("cell_type", decoder.cell_type, encoder.cell_type),
@@ -41,8 +44,8 @@ class Seq2Seq(nn.Module):
             if ours != theirs:
                 raise ValueError(f"decoder: has {name} {ours}, expected {theirs} as encoder has")
         vocabulary = encoder.embedding.num_embeddings
-        if pad_idx is not None and not 0 <= pad_idx < vocabulary:
-            raise ValueError(f"pad_idx: got {pad_idx}, expected 0 to {vocabulary - 1} or None")
+        if pad_idx is not None:
+            whole("pad_idx", pad_idx, 0, vocabulary - 1)
         self.encoder = encoder
         self.decoder = decoder
         self.pad_idx = pad_idx
@@ -103,7 +106,8 @@ class Seq2Seq(nn.Module):
     def _decode(self, src: Tensor, trg: Tensor, ratio: float) -> tuple[DecoderOutput, list[int]]:
         """All steps but the readout, and which of them are fed the argmax of the step before."""
         checks.probability("teacher_forcing_ratio", ratio)
-        checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim)
+        device = self.decoder.embedding.weight.device
+        checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
         source, state = self.encode(src)
         if trg.shape[0] != src.shape[0] or trg.shape[1] == 0:
             raise ValueError(
@@ -199,9 +203,9 @@ class Seq2Seq(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: another dtype, or a decoder that is not float32 on the CPU, nor float32,
-                bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; project_values on
-                a GPU or without attention.
+            TypeError, ValueError: another dtype, or a decoder that is not float32 on the CPU, nor
+                float32, bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; "int8" of
+                more than 131,072 inputs; project_values on a GPU or without attention.
         """
         self.decoder.prepare_inference(dtype, project_values=project_values)
         if isinstance(self.encoder, Encoder):

@@ -1,5 +1,6 @@
 """Additive attention: fake kernels, autograd and the public functions."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,11 @@ def _autocast_on(query: object) -> bool:
         return False
     device = query.device.type  # meta is not one of autocast's devices: asking raises
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

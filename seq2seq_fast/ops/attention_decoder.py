@@ -14,7 +14,15 @@ from .. import reference_decoder as reference
 from ..library import choose
 from ..reference_decoder import BLOCKS, Run
 from . import decoder_checks as checks
-from .additive_attention import PreparedKeys, _autocast_on, _needs_grad, _once, _wanted
+from .additive_attention import (
+    PreparedKeys,
+    _autocast_off,
+    _autocast_on,
+    _needs_grad,
+    _once,
+    _wanted,
+)
+from .checks import instance
 from .dropout import dropout_factors
 from .kernels import OPS, fake, product, products
 
@@ -121,7 +129,7 @@ class _Decoder(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=False))
         needs["weights"] = ctx.needs_input_grad[len(_INPUTS) :]
-        with torch.no_grad(), torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with torch.no_grad(), _autocast_off(ctx.saved_tensors[0]):
             found = _backward(ctx.options, needs, grads, *ctx.saved_tensors)
         known = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
         return _once(_wanted(found, ctx.needs_input_grad), known)
@@ -322,11 +330,15 @@ def attention_decoder(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     keys, powers = keys if isinstance(keys, PreparedKeys) else (keys, None)
+    if query is not None:
+        checks.listed("query", query, "weight and bias", 2)
+    if feedback is not None:
+        instance("feedback", feedback, Feedback)
     autocast = _autocast_on(inputs)
-    attention = (*(query or (None, None)), keys, values, v)
+    attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
-        inputs, hidden, cell, layers, attention, mask, context, cell_type, dropout, feedback,
-        autocast,
+        inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
+        dropout, feedback, recompute, autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
@@ -336,7 +348,7 @@ def attention_decoder(
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
 
-    with torch.autocast(inputs.device.type, enabled=False):
+    with _autocast_off(inputs):
         steps, first = cast(inputs).transpose(0, 1).contiguous(), cast(hidden).contiguous()
         found = _decode(
             steps,

@@ -1,16 +1,48 @@
 """Argument checks of the public functions: they name the argument, what came, what was expected."""
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
+STRIDED = torch.strided
+WHOLE = 2**63  # whole numbers of an op are below it
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def instance(name: str, x: object, kind: type) -> None:
+    if not isinstance(x, kind):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected {kind.__name__}")
+
+
+def flag(**given: object) -> None:
+    for name, x in given.items():
+        if type(x) is not bool:
+            raise TypeError(f"{name}: got {type(x).__name__}, expected True or False")
+
+
+def tensor(name: str, x: object, expected: str = "a Tensor") -> Tensor:
+    """x, a tensor that is read by its strides: sparse, nested and oneDNN's ones have none."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected {expected}")
+    if x.layout is not STRIDED or x.is_nested:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name}: got a Tensor that is {kind}, expected a strided one")
+    return x
+
+
+def bools(x: object) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+    return tensor("mask", x)
 
 
 def _tensor(
     name: str, x: object, like: Tensor | None = None, whose: str = "query", any_float: bool = False
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor")
+    x = tensor(name, x)
     if (like is None or any_float) and x.dtype not in DTYPES:
         raise TypeError(f"{name}: got {x.dtype}, expected one of {[str(d) for d in DTYPES]}")
     if like is None:
@@ -50,13 +82,15 @@ def powers_shape(keys: Tensor) -> tuple[int, int]:
 def powers(powers: object, keys: Tensor) -> None:
     """Only its form: whether it was made of these very keys cannot be seen."""
     expected = powers_shape(keys)
-    if isinstance(powers, Tensor) and powers.dtype == torch.float32 and powers.is_contiguous():
-        if powers.shape == expected and powers.is_cpu and keys.is_cpu:
-            return
-        if powers.device == keys.device and (powers.shape == expected or powers.numel() == 0):
-            return  # empty where there is no kernel
     got = type(powers).__name__
     if isinstance(powers, Tensor):
+        tensor("keys.powers", powers)
+        if powers.dtype == torch.float32 and powers.is_contiguous():
+            if powers.shape == expected and powers.is_cpu and keys.is_cpu:
+                return
+            empty = powers.numel() == 0 and not keys.is_cpu  # where there is no kernel
+            if powers.device == keys.device and (powers.shape == expected or empty):
+                return
         got = f"{powers.dtype} of shape {tuple(powers.shape)} on {powers.device}"
     raise ValueError(
         f"keys.powers: got {got}, expected what prepare_keys makes of the keys: contiguous float32"
@@ -67,6 +101,28 @@ def powers(powers: object, keys: Tensor) -> None:
 def number(name: str, x: object) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a number")
+    if type(x) is int and abs(x) > sys.float_info.max:
+        raise ValueError(f"{name}: got {x.bit_length()} bits, expected what a float can hold")
+
+
+def above_zero(name: str, x: float) -> None:
+    number(name, x)
+    if not (math.isfinite(x) and x > 0):
+        raise ValueError(f"{name}: got {x}, expected a finite number above 0")
+
+
+def probability(name: str, p: float) -> None:
+    number(name, p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name}: got {p}, expected between 0 and 1")
+
+
+def whole(name: str, x: object, least: int, most: int = WHOLE - 1) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a whole number")
+    if not least <= x <= most:
+        span = f"at least {least}" if x < least and most == WHOLE - 1 else f"{least} to {most}"
+        raise ValueError(f"{name}: got {x}, expected {span}")
 
 
 def _right(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> bool:
@@ -83,6 +139,10 @@ def _right(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> bool:
         return False
     dtype = query.dtype
     if not (dtype in DTYPES and keys.dtype == dtype == v.dtype and values.dtype == dtype):
+        return False
+    if not (query.layout is keys.layout is v.layout is values.layout is STRIDED):
+        return False
+    if query.is_nested or keys.is_nested or v.is_nested or values.is_nested:
         return False
     if not (query.is_cpu and keys.is_cpu and v.is_cpu and values.is_cpu):
         if not query.device == keys.device == v.device == values.device:
@@ -134,9 +194,7 @@ def attention(
     B, S = keys.shape[:2]
     full = (B, query.shape[1], S) if query.dim() == 3 else (B, S)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+        bools(mask)
         if mask.device != query.device:
             raise ValueError(f"mask: is on {mask.device}, expected {query.device} as query is")
         if query.dim() == 3:
@@ -155,8 +213,7 @@ def attention(
 def rows(name: str, x: Tensor, target: Tensor) -> None:
     """x (..., K) has as many rows as target (...)."""
     _tensor(name, x)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: got {type(target).__name__}, expected a Tensor")
+    tensor("target", target)
     if x.dim() == 0 or x.shape[:-1] != target.shape:
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, expected {tuple(x.shape[:-1])}, one for"
@@ -169,6 +226,7 @@ def classes(target: Tensor, V: int, ignored: int) -> None:
     break the graph."""
     if target.dtype != torch.int64:
         raise TypeError(f"target: got {target.dtype}, expected int64 classes")
+    whole("ignore_index", ignored, -WHOLE)
     if not target.is_cpu or torch.compiler.is_compiling():
         return
     bad = target[((target < 0) | (target >= V)) & (target != ignored)]
@@ -204,6 +262,4 @@ def linear_cross_entropy(
         raise ValueError(f"target: is on {target.device}, expected {input.device} as input is")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: got {reduction!r}, expected "mean" or "sum"')
-    number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, expected between 0 and 1")
+    probability("label_smoothing", label_smoothing)

@@ -2,24 +2,23 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..reference_decoder import BLOCKS
-from .checks import DTYPES
+from .checks import DTYPES, bools, flag, powers, probability
+from .checks import tensor as check_tensor
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 
 def cell_type(name: object) -> None:
-    if name not in BLOCKS:
+    if not isinstance(name, str) or name not in BLOCKS:
         raise ValueError(f"cell_type: got {name!r}, expected one of {list(BLOCKS)}")
 
 
 def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, autocast: bool):
     """x is a tensor of a shape, in which None stands for any size."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a Tensor {spelled}")
+    x = check_tensor(name, x, f"a Tensor {spelled}")
     if x.dtype != like.dtype and not (autocast and x.dtype in DTYPES):
         raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as inputs have")
     if x.device != like.device:
@@ -32,29 +31,42 @@ def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, auto
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = ({wanted})")
 
 
+def listed(name: str, x: object, expected: str, n: int | None = None) -> None:
+    """x is a sequence, where n is given of as many tensors."""
+    if isinstance(x, Tensor) or not (hasattr(x, "__getitem__") and hasattr(x, "__len__")):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected {expected}")
+    if n is not None and len(x) != n:
+        raise ValueError(f"{name}: got {len(x)} tensors, expected {expected}")
+
+
 def decoder(
     inputs: Tensor,
     hidden: Tensor,
     cell: Tensor | None,
     layers: Sequence[Sequence[Tensor]],
     attention: Sequence[Tensor | None],
+    key_powers: object,
     mask: Tensor | None,
     context: Tensor | None,
     kind: str,
+    query_after: bool,
     dropout: float | Tensor,
     feedback: Sequence | None,
+    recompute: bool,
     autocast: bool,
 ) -> None:
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
     cell_type(kind)
-    if not isinstance(inputs, Tensor) or inputs.dtype not in DTYPES:
-        got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(f"inputs: got {got}, expected a floating-point Tensor (B, T, E)")
+    flag(query_after=query_after, recompute=recompute)
+    inputs = check_tensor("inputs", inputs, "a floating-point Tensor (B, T, E)")
+    if inputs.dtype not in DTYPES:
+        raise TypeError(f"inputs: got {inputs.dtype}, expected a floating-point Tensor (B, T, E)")
 
     def tensor(name: str, x: object, spelled: str, *shape: int | None) -> None:
         _tensor(name, x, inputs, spelled, shape, autocast)
 
     tensor("inputs", inputs, "(B, T, E)", None, None, None)
+    listed("layers", layers, "a sequence of four tensors for each layer")
     B, T, E = inputs.shape
     L = len(layers)
     tensor("hidden", hidden, "(L, B, H)", L, B, None)
@@ -65,27 +77,23 @@ def decoder(
         tensor("cell", cell, "(L, B, H)", L, B, H)
     elif cell is not None:
         raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
-    D = _source(tensor, attention, mask, context, B, H)
+    D = _source(tensor, attention, key_powers, mask, context, B, H)
     G = GATES[kind] * H
     for i, layer in enumerate(layers):
-        if len(layer) != 4:
-            raise ValueError(
-                f"layers[{i}]: got {len(layer)} tensors, expected weight_ih, weight_hh, bias_ih,"
-                " bias_hh"
-            )
+        listed(f"layers[{i}]", layer, "weight_ih, weight_hh, bias_ih, bias_hh", 4)
         tensor(f"layers[{i}][0]", layer[0], "(gates, inputs)", G, E + D if i == 0 else H)
         tensor(f"layers[{i}][1]", layer[1], "(gates, H)", G, H)
         tensor(f"layers[{i}][2]", layer[2], "(gates,)", G)
         tensor(f"layers[{i}][3]", layer[3], "(gates,)", G)
     if isinstance(dropout, Tensor):
         tensor("dropout", dropout, "(L - 1, B, T, H)", L - 1, B, T, H)
-    elif not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: got {dropout}, expected between 0 and 1")
+    else:
+        probability("dropout", dropout)
     if feedback is not None:
         _feedback(tensor, feedback, B, T, E, H + D)
 
 
-def _source(tensor, attention, mask, context, B: int, H: int) -> int:
+def _source(tensor, attention, key_powers, mask, context, B: int, H: int) -> int:
     """The context's width D."""
     given = [x is not None for x in attention]
     if any(given) != all(given):
@@ -101,14 +109,14 @@ def _source(tensor, attention, mask, context, B: int, H: int) -> int:
     S, A = keys.shape[1:]
     if S == 0 or A == 0:
         raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected S and A above 0")
+    if key_powers is not None:
+        powers(key_powers, keys)
     tensor("query[0]", w_query, "(A, H)", A, H)
     tensor("query[1]", b_query, "(A,)", A)
     tensor("values", values, "(B, S, D)", B, S, None)
     tensor("v", v, "(A,)", A)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: got {got}, expected a bool Tensor, True = attend")
+        bools(mask)
         if mask.shape != (B, S):
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, S) = {(B, S)}")
         if mask.device != keys.device:
@@ -120,10 +128,14 @@ def _source(tensor, attention, mask, context, B: int, H: int) -> int:
 
 def _feedback(tensor, feedback, B: int, T: int, E: int, features: int) -> None:
     steps, embedding, weight, bias, dropout = feedback
+    if not isinstance(steps, Sequence) or any(type(t) is not int for t in steps):
+        raise TypeError(f"feedback.steps: got {steps!r}, expected a sequence of whole numbers")
     if any(not 0 < t < T for t in steps) or list(steps) != sorted(set(steps)):
         raise ValueError(f"feedback.steps: got {steps}, expected steps 1 to {T - 1}, ascending")
     tensor("feedback.embedding", embedding, "(V, E)", None, E)
     V = embedding.shape[0]
+    if V == 0:
+        raise ValueError("feedback.embedding: got V = 0, expected at least one token")
     tensor("feedback.weight", weight, "(V, H + D)", V, features)
     tensor("feedback.bias", bias, "(V,)", V)
     if dropout is not None:

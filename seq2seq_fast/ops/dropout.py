@@ -18,6 +18,6 @@ def dropout_factors(shape: Sequence[int], p: float, like: Tensor) -> Tensor:
     makes one after the other, and takes longer for them than a decoder for its step.
     """
     if like.is_cpu:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=like.device)
         return torch.ops.seq2seq_fast.dropout_factors(seed, shape, p).to(like.dtype)
     return torch.nn.functional.dropout(like.new_ones(shape), p)

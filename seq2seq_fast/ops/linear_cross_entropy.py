@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..library import asked_for, choose
 from . import checks
-from .additive_attention import _autocast_on, _needs_grad, _once, _wanted
+from .additive_attention import _autocast_off, _autocast_on, _needs_grad, _once, _wanted
 
 _op = torch.ops.seq2seq_fast.linear_cross_entropy
 
@@ -76,7 +76,7 @@ def loss_of_steps(
         return None if x is None else x.to(within)
 
     choose("linear_cross_entropy", input, backend)  # an error where it is not there
-    with torch.autocast(input.device.type, enabled=False):
+    with _autocast_off(input):
         args = (cast(input), cast(linear_weight), cast(linear_bias))
         if asked_for(backend) == "reference":
             loss = F.cross_entropy(
@@ -135,7 +135,7 @@ def linear_cross_entropy(
     """
     checks.rows("input", input, target)
     return loss_of_steps(
-        input.reshape(1, -1, input.shape[-1]),
+        input.reshape(1, target.numel(), input.shape[-1]),
         linear_weight,
         linear_bias,
         target.reshape(1, -1),

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..library import is_reference
-from .additive_attention import _autocast, _autocast_on, _needs_grad, _once, _wanted
+from .additive_attention import _autocast, _autocast_off, _autocast_on, _needs_grad, _once, _wanted
 from .kernels import product
 
 
@@ -50,7 +50,7 @@ class _Readout(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         need_output, need_context, need_weight, need_bias, _, _ = ctx.needs_input_grad
         grads = [None] * 6
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), _autocast_off(grad):
             rows = grad.flatten(0, 1)
             if need_output or need_context:
                 of_features = product(rows, weight).unflatten(0, grad.shape[:2])[:, 1:]
