@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pronounce import EOS, LETTERS, LONGEST, PHONEMES, SOS, build, spelled
+from pronounce import EOS, LETTERS, LONGEST, PHONEMES, SOS, build, saved, spelled
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -101,10 +101,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--word", default="pronounce")
     parser.add_argument("--checkpoint", type=Path, help="what examples/pronounce.py saved")
     args = parser.parse_args(argv)
-    src = spelled([args.word], "cpu")
+    if not (args.word.isascii() and args.word.isalpha()):
+        parser.error(f"--word: got {args.word!r}, expected a word of letters")
+    src = spelled([args.word.lower()], "cpu")
     hidden, weights = 256, None
     if args.checkpoint:
-        checkpoint = torch.load(args.checkpoint, weights_only=True, map_location="cpu")
+        checkpoint = saved(args.checkpoint)
         hidden, weights = checkpoint["hidden"], checkpoint["model"]
     model = build(hidden).eval()
     if weights:

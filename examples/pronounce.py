@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,20 @@ def groups(words: Iterable[str], size: int) -> list[list[str]]:
     for word in words:
         of_length.setdefault(len(word), []).append(word)
     return [w[i : i + size] for w in of_length.values() for i in range(0, len(w), size)]
+
+
+def saved(path: Path, *more: str) -> dict[str, Any]:
+    """The checkpoint that --save wrote."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from error
+    except Exception as error:  # torch.load has many, by what the file is
+        raise SystemExit(f"{path}: got another file, expected a checkpoint of --save") from error
+    missing = {"model", "hidden", *more} - set(found if isinstance(found, dict) else ())
+    if missing:
+        raise SystemExit(f"{path}: got no {min(missing)!r}, expected a checkpoint of --save")
+    return found
 
 
 class Batches:
@@ -243,6 +258,14 @@ def throughput(model: s2s.Seq2Seq, batches: list[Batch], rounds: int) -> dict[st
     return {name: words / statistics.median(x) for name, x in seconds.items()}
 
 
+def at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """An error of the command line where a number is too small."""
+    for name, n in least.items():
+        if getattr(args, name) < n:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: got {getattr(args, name)}, expected at least {n}")
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Learns to pronounce English words.",
@@ -258,7 +281,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", type=Path, help="write a checkpoint here after each epoch")
     add("--resume", type=Path, help="go on from this checkpoint, to --epochs in all")
     add("--out", type=Path, default=Path("."), help="folder of the attention plot")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    at_least(parser, args, epochs=0, hidden=1, words=1, batch_size=1)
+    if args.save and not args.save.parent.is_dir():
+        parser.error(f"--save: got {args.save}, expected a folder that is there")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -267,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_words, valid_words, test_words = split(words, args.words)
     first, checkpoint = 1, None
     if args.resume:
-        checkpoint = torch.load(args.resume, weights_only=True, map_location=args.device)
+        checkpoint = saved(args.resume, "optimizer", "epoch")
         args.hidden, first = checkpoint["hidden"], checkpoint["epoch"] + 1
     seed = args.seed + first - 1  # a resumed run meets its batches in an order of its own
     random.seed(seed)

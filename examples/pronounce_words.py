@@ -9,20 +9,33 @@ it says on standard error how far it is. What is not a word of letters is left o
 """
 
 import argparse
+import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
-from pronounce import EOS, LONGEST, PAD, PHONEMES, SOS, build, draw_attention, groups, spelled
+from pronounce import (
+    EOS,
+    LONGEST,
+    PAD,
+    PHONEMES,
+    SOS,
+    at_least,
+    build,
+    draw_attention,
+    groups,
+    saved,
+    spelled,
+)
 
 import seq2seq_fast as s2s
 
 
 def load(path: Path, dtype: str) -> s2s.Seq2Seq:
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    checkpoint = saved(path)
     model = build(checkpoint["hidden"]).eval()
     model.load_state_dict(checkpoint["model"])
     return model.prepare_inference(dtype)
@@ -91,6 +104,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=["float32", "bfloat16", "int8"], help="of weights")
     add("--attention", type=Path, help="draw each argument's attention into this folder")
     args = parser.parse_args(argv)
+    at_least(parser, args, batch_size=1)
+    if not 1 <= args.beam <= len(PHONEMES):
+        parser.error(f"--beam: got {args.beam}, expected 1 to {len(PHONEMES)}")
     if not 1 <= args.n_best <= args.beam:
         parser.error(f"--n-best: got {args.n_best}, expected 1 to {args.beam}, the beam size")
     return args
@@ -99,6 +115,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     model = load(args.model, args.dtype)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line that is no text is no word either
     words = letters_only(args.words or (line.strip() for line in sys.stdin))
     found = pronounced(model, words, args.batch_size, args.beam, args.n_best)
     for word, lines in found if args.words else told(found):
@@ -113,4 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

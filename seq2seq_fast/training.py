@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import Seq2Seq
+from .ops.checks import above_zero, instance, tensor
 
 
 class Batch(Protocol):
@@ -68,10 +69,22 @@ def _loss(
     return criterion(logits.flatten(0, 1), trg[:, 1:].flatten())
 
 
-def _finite(loss: float, i: int) -> float:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"loss: got {loss} in batch {i}, expected a finite number")
-    return loss
+def _checked(model: object, iterator: object, criterion: object) -> None:
+    instance("model", model, nn.Module)
+    if not (hasattr(iterator, "__iter__") or hasattr(iterator, "__getitem__")):
+        raise TypeError(f"iterator: got {type(iterator).__name__}, expected batches")
+    if not callable(criterion):
+        raise TypeError(f"criterion: got {type(criterion).__name__}, expected a function")
+
+
+def _finite(loss: Tensor, i: int) -> float:
+    tensor("loss", loss)
+    if loss.numel() != 1:
+        raise ValueError(f"loss: got shape {tuple(loss.shape)} in batch {i}, expected one number")
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"loss: got {value} in batch {i}, expected a finite number")
+    return value
 
 
 class _Progress:
@@ -132,7 +145,7 @@ def train(
         iterator: anything that gives batches with .src (B, S) and .trg (B, T) token ids.
         optimizer: over model's parameters.
         criterion: loss of logits (N, V) and targets (N,), N = B (T - 1), the start token left out.
-        clip: largest norm of all gradients together.
+        clip: largest norm of all gradients together, a finite number above 0.
         progress: a line on standard error with batches, sequences ("words") a second and loss.
 
     Returns:
@@ -140,14 +153,18 @@ def train(
 
     Raises:
         FloatingPointError: a loss is infinite or NaN; the step it belongs to is not taken.
-        ValueError, TypeError: no batch at all, or one without .src or .trg.
+        ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    _checked(model, iterator, criterion)
+    if not (hasattr(optimizer, "zero_grad") and hasattr(optimizer, "step")):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected an Optimizer")
+    above_zero("clip", clip)
     model.train()
     with _Progress(iterator, "train", progress) as bar:
         for i, (src, trg) in enumerate(_batches(iterator)):
             optimizer.zero_grad()
             loss = _loss(model, criterion, src, trg, teacher_forcing_ratio)
-            value = _finite(loss.item(), i)
+            value = _finite(loss, i)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
@@ -167,9 +184,10 @@ def evaluate(
 
     Arguments and errors as in `train`.
     """
+    _checked(model, iterator, criterion)
     model.eval()
     with _Progress(iterator, "valid", progress) as bar:
         for i, (src, trg) in enumerate(_batches(iterator)):
             loss = _loss(model, criterion, src, trg, 0.0)
-            bar.add(src.shape[0], _finite(loss.item(), i))
+            bar.add(src.shape[0], _finite(loss, i))
     return bar.mean_loss

@@ -64,6 +64,52 @@ def test_the_command_line_tells_several_pronunciations(examples, checkpoint, cap
         examples[1].main([str(checkpoint), "be", "--n-best", "2"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
+        (["--beam", "0"], "--beam: got 0, expected 1 to 42"),
+        (["--beam", "100"], "--beam: got 100, expected 1 to 42"),
+        (["--beam", "3", "--n-best", "4"], "--n-best: got 4, expected 1 to 3"),
+    ],
+    ids=str,
+)
+def test_the_command_line_refuses_bad_arguments(examples, checkpoint, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        examples[1].main([str(checkpoint), "be", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_is_refused(examples, tmp_path):
+    path = tmp_path / "other.pt"
+    with pytest.raises(SystemExit, match="other.pt: No such file"):
+        examples[1].main([str(path), "be"])
+    path.write_text("words")
+    with pytest.raises(SystemExit, match="other.pt: got another file, expected a checkpoint"):
+        examples[1].main([str(path), "be"])
+    for other in ({"model": {}}, torch.ones(2)):
+        torch.save(other, path)
+        with pytest.raises(SystemExit, match="other.pt: got no 'hidden', expected a checkpoint"):
+            examples[1].main([str(path), "be"])
+
+
+def test_bytes_that_are_no_text_are_left_out_and_a_closed_pipe_ends_it(checkpoint):
+    def run(command, text):
+        script = FOLDER / "pronounce_words.py"
+        return subprocess.run(
+            ["bash", "-c", f"'{sys.executable}' '{script}' '{checkpoint}' {command}"],
+            input=text,
+            capture_output=True,
+        )
+
+    ran = run("", b"alpha\n\xff\xfe\nbe\n")
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split(b"\t")[0] for line in ran.stdout.splitlines()] == [b"alpha", b"be"]
+    assert b"left out" in ran.stderr
+    ran = run("--batch-size 1 | head -n 1", b"alpha\n" * 2000)
+    assert ran.stdout.startswith(b"alpha\t") and b"Traceback" not in ran.stderr
+
+
 RUN = """
 import sys, torch
 folder, src = sys.argv[1], torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
@@ -84,6 +130,8 @@ def test_the_exported_step_runs_without_the_library(examples, checkpoint, tmp_pa
     import export_step
 
     pronounce, command = examples
+    with pytest.raises(SystemExit):
+        export_step.main([str(tmp_path), "--word", "it's"])
     model = command.load(checkpoint, "float32")
     src = pronounce.spelled(["gamma"], "cpu")
     export_step.export(model, src.shape[1], tmp_path)

@@ -146,6 +146,30 @@ def test_bad_iterators_name_what_came():
             call([(1, 2)])
 
 
+@pytest.mark.parametrize("clip", [-1.0, 0.0, math.nan, math.inf, None, "x", True])
+def test_a_bad_clip_is_refused(clip):
+    m = model().eval()
+    with pytest.raises((ValueError, TypeError), match="clip: got"):
+        train(m, copying(), adam(m), CRITERION, clip)
+    assert not m.training
+
+
+def test_bad_arguments_are_named():
+    m = model()
+    good = {"model": m, "iterator": copying(), "optimizer": adam(m), "criterion": CRITERION}
+    for name in good:
+        with pytest.raises(TypeError, match=f"{name}: got NoneType"):
+            train(**good | {name: None}, clip=1.0)
+    for name in ("model", "iterator", "criterion"):
+        with pytest.raises(TypeError, match=f"{name}: got NoneType"):
+            evaluate(**{k: x for k, x in good.items() if k != "optimizer"} | {name: None})
+    each = nn.CrossEntropyLoss(reduction="none")
+    with pytest.raises(ValueError, match=r"loss: got shape \(64,\) in batch 0, expected one"):
+        train(m, copying(), adam(m), each, 1.0)
+    with pytest.raises(TypeError, match="loss: got float"):
+        evaluate(m, copying(), lambda *_: 1.0)
+
+
 @pytest.mark.parametrize("sized", [True, False])
 def test_progress_is_shown_on_request_and_on_standard_error(capsys, sized):
     m = model()
@@ -192,6 +216,23 @@ def test_the_example_trains_saves_and_resumes(example, tmp_path, capsys):
         assert text in second.out
     assert "words/s" in first.err
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
+        (["--words", "-5"], "--words: got -5, expected at least 1"),
+        (["--epochs", "-1"], "--epochs: got -1, expected at least 0"),
+        (["--hidden", "0"], "--hidden: got 0, expected at least 1"),
+        (["--save", "not/there/model.pt"], "--save: got not/there/model.pt, expected a folder"),
+    ],
+    ids=str,
+)
+def test_the_example_refuses_bad_arguments(example, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        example.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_the_examples_error_rates(example):
