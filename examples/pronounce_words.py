@@ -9,13 +9,12 @@ it says on standard error how far it is. What is not a word of letters is left o
 """
 
 import argparse
-import io
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from pronounce import (
     EOS,
@@ -45,11 +44,11 @@ Lines = list[tuple[str, float]]  # phonemes and their log-probability, the likel
 
 
 def pronounced(
-    model: s2s.Seq2Seq, words: Iterable[str], batch_size: int, beam: int, n_best: int
+    model: s2s.Seq2Seq, words: Iterable[list[str]], batch_size: int, beam: int, n_best: int
 ) -> Iterator[tuple[str, Lines]]:
-    """Each word with its pronunciations, in the order they came in, a batch at a time."""
-    words = iter(words)
-    while batch := list(islice(words, batch_size)):
+    """Each word with its pronunciations, in the order they came in, a batch at a time of those that
+    came together."""
+    for batch in (w[i : i + batch_size] for w in words for i in range(0, len(w), batch_size)):
         found: dict[str, Lines] = {}
         for group in groups(dict.fromkeys(word.lower() for word in batch), batch_size):
             out = model.generate(
@@ -67,26 +66,46 @@ def pronounced(
             yield word, found[word.lower()]
 
 
-def letters_only(words: Iterable[str]) -> Iterator[str]:
-    for word in words:
+def arrived(stream: TextIO) -> Iterator[list[str]]:
+    """A stream's lines, those together that are there already, so that none waits for others."""
+    raw = getattr(stream, "buffer", None)
+    if raw is None:
+        yield stream.read().splitlines()
+        return
+    rest = b""
+    while chunk := raw.read1(1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield [line.decode(errors="replace") for line in lines]  # no text is no word either
+    yield [rest.decode(errors="replace")]
+
+
+def letters_only(words: Iterable[str]) -> list[str]:
+    kept = []
+    for word in map(str.strip, words):
         if word.isascii() and word.isalpha():
-            yield word
+            kept.append(word)
         elif word:
             print(f"left out, not a word of letters: {word!r}", file=sys.stderr)
+    return kept
 
 
 def told(done: Iterable[tuple[str, Lines]]) -> Iterator[tuple[str, Lines]]:
-    """Passes `done` on and says twice a second how many there were."""
+    """Passes `done` on and says how many there were: at the end, and on a terminal twice a second,
+    in a line that gives way to what is printed next."""
     start = last = time.perf_counter()
-    n = 0
+    n, shown = 0, False
     for n, item in enumerate(done, 1):
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         yield item
         now = time.perf_counter()
-        if now - last > 0.5:
+        shown = now - last > 0.5 and sys.stderr.isatty()
+        if shown:
             last = now
-            print(f"\r{n} words, {n / (now - start):.0f} words/s", end="", file=sys.stderr)
+            rate = n / (now - start)
+            print(f"{n} words, {rate:.0f} words/s", end="", file=sys.stderr, flush=True)
     rate = n / max(time.perf_counter() - start, 1e-9)
-    print(f"\r{n} words, {rate:.0f} words/s", file=sys.stderr)
+    print(f"{n} words, {rate:.0f} words/s", file=sys.stderr)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,6 +126,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     at_least(parser, args, batch_size=1)
     if not 1 <= args.beam <= len(PHONEMES):
         parser.error(f"--beam: got {args.beam}, expected 1 to {len(PHONEMES)}")
+    if args.attention and not args.words:
+        parser.error("--attention: got words of standard input, expected them as arguments")
     if not 1 <= args.n_best <= args.beam:
         parser.error(f"--n-best: got {args.n_best}, expected 1 to {args.beam}, the beam size")
     return args
@@ -115,9 +136,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     model = load(args.model, args.dtype)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a line that is no text is no word either
-    words = letters_only(args.words or (line.strip() for line in sys.stdin))
+    words = map(letters_only, [args.words] if args.words else arrived(sys.stdin))
     found = pronounced(model, words, args.batch_size, args.beam, args.n_best)
     for word, lines in found if args.words else told(found):
         for said, log_prob in lines:

@@ -51,6 +51,22 @@ def test_the_command_line_streams_words_in_order(examples, checkpoint, monkeypat
     assert "beta9" in captured.err and "4 words" in captured.err
 
 
+def test_a_word_waits_for_no_other(checkpoint):
+    """Nor for the end of the input."""
+    script = [sys.executable, FOLDER / "pronounce_words.py", checkpoint]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(script, **pipes) as command:
+        for word in (b"alpha", b"beta"):
+            command.stdin.write(word + b"\n")
+            command.stdin.flush()
+            assert command.stdout.readline().startswith(word + b"\t")
+        command.stdin.write(b"ga")
+        command.stdin.flush()
+        command.stdin.write(b"mma")
+        rest, _ = command.communicate()
+    assert rest.startswith(b"gamma\t") and command.returncode == 0
+
+
 def test_the_command_line_tells_several_pronunciations(examples, checkpoint, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "drawn"
