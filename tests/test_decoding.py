@@ -680,6 +680,15 @@ def test_bad_options_are_refused(options, error, message):
         make().generate(sources(3, 5), **GOOD | options)
 
 
+def test_options_that_are_not_known_or_not_given_are_named():
+    model, src = make(), sources(3, 5)
+    for options in ({}, {"prefix": torch.tensor([3])}):
+        with pytest.raises(TypeError, match="beams: got an option that is not known"):
+            model.generate(src, **GOOD, **options, beams=3)
+        with pytest.raises(TypeError, match="eos: got nothing, expected a whole number"):
+            model.generate(src, bos=BOS, max_length=3, **options)
+
+
 def test_equal_options_of_other_types_are_refused_all_the_same():
     """Options that were found good once are not checked again; True == 1.0 == 1."""
     model, src = make(), sources(3, 5)
@@ -692,7 +701,7 @@ def test_equal_options_of_other_types_are_refused_all_the_same():
     with pytest.raises(ValueError, match="eos: got 10"):  # of another vocabulary
         model.generate(src, **options | {"eos": 10})
         make(V=7).generate(src, **options | {"eos": 10})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'vocabulary'"):
+    with pytest.raises(TypeError, match="vocabulary: got an option that is not known"):
         model.generate(src, **options, vocabulary=11)
 
 

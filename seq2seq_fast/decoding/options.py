@@ -103,9 +103,20 @@ def checked(given: dict[str, Any], batch: int, vocabulary: int, attention: bool)
     """
     if all(type(x) in _PLAIN for x in given.values()):
         return _checked_before(vocabulary, attention, **given)
-    options = DecodingOptions(**given)
+    options = _named(given)
     check(options, batch, vocabulary, attention)
     return options
+
+
+def _named(given: dict[str, Any]) -> DecodingOptions:
+    known = [field.name for field in fields(DecodingOptions)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name}: got an option that is not known, expected one of {known}")
+    for name in ("bos", "eos", "max_length"):
+        if name not in given:
+            raise TypeError(f"{name}: got nothing, expected a whole number")
+    return DecodingOptions(**given)
 
 
 _PLAIN = (int, float, bool, type(None))
@@ -113,7 +124,7 @@ _PLAIN = (int, float, bool, type(None))
 
 @functools.lru_cache(maxsize=64, typed=True)
 def _checked_before(vocabulary: int, attention: bool, /, **given: Any) -> DecodingOptions:
-    options = DecodingOptions(**given)
+    options = _named(given)
     check(options, 0, vocabulary, attention)
     return options
 
