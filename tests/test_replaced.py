@@ -62,6 +62,33 @@ def test_packed_weights_follow_those_of_inference_mode():
     torch.testing.assert_close(ours.log_probs, plain.log_probs)
 
 
+def test_packed_weights_follow_another_tensors_data():
+    """Whose memory may be where the last one's was."""
+    model, src = make(V=100, H=64).prepare_inference(), sources(3, 6)
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    with torch.no_grad():
+        for _ in range(20):
+            found = []
+            nn.utils.vector_to_parameters(theta + 0.3 * torch.randn_like(theta), model.parameters())
+            for backend in (None, "reference"):
+                found.append(model.generate(src, backend=backend, **OPTIONS).scores)
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+            nn.utils.vector_to_parameters(theta, model.parameters())
+
+
+@pytest.mark.parametrize("cell_type", ["gru", "rnn", "lstm"])
+def test_states_and_outputs_of_an_encoder_share_no_memory(cell_type):
+    encoder, src = make((cell_type, True, False)).encoder, sources(3, 5)
+    with torch.no_grad():
+        outputs, hidden, _ = encoder(src)
+        before = outputs.clone()
+        hidden.zero_()
+        assert torch.equal(outputs, before)
+    outputs, hidden, _ = encoder(src)
+    hidden.mul_(0.5)
+    (outputs.sum() + hidden.sum()).backward()
+
+
 MISFITS = {
     "embedding": (nn.Embedding(V, 9), "lstm: has input_size 19, expected 22"),
     "embedding ": (nn.Embedding(9, E), r"embedding.weight: got shape \(9, 6\), expected \(11, 6\)"),

@@ -318,3 +318,30 @@ def test_without_scores(backend):
     assert drawn.scores is None and drawn.tokens.shape[0] == 4
     with pytest.raises(ValueError, match="return_scores: got False, expected True of beam search"):
         model.generate(src, beam_size=2, return_scores=False, **options)
+
+
+@torch.no_grad()
+def test_numbers_whose_bounds_overflow():
+    """Biases next to the most negative number there is, as masks are made of."""
+    least = torch.finfo(torch.float32).min
+    decoder = s2s.Decoder(V, 4, 8, 1, 0.0, attention=False).eval()
+    decoder.fc_out.bias.fill_(least)
+    decoder.fc_out.bias[EOS] = 0
+    decoder.fc_out.bias[700] = torch.nextafter(torch.tensor(least), torch.tensor(0.0))
+    state = s2s.DecoderState(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+    for options in ({}, {"sample": True, "top_k": 1}):
+        found = decoded(decoder, torch.zeros(1, 8), state, max_length=4, min_length=3, **options)
+        check_alike(*found)
+        assert found[0].tokens.tolist() == [[700, 700, EOS]]
+
+
+@torch.no_grad()
+def test_rows_of_zeros_where_subnormal_numbers_are_flushed():
+    torch.set_flush_denormal(True)
+    try:
+        for seed in range(8):
+            model, src = make(V=V, H=64, seed=seed), sources(4, 6, seed)
+            model.decoder.fc_out.weight[torch.arange(0, V, 64)] = 0
+            check_alike(*decoded(model.decoder, *model.encode(src), max_length=20))
+    finally:
+        torch.set_flush_denormal(False)

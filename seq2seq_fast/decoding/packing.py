@@ -197,7 +197,8 @@ def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers from -127 to 127 of w (N, K), and the scale (N, 1) of each row's."""
-    scale = w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    # A scale is a normal number, which no mode of the processor flushes to zero.
+    scale = (w.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (w / scale).round(), scale
 
 

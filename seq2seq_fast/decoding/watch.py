@@ -37,7 +37,8 @@ class WeightWatch:
     def __init__(self, modules: Iterable[tuple[dict[str, Any], str]] = ()):
         # What was in which place of which table; tensors, with address and version
         self._places: list[tuple[dict, str, Any]] = []
-        self._tensors: list[tuple[Tensor, int, int]] = []
+        # The alias keeps the memory, so that no other tensor's can come to lie there.
+        self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
         for table, name in modules:
             self._add(table, name)
 
@@ -53,7 +54,7 @@ class WeightWatch:
                     if x.is_inference():  # which has no version, and may be changed unseen
                         self._places.append(({}, key, x))
                     else:
-                        self._tensors.append((x, x.data_ptr(), x._version))
+                        self._tensors.append((x, x.detach(), x.data_ptr(), x._version))
         for child in module._modules:
             self._add(module._modules, child)
 
@@ -63,7 +64,7 @@ class WeightWatch:
         for table, name, what in self._places:
             if table.get(name) is not what:
                 return False
-        for x, pointer, version in self._tensors:
+        for x, _, pointer, version in self._tensors:
             if x.data_ptr() != pointer or x._version != version:
                 return False
         return bool(self._places)

@@ -168,7 +168,7 @@ def _results(run: Run):
         run.hiddens[-1, 1:],
         run.contexts[1:],
         run.weights,
-        run.hiddens[:, -1],
+        run.hiddens[:, -1].clone(),  # not a part of the outputs' memory, which callers may change
         run.cells[:, -1] if has_cells else run.cells,
     )
 

@@ -139,14 +139,15 @@ std::vector<int32_t> Readout::left(int64_t m, const float* values, const std::ve
   float most = -INFINITY;
   for (int64_t i = 0; i < chunks; ++i) most = std::max(most, tops[i] - off(i));
   std::vector<int32_t> left, places(width);
-  if (most == -INFINITY) return {0};  // all are barred
+  // Either all are barred, or numbers are so large that any may be the largest.
+  const bool any = most == -INFINITY;
   for (int64_t i = 0; i < chunks; ++i) {
-    const float threshold = most - off(i) - slack(most, off(i) + size);
+    const float threshold = any ? most : most - off(i) - slack(most, off(i) + size);
     if (!(tops[i] > threshold)) continue;
     const int64_t n = loops.above(values + i * width, packed_.count(i), threshold, places.data());
     for (int64_t j = 0; j < n; ++j) left.push_back(static_cast<int32_t>(i * width + places[j]));
   }
-  return left;
+  return left.empty() ? std::vector<int32_t>{0} : left;
 }
 
 std::vector<float> Readout::exact(int64_t m, const std::vector<int32_t>& tokens) const {

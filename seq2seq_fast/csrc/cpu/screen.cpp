@@ -32,7 +32,7 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
                   "expected int8 of both parts of the readout's weights, and their bounds");
   for (int64_t p = 0; p < panels; ++p) {
     const auto raise = [&](float& most, int64_t i) {
-      most = std::max(most, floats(x[4])[i * panels + p]);
+      most = larger(most, floats(x[4])[i * panels + p]);
     };
     const int64_t chunk = p / chunk_panels;
     for (int part = 0; part < kParts; ++part) {
