@@ -1,5 +1,6 @@
 """The CUDA kernels as nvcc compiles them, which needs no GPU: warnings, registers, budgets."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import sass
 import torch
-from torch.utils.cpp_extension import library_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +54,8 @@ def test_nothing_is_warned_of_or_spilled(objects):
     for path in objects:
         text = path.with_suffix(".txt").read_text()
         assert "warning" not in text, text
+        # Device::launch allows a kernel all of a block's shared memory.
+        assert not re.search(r"[1-9]\d* bytes smem", text), text
         frames = re.findall(".*bytes stack frame.*", text)
         assert frames
         for frame in frames:
@@ -85,6 +88,39 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
     environment = os.environ | {"LD_BIND_NOW": "1"}
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert ran.stdout.strip() == "10", ran.stderr  # ops
+
+
+LAST_ERROR = """
+#include <cuda_runtime.h>
+static cudaError_t last = cudaErrorLaunchFailure;
+static cudaError_t last_error() {  // as the runtime's, which is the same for ever without a GPU
+  const cudaError_t error = last;
+  last = cudaSuccess;
+  return error;
+}
+#define cudaGetLastError last_error
+#include "launch.h"
+extern "C" __attribute__((visibility("default"))) int left_behind() {
+  try {
+    seq2seq_fast::check_cuda(last);
+  } catch (const std::exception&) {
+    return last;
+  }
+  return -1;
+}
+"""
+
+
+def test_a_failed_launch_leaves_no_error_to_the_next_one(objects, tmp_path):
+    source, library = tmp_path / "x.cu", tmp_path / "x.so"
+    source.write_text(LAST_ERROR)
+    paths = [f"-isystem={path}" for path in include_paths()]
+    paths += [f"-I{ROOT / 'seq2seq_fast/csrc/cuda'}", *(f"-L{path}" for path in library_paths())]
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    command = [nvcc, "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-shared", *paths]
+    command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", source, "-ltorch", "-ltorch_cpu"]
+    subprocess.run([*command, "-o", library], check=True)
+    assert ctypes.CDLL(str(library)).left_behind() == 0
 
 
 # The tiles for few queries or a short source, 4x4 and 2x2, save padding and pay more for loads.

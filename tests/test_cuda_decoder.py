@@ -192,3 +192,28 @@ def test_one_launch_for_all_steps_between_those_fed_back_and_one_backward(monkey
         out.outputs.sum().backward()
         counts.append(ops.launches_together())
         assert (counts[1] - counts[0], counts[2] - counts[1]) == want
+
+
+@pytest.fixture
+def limit():
+    """So many launches of blocks that run at the same time have room, which is told or is not."""
+    limit = torch.ops.seq2seq_fast_cuda_on_cpu.limit_launches_together
+    yield limit
+    limit(2**62, True)
+
+
+@pytest.mark.parametrize(("left", "told"), [(0, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("cell_type", "after"), plain.ORDERS)
+def test_blocks_that_do_not_fit_together_leave_it_to_launches(cell_type, after, left, told, limit):
+    ops = torch.ops.seq2seq_fast_cuda_on_cpu
+    args = in_float32(
+        dict(cell_type=cell_type, after=after, T=6, feedback=[2, 5], L=3, dropout=True), 0
+    )
+    want, tokens = plain.results(args, backend="reference")
+    limit(left, told)
+    before = ops.launches_together()
+    found, tokens_found = plain.results(args)
+    assert ops.launches_together() - before <= left
+    assert torch.equal(tokens, tokens_found)
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)

@@ -144,6 +144,21 @@ def test_greedy_decoding_in_one_launch(kind, options, P, B, S, H, layers, V, see
     plain.check_same(model, src, ours, theirs)
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_blocks_that_do_not_fit_together_leave_it_to_launches(told):
+    model, src = plain.make(), plain.sources(3, 9)
+    ops = torch.ops.seq2seq_fast_cuda_on_cpu
+    with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP="together"):
+        ops.limit_launches_together(0, told)
+        try:
+            before = ops.launches_together()
+            ours, theirs = both(model, src, max_length=9)
+            assert ops.launches_together() == before
+        finally:
+            ops.limit_launches_together(2**62, True)
+    plain.check_same(model, src, ours, theirs)
+
+
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_later_calls_replay_a_graph_on_their_own_numbers(beam_size):
     """Of one shape up to the rounding of the source's length; what is longer has another graph."""

@@ -103,6 +103,10 @@ torch::stable::Tensor broken_gathered(torch::stable::Tensor x, int64_t fault) {
 
 int64_t launches_together() { return cuda_on_cpu::launches_together; }
 
+void limit_launches_together(int64_t left, bool told) {
+  cuda_on_cpu::launches_left = left, cuda_on_cpu::told = told;
+}
+
 torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
   constexpr int kThreads = 64, kBlocks = 5;
   auto out = empty(x, {kThreads + kBlocks});
@@ -122,6 +126,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seq2seq_fast_cuda_on_cpu, m) {
   m.def("broken_together(Tensor x, int fault) -> Tensor");
   m.def("broken_gathered(Tensor x, int fault) -> Tensor");
   m.def("launches_together() -> int");
+  m.def("limit_launches_together(int left, bool told) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
   m.impl("broken", TORCH_BOX(&seq2seq_fast::broken));
@@ -130,4 +135,5 @@ STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CompositeExplicitAutograd, m) {
   m.impl("launches_together", TORCH_BOX(&seq2seq_fast::launches_together));
+  m.impl("limit_launches_together", TORCH_BOX(&seq2seq_fast::limit_launches_together));
 }

@@ -93,6 +93,9 @@ inline dim3 block_size, grid_size;
 inline std::mt19937 draw(0);
 inline int multiprocessors = 16;
 inline int64_t launches_together = 0;
+// So many of them more have room beside what else runs, which is told before or is not.
+inline int64_t launches_left = std::numeric_limits<int64_t>::max();
+inline bool told = true;
 inline char asked;
 inline bool misaligned = false;  // whether something was read so; told when the launch ends
 
@@ -447,13 +450,20 @@ class Device {
     cuda_on_cpu::run(dim3(grid.x, grid.y, grid.z), threads, static_cast<size_t>(shared_floats));
   }
   template <typename... P>
-  void launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+  bool fits_together(void (*)(P...), int64_t, dim3, int64_t) const {
+    return cuda_on_cpu::launches_left > 0 || !cuda_on_cpu::told;
+  }
+  template <typename... P>
+  bool launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
                        std::type_identity_t<P>... arguments) const {
     STD_TORCH_CHECK(blocks <= multiprocessors && shared_floats <= shared_floats_of_block,
                     "more than can run at once");
+    if (cuda_on_cpu::launches_left == 0) return false;
+    --cuda_on_cpu::launches_left;
     cuda_on_cpu::kernel = [&] { kernel(arguments...); };
     ++cuda_on_cpu::launches_together;
     cuda_on_cpu::run(dim3(blocks), threads, static_cast<size_t>(shared_floats), true);
+    return true;
   }
   void zero(void* data, int64_t bytes) const { std::memset(data, 0, static_cast<size_t>(bytes)); }
 

@@ -40,16 +40,6 @@ class Forward {
         fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})),
         together_(TogetherForward::make(device, layers, source, dropout, cell, query_after, run)) {
     if (!feedback.empty()) features_.emplace(empty(inputs, {B_, readout[1].size(1)}));
-    if (together_) return;
-    product_.emplace(empty(inputs, {B_, G_}));
-    for (int64_t l = 0; l < L_; ++l) {
-      const Tensor* w_x = l > 0 ? &layers[3 * l] : source ? &source->w_context : nullptr;
-      weights_.push_back(side_by_side(w_x, layers[3 * l + 1], G_));
-      biases_.push_back(torch::stable::contiguous(layers[3 * l + 2]));
-      operands_.push_back(empty(inputs, {B_, weights_.back().size(1)}));
-      copy(columns(operands_[l], width(l), H_), at(run.hiddens, l, 0));
-    }
-    if (source && query_after) copy(columns(operands_[0], 0, width(0)), at(run.contexts, 0));
   }
 
   void run() {
@@ -67,12 +57,27 @@ class Forward {
 
  private:
   void steps(int64_t begin, int64_t end) {
-    if (together_) return together_->run(begin, end);
+    if (together_ && together_->run(begin, end)) return;
+    together_.reset();
+    if (!product_) prepare(begin);
     for (int64_t t = begin; t < end; ++t) {
       if (source_ && !query_after_) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance(l, t);
       if (source_ && query_after_) attend(t, t + 1);
     }
+  }
+
+  // For launches of steps, step t the first one.
+  void prepare(int64_t t) {
+    product_.emplace(empty(inputs_, {B_, G_}));
+    for (int64_t l = 0; l < L_; ++l) {
+      const Tensor* w_x = l > 0 ? &layers_[3 * l] : source_ ? &source_->w_context : nullptr;
+      weights_.push_back(side_by_side(w_x, layers_[3 * l + 1], G_));
+      biases_.push_back(torch::stable::contiguous(layers_[3 * l + 2]));
+      operands_.push_back(empty(inputs_, {B_, weights_.back().size(1)}));
+      copy(columns(operands_[l], width(l), H_), at(run_.hiddens, l, t));
+    }
+    if (source_ && query_after_) copy(columns(operands_[0], 0, width(0)), at(run_.contexts, t));
   }
 
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
@@ -141,7 +146,7 @@ class Forward {
   const int64_t T_, B_, L_, H_, G_;
   const Tensor fed_;                          // (B, E)
   std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
-  const std::unique_ptr<TogetherForward> together_;
+  std::unique_ptr<TogetherForward> together_;
   // Of each layer: (G, width + H), (G,) or (B, G), and [x | hidden state] (B, width + H)
   std::vector<Tensor> weights_, biases_, operands_;
 };

@@ -62,8 +62,8 @@ class Backward {
     }
   }
 
-  // All steps in one launch; false if that is not wanted, or what a block needs exceeds its shared
-  // memory.
+  // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
+  // memory, or the blocks do not fit the GPU together.
   bool run_together() {
     if (!runs_together() || !source_ || L_ > kMostLoopLayers || B_ == 0) return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
@@ -104,13 +104,15 @@ class Backward {
     const int64_t floats =
         one_query_backward_shared_floats(a.attention.S, a.attention.D, kTeamWarps);
     if (!plan_teams(plan, device_, products, B_, floats)) return false;
+    const dim3 threads(kTeamThreads);
+    if (!device_.fits_together(decoder_backward_loop, plan.blocks(), threads, plan.shared_floats))
+      return false;
     const Tensor counts = counts_of(device_, plan, run_.gates);
     a.team = plan.team;
     // Nothing is carried to the context of the last step.
     if (query_after_) torch::stable::zero_(products_[0]);
-    device_.launch_together(decoder_backward_loop, plan.blocks(), dim3(kTeamThreads),
-                            plan.shared_floats, a);
-    return true;
+    return device_.launch_together(decoder_backward_loop, plan.blocks(), threads,
+                                   plan.shared_floats, a);
   }
 
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }

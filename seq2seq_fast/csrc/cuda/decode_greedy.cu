@@ -9,7 +9,8 @@ namespace seq2seq_fast {
 namespace {
 
 // Tokens (B, steps), lengths, log_probs, scores and finished (B,), and the weights (steps, B, S)
-// if they are kept; all of them without elements where a block has too little memory for it.
+// if they are kept; all of them without elements where a block has too little memory for it, or the
+// blocks do not fit the GPU together.
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // weights: embedding (V, E); of each layer weights (G, its input's width + H, filled up to
@@ -68,6 +69,8 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   }
   TeamPlan plan;
   if (!plan_teams(plan, device, products, a.B, floats)) return nothing();
+  if (!device.fits_together(decode_greedy, plan.blocks(), dim3(kTeamThreads), plan.shared_floats))
+    return nothing();
 
   const int64_t B = a.B, L = a.L, H = a.H;
   a.hidden = floats_of(hidden);
@@ -120,7 +123,9 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
 
   const Tensor counts = counts_of(device, plan, hidden);
   a.team = plan.team;
-  device.launch_together(decode_greedy, plan.blocks(), dim3(kTeamThreads), plan.shared_floats, a);
+  if (!device.launch_together(decode_greedy, plan.blocks(), dim3(kTeamThreads), plan.shared_floats,
+                              a))
+    return nothing();
   return {tokens, lengths, log_probs, scores, finished, kept};
 }
 

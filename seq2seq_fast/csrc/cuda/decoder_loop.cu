@@ -59,18 +59,19 @@ class Launches : public TogetherForward {
       a.bias[l] = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
     }
     possible_ =
-        (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, floats);
+        (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, floats) &&
+        device.fits_together(decoder_loop, plan_.blocks(), dim3(kTeamThreads), plan_.shared_floats);
   }
 
   bool possible() const { return possible_; }
 
-  void run(int64_t begin, int64_t end) override {
-    if (begin == end) return;
+  bool run(int64_t begin, int64_t end) override {
+    if (begin == end) return true;
     const Tensor counts = counts_of(device_, plan_, like_);
     a_.team = plan_.team;
     a_.begin = static_cast<int>(begin), a_.end = static_cast<int>(end);
-    device_.launch_together(decoder_loop, plan_.blocks(), dim3(kTeamThreads), plan_.shared_floats,
-                            a_);
+    return device_.launch_together(decoder_loop, plan_.blocks(), dim3(kTeamThreads),
+                                   plan_.shared_floats, a_);
   }
 
  private:

@@ -19,7 +19,9 @@ namespace seq2seq_fast {
 #ifdef __CUDACC__
 
 inline void check_cuda(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "seq2seq_fast: CUDA error: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find it
+  STD_TORCH_CHECK(false, "seq2seq_fast: CUDA error: ", cudaGetErrorString(error));
 }
 
 // PyTorch's current stream. Its function is looked up in the library that PyTorch has loaded: an
@@ -52,6 +54,7 @@ class Device {
     multiprocessors = ask(cudaDevAttrMultiProcessorCount);
     shared_floats_of_block =
         ask(cudaDevAttrMaxSharedMemoryPerBlockOptin) / static_cast<int>(sizeof(float));
+    cooperates_ = ask(cudaDevAttrCooperativeLaunch) != 0;
   }
 
   template <typename... P>
@@ -61,22 +64,41 @@ class Device {
     STD_TORCH_CHECK(grid.x < int64_t{1} << 31 && grid.y < 65536 && grid.z < 65536,
                     "seq2seq_fast: too many blocks: ", grid.x, ", ", grid.y, ", ", grid.z);
     const auto bytes = static_cast<int>(shared_floats * sizeof(float));
-    if (bytes > 48 * 1024)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    if (bytes > 48 * 1024) allow_shared_memory(kernel);
     const dim3 blocks(grid.x, grid.y, grid.z);
     kernel<<<blocks, threads, bytes, stream_>>>(arguments...);
     check_cuda(cudaGetLastError());
   }
 
-  // Blocks that may wait for each other: they all run at the same time. At most one to a
-  // multiprocessor, and so much shared memory as a block can have.
+  // Whether so many blocks can run at the same time.
   template <typename... P>
-  void launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
+  bool fits_together(void (*kernel)(P...), int64_t blocks, dim3 threads,
+                     int64_t shared_floats) const {
+    if (!cooperates_) return false;
+    allow_shared_memory(kernel);
+    int of_each = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &of_each, kernel, static_cast<int>(threads.x), shared_floats * sizeof(float)));
+    return int64_t{of_each} * multiprocessors >= blocks;
+  }
+
+  // Blocks that may wait for each other: they all run at the same time. At most one to a
+  // multiprocessor, and so much shared memory as a block can have. False, and nothing is launched,
+  // if they do not fit after all.
+  template <typename... P>
+  bool launch_together(void (*kernel)(P...), int64_t blocks, dim3 threads, int64_t shared_floats,
                        std::type_identity_t<P>... arguments) const {
     const auto bytes = static_cast<int>(shared_floats * sizeof(float));
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared_memory(kernel);
     void* values[] = {&arguments...};
-    check_cuda(cudaLaunchCooperativeKernel(kernel, dim3(blocks), threads, values, bytes, stream_));
+    const cudaError_t error =
+        cudaLaunchCooperativeKernel(kernel, dim3(blocks), threads, values, bytes, stream_);
+    if (error == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();
+      return false;
+    }
+    check_cuda(error);
+    return true;
   }
 
   void zero(void* data, int64_t bytes) const {
@@ -86,8 +108,16 @@ class Device {
   int multiprocessors, shared_floats_of_block;
 
  private:
+  // All that a block can have, of any size: what one thread allows, another's launch is held to.
+  template <typename... P>
+  void allow_shared_memory(void (*kernel)(P...)) const {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    shared_floats_of_block * static_cast<int>(sizeof(float))));
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  bool cooperates_;
 };
 
 #endif
