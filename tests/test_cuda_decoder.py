@@ -1,5 +1,6 @@
 """The decoder's CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
 
+import os
 import shutil
 import statistics
 
@@ -77,6 +78,27 @@ LARGER = {
 @pytest.mark.parametrize("options", LARGER.values(), ids=LARGER)
 def test_larger_sizes_keep_the_accuracy_rule(cell_type, options):
     keeps_the_rule(dict(cell_type=cell_type) | options)
+
+
+# Parts of the source, for blocks that would be idle or for what shared memory holds of it.
+SPLIT = {
+    "blocks": dict(B=2, T=3, S=410, A=80, H=8),
+    "fewer blocks than parts": dict(B=8, T=2, S=4200, A=5),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("options", SPLIT.values(), ids=SPLIT)
+def test_a_split_source(options, after):
+    ops = torch.ops.seq2seq_fast_cuda_on_cpu
+    together = os.environ["SEQ2SEQ_FAST_GPU_LOOP"] == "together"
+    args = in_float32(dict(feedback=[1], after=after) | options, 0)
+    before = ops.launches_together()
+    found = s2s.attention_decoder(**args)
+    assert ops.launches_together() == before + 2 * together
+    want = s2s.attention_decoder(**args, backend="reference")
+    for name in ("outputs", "contexts", "weights"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", [True, False])

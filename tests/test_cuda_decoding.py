@@ -144,6 +144,18 @@ def test_greedy_decoding_in_one_launch(kind, options, P, B, S, H, layers, V, see
     plain.check_same(model, src, ours, theirs)
 
 
+@pytest.mark.parametrize("return_weights", [False, True])
+@pytest.mark.parametrize("kind", [plain.KINDS[0], plain.KINDS[3]], ids=str)
+def test_greedy_decoding_of_a_split_source(kind, return_weights, loop):
+    model, src = plain.make(kind, H=64), plain.sources(2, 530)
+    launches = torch.ops.seq2seq_fast_cuda_on_cpu.launches_together
+    before = launches()
+    options = {"max_length": 4, "min_length": 3, "return_weights": return_weights}
+    ours, theirs = both(model, src, **options)
+    assert launches() == before + (loop == "together")
+    plain.check_same(model, src, ours, theirs)
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_blocks_that_do_not_fit_together_leave_it_to_launches(told):
     model, src = plain.make(), plain.sources(3, 9)

@@ -344,6 +344,15 @@ inline unsigned atomicAdd(unsigned* x, unsigned y) {
   *x += y;
   return old;
 }
+// One more, or 0 behind `most`.
+inline unsigned atomicInc(unsigned* x, unsigned most) {
+  using namespace cuda_on_cpu;
+  const races::Unwatched own;
+  IF_WATCHED(races::release(x, true), races::acquire(x, true));
+  const unsigned old = *x;
+  *x = old >= most ? 0 : old + 1;
+  return old;
+}
 template <typename T>
 T __ldcg(const T* x) {
   using namespace cuda_on_cpu;

@@ -65,7 +65,6 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
     a.attention = attention_arguments(device, queries, source[0], source[2], source[3],
                                       softmax_over(mask), source[1]);
     floats = one_query_shared_floats(A, a.attention.keys_of_range);
-    if (a.attention.ranges > 1) return nothing();
   }
   TeamPlan plan;
   if (!plan_teams(plan, device, products, a.B, floats)) return nothing();
@@ -102,8 +101,9 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   a.hiddens = take(), a.cells = take(), a.contexts = take(), a.inputs = take(), a.logits = take();
   a.log_prob = reinterpret_cast<double*>(take());
   a.live = reinterpret_cast<int*>(take());
-  Tensor kept = none(ScalarType::Float);
+  Tensor kept = none(ScalarType::Float), parts = none(ScalarType::Float);
   if (attends) {
+    parts = share_parts(device, a.attention, queries);
     if (return_weights) kept = empty(hidden, {steps, B, S}, ScalarType::Float);
     a.keeps_weights = return_weights;
     a.queries = floats_of(queries);

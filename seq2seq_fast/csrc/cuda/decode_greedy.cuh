@@ -121,9 +121,10 @@ class Greedy {
         });
     member_.meet();
     const int64_t step = a_.keeps_weights ? int64_t{t} * a_.B : 0;
-    for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
-      const int b = member_.row0 + i;
-      attend_in_loop(a_.attention, b, 0, step + b, b, a_.team.memory);
+    const int ranges = a_.attention.ranges;
+    for (int i = member_.index; i < member_.n_rows * ranges; i += a_.team.size) {
+      const int b = member_.row0 + i / ranges;
+      attend_in_loop(a_.attention, b, 0, step + b, b, i % ranges, a_.team.memory);
       __syncthreads();
     }
     if (chosen >= 0) for_own_rows([&](int row) { choose(row, chosen); });

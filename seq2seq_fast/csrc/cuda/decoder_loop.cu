@@ -43,6 +43,7 @@ class Launches : public TogetherForward {
                                         source->softmax, source->powers);
       a.attention.context = floats_of(run.contexts) + int64_t{a.B} * a.D;
       a.attention.weights = run.weights.data_ptr();
+      kept_.push_back(share_parts(device, a.attention, one));
       floats = one_query_shared_floats(a.A, a.attention.keys_of_range);
       kept_.push_back(side_by_side(nullptr, source->w_query, a.A, 4));
       a.query = team_product_of(kept_.back(), 1);
@@ -59,7 +60,7 @@ class Launches : public TogetherForward {
       a.bias[l] = {floats_of(bias), bias.dim() == 1 ? 0 : bias.stride(0)};
     }
     possible_ =
-        (!source || a.attention.ranges == 1) && plan_teams(plan_, device, products, a.B, floats) &&
+        plan_teams(plan_, device, products, a.B, floats) &&
         device.fits_together(decoder_loop, plan_.blocks(), dim3(kTeamThreads), plan_.shared_floats);
   }
 

@@ -57,6 +57,17 @@ OneQueryArguments attention_arguments(const Device& device, const Tensor& query,
   return a;
 }
 
+Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query) {
+  if (a.ranges == 1) return empty(query, {0}, ScalarType::Float);
+  const int64_t rows = query.size(0) * a.T, of_parts = rows * a.ranges * (2 + a.D);
+  Tensor memory = empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);
+  a.exponentials = floats_of(memory);
+  a.parts = a.exponentials + rows * a.S;
+  a.arrived = reinterpret_cast<unsigned*>(a.parts + of_parts);
+  device.zero(a.arrived, rows * static_cast<int64_t>(sizeof(unsigned)));
+  return memory;
+}
+
 void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
                          const Tensor& values, const Tensor& v, const Softmax& softmax,
                          const std::optional<Tensor>& powers, const Tensor& context,
@@ -65,13 +76,7 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
   const int64_t rows = query.size(0) * a.T;
   a.context = context.data_ptr(), a.weights = weights.data_ptr();
   a.also = options.also, a.ld_also = options.ld_also, a.live = options.live;
-  if (a.ranges == 1) return launch(device, a, rows);
-  const int64_t of_parts = rows * a.ranges * (2 + a.D);
-  Tensor memory = empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);
-  a.exponentials = floats_of(memory);
-  a.parts = a.exponentials + rows * a.S;
-  a.arrived = reinterpret_cast<unsigned*>(a.parts + of_parts);
-  device.zero(a.arrived, rows * static_cast<int64_t>(sizeof(unsigned)));
+  const Tensor parts = share_parts(device, a, query);
   launch(device, a, rows);
 }
 

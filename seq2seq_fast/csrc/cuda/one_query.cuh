@@ -34,7 +34,8 @@ struct OneQueryArguments {
   int64_t ld_also;
   const int* live;  // (B,), so many queries are wanted, the first ones; or null
   // Of a split source: exp(x - top) (B, T, S); top, sum and context of each part (B, T, ranges,
-  // 2 + D); how many blocks of (b, t) have arrived (B, T), zero before.
+  // 2 + D); how many blocks of (b, t) have arrived (B, T), zero before and after. Loops, whose T is
+  // 1, use them in every step anew.
   float *exponentials, *parts;
   unsigned* arrived;
   int T, S, H, D, ranges, keys_of_range;
@@ -256,16 +257,17 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
   }
   total = block_sum(total, scratch);
   const bool split = a.ranges > 1;
+  const int64_t shared_row = int64_t{b} * a.T + t % a.T;  // of what blocks leave for the last one
   for (int s = thread; s < n_s; s += kOneQueryThreads) {
-    const int64_t at = row * a.S + s0 + s;
     if (split)
-      a.exponentials[at] = x[s];
+      a.exponentials[shared_row * a.S + s0 + s] = x[s];
     else
-      store(a.weights, a.type, at, a.softmax.attended(b, t, s0 + s) ? x[s] / total : 0.f);
+      store(a.weights, a.type, row * a.S + s0 + s,
+            a.softmax.attended(b, t, s0 + s) ? x[s] / total : 0.f);
   }
 
   // Context, four of D a thread. Where that leaves threads free, groups of them share out the keys.
-  float* const part = a.parts + (row * a.ranges + range) * (2 + a.D);
+  float* const part = a.parts + (shared_row * a.ranges + range) * (2 + a.D);
   for (int d0 = 0; d0 < a.D; d0 += 4 * kOneQueryThreads) {
     const int quads = min(kOneQueryThreads, (a.D - d0 + 3) / 4), groups = kOneQueryThreads / quads;
     const int group = thread / quads, d = d0 + thread % quads * 4;
@@ -304,15 +306,16 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
   __threadfence();
   __syncthreads();
   if (thread == 0) {
-    const bool last = atomicAdd(a.arrived + row, 1u) == static_cast<unsigned>(a.ranges - 1);
-    scratch[0] = last ? 1.f : 0.f;
+    // The last one makes it zero again.
+    const auto others = static_cast<unsigned>(a.ranges - 1);
+    scratch[0] = atomicInc(a.arrived + shared_row, others) == others ? 1.f : 0.f;
   }
   __syncthreads();
   if (scratch[0] == 0.f) return;
   __threadfence();
 
   // The sum of a part is at least 1, unless none of its places is attended to.
-  const float* const parts = a.parts + row * a.ranges * (2 + a.D);
+  const float* const parts = a.parts + shared_row * a.ranges * (2 + a.D);
   const auto read = [&](int i, int64_t at) { return __ldcg(parts + i * (2 + a.D) + at); };
   top = -INFINITY, total = 0.f;
   for (int i = 0; i < a.ranges; ++i)
@@ -321,7 +324,7 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
     if (read(i, 1) != 0.f) total += read(i, 1) * expf(read(i, 0) - top);
   for (int s = thread; s < a.S; s += kOneQueryThreads) {
     const int i = s / a.keys_of_range;
-    const float w = __ldcg(a.exponentials + row * a.S + s) * expf(read(i, 0) - top) / total;
+    const float w = __ldcg(a.exponentials + shared_row * a.S + s) * expf(read(i, 0) - top) / total;
     store(a.weights, a.type, row * a.S + s, a.softmax.attended(b, t, s) ? w : 0.f);
   }
   for (int d = thread; d < a.D; d += kOneQueryThreads) {

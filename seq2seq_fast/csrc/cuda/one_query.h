@@ -27,11 +27,15 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
                          const std::optional<Tensor>& powers, const Tensor& context,
                          const Tensor& weights, const OneQueryOptions& options = {});
 
-// The arguments of its kernel, see one_query.cuh, but for where the results go.
+// The arguments of its kernel, see one_query.cuh, but for where the results go, and what blocks
+// leave for the last one of a row.
 struct OneQueryArguments;
 OneQueryArguments attention_arguments(const Device& device, const Tensor& query, const Tensor& keys,
                                       const Tensor& values, const Tensor& v, const Softmax& softmax,
                                       const std::optional<Tensor>& powers);
+
+// Makes the memory for the latter; without elements where the source is not split.
+Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query);
 
 // Scores (B, T, S) alone.
 void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,

@@ -8,8 +8,9 @@ namespace seq2seq_fast {
 
 // Not inlined, as make_sums is not, which leaves registers to each.
 static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
-                                                   int64_t row, int64_t context_row, int memory) {
-  attend_one_query<float>(a, b, t, row, context_row, 0, shared_memory() + memory);
+                                                   int64_t row, int64_t context_row, int range,
+                                                   int memory) {
+  attend_one_query<float>(a, b, t, row, context_row, range, shared_memory() + memory);
 }
 
 // A unit's step of any cell, given sum(k) of the product for its k-th gate.
