@@ -100,7 +100,7 @@ def test_the_harness_finds_a_race_in_every_order(ops, op, fault):
 
 # Of `make races`, which takes minutes, what takes a second or two each.
 PART = "harness or prepared_keys or strided or plain-lstm or sizes-gru or without_attention"
-PART += " or logits or first_of_equal or no_token"
+PART += " or logits or first_of_equal or no_token or together-blocks"
 
 
 @pytest.mark.skipif(

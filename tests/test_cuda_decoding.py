@@ -55,7 +55,14 @@ class Seen:
         return self.seen.pop(block)
 
 
-GRAPH, WATCH = graphed.Graph, graphed.Watch  # which only a GPU has
+class Kept:
+    """In place of tensors that other streams read."""
+
+    def __init__(self, tensors):
+        self.take = lambda: tensors
+
+
+GRAPH, WATCH, MADE = graphed.Graph, graphed.Watch, graphed.Made  # which only a GPU has
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,6 +72,7 @@ def on_cuda_kernels():
         patch.setattr(graphed, "_ops", cuda_on_cpu.load())
         patch.setattr(graphed, "Graph", Again)
         patch.setattr(graphed, "Watch", Seen)
+        patch.setattr(graphed, "Made", Kept)
         torch.use_deterministic_algorithms(True)
         yield
         torch.use_deterministic_algorithms(False)
@@ -355,11 +363,13 @@ def test_what_a_gpu_is_asked_for(monkeypatch):
     for name in ("CUDAGraph", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Fake)
     monkeypatch.setattr(torch.cuda, "current_stream", Fake)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: asked.append("record_stream"))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **kw: zeros(*a, **kw))
     monkeypatch.setattr(graphed, "Graph", Graph)
     monkeypatch.setattr(graphed, "Watch", WATCH)
+    monkeypatch.setattr(graphed, "Made", MADE)
     model, found = plain.make(), []
     for seed in range(3):
         src = plain.sources(3, 9, seed)
@@ -368,8 +378,18 @@ def test_what_a_gpu_is_asked_for(monkeypatch):
         asked.clear()
     notes = ["record", "record synchronize", "record synchronize"]
     launched, captured, replayed = (" ".join(x) for x in found)
-    assert launched == " ".join(["wait_event", *notes, "record"])
+    # Weights, and a loop's buffers, may have been made on another stream.
+    reads = " ".join(["wait_event", *["record_stream"] * 9])
+    assert launched == " ".join(["record", reads, "record wait_event", *notes, "record"])
     capture = "wait_stream capture_begin {'capture_error_mode': 'thread_local'} captured"
     replays = " ".join(f"replay {x}" for x in notes)
-    assert captured == f"wait_event {capture} capture_end wait_stream {replays} record"
-    assert replayed == f"wait_event {replays} record"
+    assert captured == f"{reads} wait_event {capture} capture_end wait_stream {replays} record"
+    assert replayed == f"{reads} wait_event {replays} record"
+
+    with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP="together"):
+        asked.clear()
+        both(model, src, max_length=20)
+        assert " ".join(asked) == f"record {reads}"  # float32's rows are filled up, for one launch
+        asked.clear()
+        both(model, src, max_length=20)
+        assert " ".join(asked) == reads

@@ -79,6 +79,23 @@ class Watch:
         return int(self.seen[block % 2])
 
 
+class Made:
+    """Tensors that are made on one stream, for others to read as well."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors = tensors
+        self.ready = torch.cuda.Event()
+        self.ready.record()
+
+    def take(self) -> list[Tensor]:
+        """They, for the current stream to read."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self.ready)
+        for x in self.tensors:
+            x.record_stream(stream)  # or what is made next may get their memory too early
+        return self.tensors
+
+
 class Loop:
     """The buffers of decoding sources of one shape with the same options, and a graph over them."""
 
@@ -144,6 +161,7 @@ class Loop:
         self.first_rows = torch.stack(
             [torch.full_like(first, options.bos).repeat_interleave(K), first.repeat_interleave(K)]
         )
+        self.watch.end_run()  # another stream may be the first to run it
 
     def _steps(self) -> None:
         o = self.options
@@ -241,7 +259,7 @@ class Loops:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.watch = WeightWatch()
-        self.weights: dict[tuple, list[Tensor]] = {}
+        self.weights: dict[tuple, Made] = {}
         self.kept: OrderedDict[tuple, Loop] = OrderedDict()
 
     def __reduce__(self):
@@ -254,8 +272,8 @@ class Loops:
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:
-            self.weights[form] = weights_of(decoder, *form)
-        return self.weights[form]
+            self.weights[form] = Made(weights_of(decoder, *form))
+        return self.weights[form].take()
 
     def take(
         self,
@@ -331,7 +349,8 @@ def prepare(decoder: "Decoder") -> None:
     """Makes the weights ready, so that the first call need not."""
     if decoder.loops is None:
         decoder.loops = Loops()
-    with torch.inference_mode(False), decoder.loops.lock:
+    device = torch.cuda.device_of(decoder.fc_out.weight)
+    with torch.inference_mode(False), device, decoder.loops.lock:
         decoder.loops.weights_of(decoder)
 
 
