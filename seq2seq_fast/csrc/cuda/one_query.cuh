@@ -274,13 +274,19 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
     const T* from = static_cast<const T*>(a.values.data) + b * a.values.stride[0];
     from += s0 * a.values.stride[1] + d * a.values.stride[2];
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int s = group; s < n_s && group < groups; s += groups) {
-      const T* row = from + s * a.values.stride[1];
-      const float w = x[s];
-      if (a.values_by_four) {
-        const float4 value = load_four(row);
+    const int end = group < groups ? n_s : 0;
+    if (a.values_by_four) {
+#pragma unroll 4  // so many loads on their way
+      for (int s = group; s < end; s += groups) {
+        const float4 value = load_four(from + s * a.values.stride[1]);
+        const float w = x[s];
         sum.x += w * value.x, sum.y += w * value.y, sum.z += w * value.z, sum.w += w * value.w;
-      } else {
+      }
+    } else {
+#pragma unroll 1
+      for (int s = group; s < end; s += groups) {
+        const T* row = from + s * a.values.stride[1];
+        const float w = x[s];
         const int64_t step = a.values.stride[2];
         sum.x += w * to_float(row[0]);
         if (d + 1 < a.D) sum.y += w * to_float(row[step]);
