@@ -45,6 +45,12 @@ struct GreedyArguments {
   bool attends, query_after, by_four;
 };
 
+// Not inlined, unlike attend_in_loop: registers would not do.
+static __device__ __noinline__ void attend_apart(const OneQueryArguments& a, int b, int64_t row,
+                                                 int range, int memory) {
+  attend_in_loop(a, b, 0, row, b, range, memory);
+}
+
 class Greedy {
  public:
   __device__ explicit Greedy(const GreedyArguments& a) : a_(a), member_(a.team, a.B) {
@@ -124,7 +130,7 @@ class Greedy {
     const int ranges = a_.attention.ranges;
     for (int i = member_.index; i < member_.n_rows * ranges; i += a_.team.size) {
       const int b = member_.row0 + i / ranges;
-      attend_in_loop(a_.attention, b, 0, step + b, b, i % ranges, a_.team.memory);
+      attend_apart(a_.attention, b, step + b, i % ranges, a_.team.memory);
       __syncthreads();
     }
     if (chosen >= 0) for_own_rows([&](int row) { choose(row, chosen); });

@@ -33,17 +33,16 @@ struct DecoderBackwardLoopArguments {
   }
 };
 
-// Not inlined, as make_sums is not, which leaves registers to each.
-static __device__ __noinline__ void retreat_query_in_loop(const OneQueryBackwardArguments& a, int b,
-                                                          int row, int memory) {
+// Inlined, as attend_in_loop is.
+__device__ __forceinline__ void retreat_query_in_loop(const OneQueryBackwardArguments& a, int b,
+                                                      int row, int memory) {
   retreat_one_query<kTeamWarps>(a, b, row, shared_memory() + memory);
 }
 
 // The same of a cell's step, given what a product that has just been made adds to the gradient of
 // its state.
-static __device__ __noinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a,
-                                                         int l, int t, int row, int unit,
-                                                         float of_product) {
+__device__ __forceinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a, int l,
+                                                     int t, int row, int unit, float of_product) {
   const bool last = t + 1 == a.T;
   CellBackwardArguments c{};
   c.passed = a.rows(a.grad_hidden, l, a.H);

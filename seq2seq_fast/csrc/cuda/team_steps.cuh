@@ -6,10 +6,11 @@
 
 namespace seq2seq_fast {
 
-// Not inlined, as make_sums is not, which leaves registers to each.
-static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
-                                                   int64_t row, int64_t context_row, int range,
-                                                   int memory) {
+// Inlined, so that it reads a kernel's arguments as constants: by an address they would come
+// through a cache that every meeting empties.
+__device__ __forceinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
+                                               int64_t row, int64_t context_row, int range,
+                                               int memory) {
   attend_one_query<float>(a, b, t, row, context_row, range, shared_memory() + memory);
 }
 
