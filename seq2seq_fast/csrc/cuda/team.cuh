@@ -349,8 +349,21 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
   for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
     const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
     float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
-    for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
-      x[i / quads * (ld_x / 4) + i % quads] = fill(row0 + i / quads, i % quads * 4);
+    // Reads on their way before the first is waited for: as many as there are registers for.
+    constexpr int kAtOnce = any_type ? 2 : 4;
+    for (int i0 = threadIdx.x; i0 < n * quads; i0 += kAtOnce * kTeamThreads) {
+      float4 read[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = i0 + j * kTeamThreads;
+        if (i < n * quads) read[j] = fill(row0 + i / quads, i % quads * 4);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = i0 + j * kTeamThreads;
+        if (i < n * quads) x[i / quads * (ld_x / 4) + i % quads] = read[j];
+      }
+    }
     __syncthreads();
     const auto make = [&]<typename W>() {
       make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
