@@ -105,8 +105,9 @@ class Greedy {
 
   __device__ __forceinline__ void feed(int row, int token) const {
     const float* const from = a_.embedding + static_cast<int64_t>(token) * a_.E;
+#pragma unroll 4
     for (int e = threadIdx.x % kWarp; e < a_.E; e += kWarp)
-      a_.inputs[static_cast<int64_t>(row) * a_.E + e] = from[e];
+      a_.inputs[static_cast<int64_t>(row) * a_.E + e] = __ldg(from + e);
   }
 
   __device__ __forceinline__ void begin(int row) const {
