@@ -57,6 +57,7 @@ class Greedy {
     if (a.attends) keep_weights(a.query, member_);
     for (int l = 0; l < a.L; ++l) keep_weights(a.layers[l], member_);
     keep_weights(a.readout, member_);
+    wait_for_weights();
   }
 
   __device__ __forceinline__ void run() {

@@ -28,6 +28,7 @@ class DecoderLoop {
   __device__ DecoderLoop(const DecoderLoopArguments& a) : a_(a), member_(a.team, a.B) {
     if (a.attends) keep_weights(a.query, member_);
     for (int l = 0; l < a.L; ++l) keep_weights(a.layers[l], member_);
+    wait_for_weights();
   }
 
   __device__ __forceinline__ void run() {

@@ -86,16 +86,24 @@ __device__ __forceinline__ int64_t column_of(int units, int kinds, int first_uni
   return static_cast<int64_t>(j % kinds) * units + first_unit + j / kinds;
 }
 
-// A member's weights to shared memory, once before the first step.
+// A member's weights to shared memory, once before the first step. They are there for a product
+// when all threads have called `wait_for_weights`.
 __device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member& member) {
   if (p.at < 0) return;
   const int quads = p.floats_of_column() / 4, n = p.n_units(member) * p.kinds;
   const int first = p.first_unit(member);
-  const float4* const from = static_cast<const float4*>(p.w);
-  float4* const to = reinterpret_cast<float4*>(shared_memory() + p.at);
-  for (int i = threadIdx.x; i < n * quads; i += kTeamThreads)
-    to[i / quads * (p.kept_floats() / 4) + i % quads] =
-        from[column_of(p.units, p.kinds, first, i / quads) * quads + i % quads];
+  const float* const from = static_cast<const float*>(p.w);
+  float* const to = shared_memory() + p.at;
+  for (int i = threadIdx.x; i < n * quads; i += kTeamThreads) {
+    const int64_t column = column_of(p.units, p.kinds, first, i / quads);
+    copy_async(to + i / quads * p.kept_floats() + i % quads * 4,
+               from + 4 * (column * quads + i % quads));
+  }
+}
+// A product has a barrier of its own before it reads them.
+__device__ __forceinline__ void wait_for_weights() {
+  close_copies();
+  wait_copies<0>();
 }
 
 // Asks for a member's first weights, if they are read again in every step, while it still waits for
