@@ -162,6 +162,14 @@ def test_budget_of_one_query_backward(cubins, within_budget):
     within_budget(kernel, "native", "2 features a thread", cubin, per_reciprocal=2, name=name)
 
 
+@pytest.mark.parametrize("dtype", KEYS)
+def test_one_query_has_four_rows_of_values_on_their_way(cubins, dtype):
+    loads = "LDG.E.128" if dtype == "float32" else "LDG.E.64"
+    loops = sass.kernel(cubins["one_query"], "one_query" + KEYS[dtype]).loops
+    loops = [loop for loop in loops if not loop.count("MUFU")]
+    assert any(loop.count(loads) == 4 and loop.count("FFMA") == 16 for loop in loops)
+
+
 @pytest.mark.parametrize("cell", range(3), ids=["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("kernel", ["advance_cell", "retreat_cell"])
 def test_cells_leave_room_for_as_many_threads_as_there_can_be(cubins, kernel, cell):

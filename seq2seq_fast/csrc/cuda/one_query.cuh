@@ -87,18 +87,6 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
   return x;
 }
 
-// Sums of four numbers over the lanes: lane l gets that of x[l / 8].
-__device__ __forceinline__ float warp_sum_of_four(const float (&x)[4]) {
-  const int lane = threadIdx.x % kWarp;
-  const bool high = lane & 16, odd = lane & 8;
-  float a = high ? x[2] : x[0], b = high ? x[3] : x[1];
-  a += __shfl_xor_sync(kAll, high ? x[0] : x[2], 16);
-  b += __shfl_xor_sync(kAll, high ? x[1] : x[3], 16);
-  float sum = (odd ? b : a) + __shfl_xor_sync(kAll, odd ? a : b, 8);
-  for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAll, sum, lanes);
-  return sum;
-}
-
 enum class Form { kSmallPowers, kPowers, kRaw, kRaw16, kTanh };
 
 // Of Form::kRaw and kRaw16, the largest denominator comes back in `most`. The latter, beside keys

@@ -5,14 +5,16 @@
 //
 // where two features share a reciprocal as in additive_scores_backward.cuh.
 //
-// Grid: one block for each batch row. Its warps take values one by one, lanes along D; then groups
-// of threads share out the keys, each thread with two features, and their parts are added in order.
+// Grid: one block for each batch row. A warp takes four values at a time, lanes along D; then
+// groups of threads share out the keys, each thread with two features, and their parts are added in
+// order.
 #pragma once
 #include "powers.cuh"
 
 namespace seq2seq_fast {
 
 constexpr int kQueryBackwardWarps = 16, kQueryBackwardThreads = kWarp * kQueryBackwardWarps;
+constexpr int kValuesOfWarp = 4;
 
 // Rows are of one step, or of all, (T B, width); those of `carried` are of one step.
 struct OneQueryBackwardArguments {
@@ -62,16 +64,26 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
   }
   __syncthreads();
   float dot = 0.f;
-  for (int s = warp; s < a.S; s += warps) {
-    const float* value = static_cast<const float*>(a.values.data) + b * a.values.stride[0];
-    value += s * a.values.stride[1];
-    float dw = 0.f;
-#pragma unroll 4
-    for (int d = lane; d < a.D; d += kWarp) dw += value[d * a.values.stride[2]] * dc[d];
-    dw = warp_sum(dw) + a.grad_weights(row, s);
-    if (lane == 0) grads[s] = dw;
-    dot += a.weights(row, s) * dw;
+  // Values of a warp's four behind the last one are that one again.
+  for (int s0 = warp * kValuesOfWarp; s0 < a.S; s0 += warps * kValuesOfWarp) {
+    const float* value[kValuesOfWarp];
+#pragma unroll
+    for (int j = 0; j < kValuesOfWarp; ++j)
+      value[j] = static_cast<const float*>(a.values.data) + b * a.values.stride[0] +
+                 min(s0 + j, a.S - 1) * a.values.stride[1];
+    float products[kValuesOfWarp] = {};
+#pragma unroll 2
+    for (int d = lane; d < a.D; d += kWarp)
+#pragma unroll
+      for (int j = 0; j < kValuesOfWarp; ++j)
+        products[j] += value[j][d * a.values.stride[2]] * dc[d];
+    const float product = warp_sum_of_four(products);
+    const int s = s0 + lane / 8;
+    if (lane % 8 != 0 || s >= a.S) continue;
+    grads[s] = product + a.grad_weights(row, s);
+    dot += a.weights(row, s) * grads[s];
   }
+  dot = warp_sum(dot);
   if (lane == 0) sums[warp] = dot;
   float max_q = 0.f, max_k = 0.f, max_v = 0.f;
   for (int h = lane; h < a.A; h += kWarp) {
