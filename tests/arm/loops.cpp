@@ -2,6 +2,7 @@
 // plain ones, and those the sums that are expected. Prints what differs, and how much was compared.
 #include "../../seq2seq_fast/csrc/cpu/loops.h"
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -126,6 +127,31 @@ void bytes(int64_t n, int64_t width) {
   compare("to_bytes, norms", norms, lengths, 1e-4);
 }
 
+// The j-th word of Philox4x32-10 of a counter.
+uint32_t philox(uint64_t key, std::array<uint32_t, 4> x, int j) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t a = uint64_t{0xD2511F53u} * x[0], b = uint64_t{0xCD9E8D57u} * x[2];
+    x = {static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0, static_cast<uint32_t>(b),
+         static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1, static_cast<uint32_t>(a)};
+  }
+  return x[j];
+}
+
+void perturbed(int64_t n) {
+  const std::vector<float> x = numbers(n);
+  std::vector<float> out(n);
+  std::vector<double> want(n);
+  const Draw which = {uint64_t{7} << 40 | 5, 3, 9, 0.5f};
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t lane = static_cast<uint32_t>(i % 64), counter = 64 * 2 + lane;
+    const uint32_t word = philox(which.seed, {counter, 0, which.row, which.step}, i / 64);
+    want[i] = 0.5 * x[i] - std::log(-std::log1p(-(word + 0.5) / 4294967296.));
+  }
+  kLoopsDefault.perturb(which, 2, x.data(), n, out.data());
+  compare("perturb", out, want, 1e-5);
+}
+
 }  // namespace
 }  // namespace seq2seq_fast
 
@@ -138,6 +164,7 @@ int main() {
         packed(rows, K, width);
         bytes(K, width);
       }
+  for (int64_t n : {1, 17, 256}) perturbed(n);
   std::printf("%d compared, %d wrong\n", compared, wrong);
   return wrong != 0;
 }
