@@ -133,6 +133,19 @@ def test_logits_that_are_not_finite(barred, backend, options):
     assert set(first_tokens(logits, 50, backend=backend, **options).flatten().tolist()) <= {1, 3}
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logits_and_tiny_temperatures(backend, options):
+    for size in (1e10, 1e17, 3e38):
+        for temperature in (1.0, 1e-30):
+            for sign in (1, -1):
+                logits = torch.tensor([-0.5, -0.25, -1.0, -0.75]).mul(sign).mul(size)
+                found = first_tokens(
+                    logits, 50, backend=backend, temperature=temperature, **options
+                )
+                assert (found == logits.argmax()).all() or (size > 1e30 and temperature < 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_with_nothing_left_ends(backend):
     found = drawn(

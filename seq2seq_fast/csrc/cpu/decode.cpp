@@ -380,7 +380,7 @@ Sampling sampling_of(const Tensor& seed, double temperature, int64_t top_k, doub
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
                   "expected a seed of one int64");
   // No temperature makes 0 of a logit of -inf, nor infinity of two that differ.
-  const auto scale = static_cast<float>(std::clamp(1 / temperature, 1e-30, 1e30));
+  const auto scale = static_cast<float>(std::clamp(1 / temperature, 1e-20, 1e20));
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr())), scale, top_k,
           top_p};
 }

@@ -24,7 +24,8 @@ int64_t stretch(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
 // of the sum of exp(scale x).
 void keep_share(float* x, int64_t n, double share, float scale) {
   std::vector<float> e(n);
-  for (int64_t i = 0; i < n; ++i) e[i] = scale * x[i];
+  const float top = loops.top(x, n);
+  for (int64_t i = 0; i < n; ++i) e[i] = scale * (x[i] - top);  // at most 0, whatever the scale
   loops.exponentials(e.data(), nullptr, nullptr, n);
   std::vector<double> masses(kStretches);
   for (const float each : e) masses[stretch(each)] += each;
