@@ -363,10 +363,6 @@ T __ldcg(const T* x) {
   std::memcpy(&y, x, sizeof y);
   return y;
 }
-template <typename T>
-T __ldg(const T* x) {
-  return *x;
-}
 
 namespace seq2seq_fast {
 

@@ -45,12 +45,6 @@ struct GreedyArguments {
   bool attends, query_after, by_four;
 };
 
-// Not inlined, unlike attend_in_loop: registers would not do.
-static __device__ __noinline__ void attend_apart(const OneQueryArguments& a, int b, int64_t row,
-                                                 int range, int memory) {
-  attend_in_loop(a, b, 0, row, b, range, memory);
-}
-
 class Greedy {
  public:
   __device__ explicit Greedy(const GreedyArguments& a) : a_(a), member_(a.team, a.B) {
@@ -106,9 +100,8 @@ class Greedy {
 
   __device__ __forceinline__ void feed(int row, int token) const {
     const float* const from = a_.embedding + static_cast<int64_t>(token) * a_.E;
-#pragma unroll 4
     for (int e = threadIdx.x % kWarp; e < a_.E; e += kWarp)
-      a_.inputs[static_cast<int64_t>(row) * a_.E + e] = __ldg(from + e);
+      a_.inputs[static_cast<int64_t>(row) * a_.E + e] = from[e];
   }
 
   __device__ __forceinline__ void begin(int row) const {
@@ -129,10 +122,9 @@ class Greedy {
         });
     member_.meet();
     const int64_t step = a_.keeps_weights ? int64_t{t} * a_.B : 0;
-    const int ranges = a_.attention.ranges;
-    for (int i = member_.index; i < member_.n_rows * ranges; i += a_.team.size) {
-      const int b = member_.row0 + i / ranges;
-      attend_apart(a_.attention, b, step + b, i % ranges, a_.team.memory);
+    const int n = member_.n_rows * a_.attention.ranges;
+    for (int i = member_.index; i < n; i += a_.team.size) {
+      attend_in_loop(a_.attention, i, member_.row0, 0, step, 0, a_.team.memory);
       __syncthreads();
     }
     if (chosen >= 0) for_own_rows([&](int row) { choose(row, chosen); });

@@ -33,16 +33,18 @@ struct DecoderBackwardLoopArguments {
   }
 };
 
-// Inlined, as attend_in_loop is.
+// Inlined, so that it reads the kernel's arguments as constants: by an address they would come
+// through a cache that every meeting empties.
 __device__ __forceinline__ void retreat_query_in_loop(const OneQueryBackwardArguments& a, int b,
                                                       int row, int memory) {
   retreat_one_query<kTeamWarps>(a, b, row, shared_memory() + memory);
 }
 
-// The same of a cell's step, given what a product that has just been made adds to the gradient of
-// its state.
-__device__ __forceinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a, int l,
-                                                     int t, int row, int unit, float of_product) {
+// A cell's step, given what a product that has just been made adds to the gradient of its state.
+// Not inlined, as make_sums is not, which leaves registers to each.
+static __device__ __noinline__ void retreat_unit_in_loop(const DecoderBackwardLoopArguments& a,
+                                                         int l, int t, int row, int unit,
+                                                         float of_product) {
   const bool last = t + 1 == a.T;
   CellBackwardArguments c{};
   c.passed = a.rows(a.grad_hidden, l, a.H);

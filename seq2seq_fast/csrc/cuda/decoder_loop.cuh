@@ -56,11 +56,10 @@ class DecoderLoop {
           queries(row, unit) = sum(0) + a_.b_query[unit];
         });
     member_.meet();
-    const int ranges = a_.attention.ranges;
-    for (int i = member_.index; i < member_.n_rows * ranges; i += a_.team.size) {
-      const int b = member_.row0 + i / ranges;
-      const int64_t row = int64_t{t} * a_.B + b;
-      attend_in_loop(a_.attention, b, t, row, row, i % ranges, a_.team.memory);
+    const int64_t step = int64_t{t} * a_.B;
+    const int n = member_.n_rows * a_.attention.ranges;
+    for (int i = member_.index; i < n; i += a_.team.size) {
+      attend_in_loop(a_.attention, i, member_.row0, t, step, step, a_.team.memory);
       __syncthreads();
     }
     member_.meet();

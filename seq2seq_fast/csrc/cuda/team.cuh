@@ -358,7 +358,7 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
     const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
     float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
     // Reads on their way before the first is waited for: as many as there are registers for.
-    constexpr int kAtOnce = any_type ? 2 : 4;
+    constexpr int kAtOnce = any_type ? 1 : 4;
     for (int i0 = threadIdx.x; i0 < n * quads; i0 += kAtOnce * kTeamThreads) {
       float4 read[kAtOnce];
 #pragma unroll

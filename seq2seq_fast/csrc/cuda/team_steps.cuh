@@ -6,12 +6,14 @@
 
 namespace seq2seq_fast {
 
-// Inlined, so that it reads a kernel's arguments as constants: by an address they would come
-// through a cache that every meeting empties.
-__device__ __forceinline__ void attend_in_loop(const OneQueryArguments& a, int b, int t,
-                                               int64_t row, int64_t context_row, int range,
-                                               int memory) {
-  attend_one_query<float>(a, b, t, row, context_row, range, shared_memory() + memory);
+// A part of the sources of rows from row0 on, whose weights and contexts lie from those rows on.
+// Not inlined, as make_sums is not, which leaves registers to each.
+static __device__ __noinline__ void attend_in_loop(const OneQueryArguments& a, int part, int row0,
+                                                   int t, int64_t weights_row, int64_t context_row,
+                                                   int memory) {
+  const int b = row0 + part / a.ranges;
+  attend_one_query<float>(a, b, t, weights_row + b, context_row + b, part % a.ranges,
+                          shared_memory() + memory);
 }
 
 // A unit's step of any cell, given sum(k) of the product for its k-th gate.
