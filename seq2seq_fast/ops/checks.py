@@ -99,6 +99,8 @@ def powers(powers: object, keys: Tensor) -> None:
 
 
 def number(name: str, x: object) -> None:
+    if type(x) is float:
+        return
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a number")
     if type(x) is int and abs(x) > sys.float_info.max:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..reference_decoder import BLOCKS
-from .checks import DTYPES, bools, flag, powers, probability
+from .checks import DTYPES, STRIDED, bools, flag, powers, probability
 from .checks import tensor as check_tensor
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -18,7 +18,8 @@ def cell_type(name: object) -> None:
 
 def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, autocast: bool):
     """x is a tensor of a shape, in which None stands for any size."""
-    x = check_tensor(name, x, f"a Tensor {spelled}")
+    if not isinstance(x, Tensor) or x.layout is not STRIDED or x.is_nested:
+        x = check_tensor(name, x, f"a Tensor {spelled}")  # an error
     if x.dtype != like.dtype and not (autocast and x.dtype in DTYPES):
         raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as inputs have")
     if x.device != like.device:
@@ -80,7 +81,8 @@ def decoder(
     D = _source(tensor, attention, key_powers, mask, context, B, H)
     G = GATES[kind] * H
     for i, layer in enumerate(layers):
-        listed(f"layers[{i}]", layer, "weight_ih, weight_hh, bias_ih, bias_hh", 4)
+        if type(layer) is not list or len(layer) != 4:
+            listed(f"layers[{i}]", layer, "weight_ih, weight_hh, bias_ih, bias_hh", 4)
         tensor(f"layers[{i}][0]", layer[0], "(gates, inputs)", G, E + D if i == 0 else H)
         tensor(f"layers[{i}][1]", layer[1], "(gates, H)", G, H)
         tensor(f"layers[{i}][2]", layer[2], "(gates,)", G)
