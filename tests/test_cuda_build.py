@@ -93,12 +93,12 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
 LAST_ERROR = """
 #include <cuda_runtime.h>
 static cudaError_t last = cudaErrorLaunchFailure;
-static cudaError_t last_error() {  // as the runtime's, which is the same for ever without a GPU
+static cudaError_t ask_and_clear() {  // as the runtime's, which is the same for ever without a GPU
   const cudaError_t error = last;
   last = cudaSuccess;
   return error;
 }
-#define cudaGetLastError last_error
+#define cudaGetLastError ask_and_clear
 #include "launch.h"
 extern "C" __attribute__((visibility("default"))) int left_behind() {
   try {
