@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import Seq2Seq
-from .ops.checks import above_zero, instance, tensor
+from .ops.checks import instance, number, tensor
 
 
 class Batch(Protocol):
@@ -145,7 +145,7 @@ def train(
         iterator: anything that gives batches with .src (B, S) and .trg (B, T) token ids.
         optimizer: over model's parameters.
         criterion: loss of logits (N, V) and targets (N,), N = B (T - 1), the start token left out.
-        clip: largest norm of all gradients together, a finite number above 0.
+        clip: largest norm of all gradients together, above 0; math.inf for any.
         progress: a line on standard error with batches, sequences ("words") a second and loss.
 
     Returns:
@@ -158,7 +158,9 @@ def train(
     _checked(model, iterator, criterion)
     if not (hasattr(optimizer, "zero_grad") and hasattr(optimizer, "step")):
         raise TypeError(f"optimizer: got {type(optimizer).__name__}, expected an Optimizer")
-    above_zero("clip", clip)
+    number("clip", clip)
+    if not clip > 0:
+        raise ValueError(f"clip: got {clip}, expected a number above 0")
     model.train()
     with _Progress(iterator, "train", progress) as bar:
         for i, (src, trg) in enumerate(_batches(iterator)):
