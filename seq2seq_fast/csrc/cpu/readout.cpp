@@ -132,20 +132,29 @@ int32_t Readout::most_probable(int64_t m) const {
   return best.index;
 }
 
+void Readout::add_above(const float* values, int64_t chunk, float threshold,
+                        std::vector<int32_t>& tokens) const {
+  const int64_t first = chunk * packed_.chunk_width(), count = packed_.count(chunk);
+  const auto before = static_cast<int64_t>(tokens.size());
+  tokens.resize(before + count);
+  int32_t* const added = tokens.data() + before;
+  const int64_t n = loops.above(values + first, count, threshold, added);
+  for (int64_t i = 0; i < n; ++i) added[i] += static_cast<int32_t>(first);
+  tokens.resize(before + n);
+}
+
 std::vector<int32_t> Readout::left(int64_t m, const float* values, const std::vector<float>& tops,
                                    float scale, float size) const {
-  const int64_t chunks = packed_.chunks, width = packed_.chunk_width();
+  const int64_t chunks = packed_.chunks;
   const auto off = [&](int64_t i) { return scale * screen_.bound(m, i); };
   float most = -INFINITY;
   for (int64_t i = 0; i < chunks; ++i) most = std::max(most, tops[i] - off(i));
-  std::vector<int32_t> left, places(width);
+  std::vector<int32_t> left;
   // Either all are barred, or numbers are so large that any may be the largest.
   const bool any = most == -INFINITY;
   for (int64_t i = 0; i < chunks; ++i) {
     const float threshold = any ? most : most - off(i) - slack(most, off(i) + size);
-    if (!(tops[i] > threshold)) continue;
-    const int64_t n = loops.above(values + i * width, packed_.count(i), threshold, places.data());
-    for (int64_t j = 0; j < n; ++j) left.push_back(static_cast<int32_t>(i * width + places[j]));
+    if (tops[i] > threshold) add_above(values, i, threshold, left);
   }
   return left.empty() ? std::vector<int32_t>{0} : left;
 }
@@ -192,7 +201,7 @@ int32_t Readout::drawn(int64_t m, const Sampling& sampling, const Draw& draw) {
   if (!sought_ && !finite(m)) return most_probable(m);
   if (sought_ && !sampling.cuts(V)) return find_drawn(m, draw);
   if (sought_) make_largest(m, sampling.top_k);
-  cut(sampling, logits(m), V);
+  if (sampling.cuts(V)) cut(sampling, logits(m), V);
   return seq2seq_fast::drawn(logits(m), V, draw);
 }
 
@@ -205,11 +214,10 @@ void Readout::make_largest(int64_t m, int64_t k) {
     for (int64_t v = i * width; v < i * width + packed_.count(i); ++v) lowest[v] = x[v] - off;
   }
   const float kth = kth_largest(lowest.data(), V, k);
-  std::vector<int32_t> tokens, places(width);
+  std::vector<int32_t> tokens;
   for (int64_t i = 0; i < packed_.chunks; ++i) {
-    const float off = screen_.bound(m, i), threshold = kth - off - slack(kth, off);
-    const int64_t n = loops.above(x + i * width, packed_.count(i), threshold, places.data());
-    for (int64_t j = 0; j < n; ++j) tokens.push_back(static_cast<int32_t>(i * width + places[j]));
+    const float off = screen_.bound(m, i);
+    add_above(x, i, kth - off - slack(kth, off), tokens);
   }
   std::fill_n(x, V, -INFINITY);
   const std::vector<float> found = exact(m, tokens);

@@ -87,6 +87,9 @@ class Readout {
   // bound, times scale, and by roundings of numbers as large as `size`.
   std::vector<int32_t> left(int64_t m, const float* values, const std::vector<float>& tops,
                             float scale, float size) const;
+  // Adds a chunk's tokens whose values are above a threshold.
+  void add_above(const float* values, int64_t chunk, float threshold,
+                 std::vector<int32_t>& tokens) const;
   std::vector<float> exact(int64_t m, const std::vector<int32_t>& tokens) const;
 
   const PackedReadout& packed_;
