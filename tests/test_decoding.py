@@ -42,7 +42,7 @@ OPTIONS = st.fixed_dictionaries(
     S=st.integers(1, 19),
     H=st.sampled_from([1, 7, 16, 70]),
     layers=st.integers(1, 3),
-    V=st.sampled_from([5, 11, 64, 130, FEW_TOKENS, FEW_TOKENS + 1]),
+    V=st.sampled_from([5, 11, 64, 130, FEW_TOKENS, FEW_TOKENS + 1, 1040]),
     seed=st.integers(0, 100),
     project_values=st.booleans(),
 )

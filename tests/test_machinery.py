@@ -57,6 +57,7 @@ def test_no_tensor_of_size_btsh_is_ever_made():
 
 ACCURACY = "test_additive_attention and not opcheck or keep_the_accuracy_rule or plain_pytorch"
 ACCURACY += " or int8 or reduced or alike or philox"
+BYTES = "int8 or needed_and_enough or rows_batches"
 
 
 @pytest.mark.unsanitized
@@ -64,9 +65,9 @@ ACCURACY += " or int8 or reduced or alike or philox"
     ("capability", "selected"),
     [
         ("default", ACCURACY),
-        ("avx2", ACCURACY),
-        ("avx2_vnni", "int8"),  # all that differs where VNNI is there, or is not
-        ("avx512", "int8"),
+        ("avx2", f"{ACCURACY} or {BYTES}"),
+        ("avx2_vnni", BYTES),  # all that differs where VNNI is there, or is not
+        ("avx512", BYTES),
     ],
     ids=["default", "avx2", "avx2_vnni", "avx512"],
 )
@@ -79,7 +80,7 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability, selected):
         assert capability != "default"
         pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
     names = [f"test_{x}.py" for x in ("additive_attention", "attention_decoder", "decoding")]
-    names += ["test_product.py", "test_dropout.py"]
+    names += ["test_product.py", "test_dropout.py", "test_seeking.py"]
     tests = [str(Path(__file__).with_name(name)) for name in names]
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""Greedy decoding of a large vocabulary seeks the most probable token among weights of a byte
+"""Greedy decoding of a large vocabulary seeks the most probable token among rounded weights
 (csrc/cpu/screen.h): its results are those of all logits, bit for bit."""
 
 import copy
@@ -15,7 +15,7 @@ from seq2seq_fast.decoding import stepwise
 from seq2seq_fast.decoding.packing import MANY_TOKENS, pack_decoder
 
 V = MANY_TOKENS + 70
-# What is sought with, of packed weights: bytes and scales of the hidden state's part
+# What is sought with, of packed weights: six bits and scales of the hidden state's part
 MATRIX, SCALES, OF_CONTEXT, SCALES_OF_CONTEXT, BOUNDS, WEIGHTS = range(-6, 0)
 
 
@@ -24,8 +24,8 @@ def seeking():
     """Plain loops do not seek: there is nothing to test."""
     model, src = make(V=V), sources(2, 5)
     packed = pack_decoder(model.decoder, "float32")
-    for part in (MATRIX, OF_CONTEXT):
-        packed.weights.tensors()[part].fill_(128)
+    for part in (SCALES, SCALES_OF_CONTEXT):
+        packed.weights.tensors()[part].zero_()
     packed.weights.tensors()[BOUNDS].zero_()
     model.decoder.packed = packed
     options = {"bos": BOS, "eos": EOS, "max_length": 5, "return_scores": False}
@@ -167,25 +167,32 @@ def of_zeros(H, D, attention):
     return decoder, decoder.fc_out.weight[:, H:], decoder.fc_out.bias
 
 
+@pytest.mark.parametrize("part", ["hidden", "context"])
 @pytest.mark.parametrize("rounded", ["weights", "rows"])
 @torch.no_grad()
-def test_the_bound_is_needed_and_enough(rounded):
+def test_the_bound_is_needed_and_enough(rounded, part):
     """Token 5 is the one by little, and token 9 by as much as rounding can hide: with nine tenths
     of the bound it comes out."""
-    H, D, step = 8, 64, 1 / 127
-    (decoder, w, bias), context = of_zeros(H, D, attention=False), torch.ones(1, D)
+    D, of_hidden = 64, part == "hidden"
+    H, step = (D if of_hidden else 8), 1 / (31 if of_hidden and rounded == "weights" else 127)
+    (decoder, w, bias), x = of_zeros(H, D, attention=False), torch.ones(D)
+    context = torch.zeros(1, D) if of_hidden else x[None]
+    w = decoder.fc_out.weight[:, :H] if of_hidden else w
     if rounded == "weights":  # to nothing, and to one step
-        w[[5, 9], 0], context[0, 0] = 1, 0  # of 127 steps
+        w[[5, 9], 0], x[0] = 1, 0  # of all steps that there are
         w[5, 1:], w[9, 1 : int(0.95 * D)] = 0.49 * step, 0.51 * step
     else:
-        context[:, 1:] = 0.49 * step
+        x[1:] = 0.49 * step
         w[5, 1:], w[9, 1:] = 1, -1
         bias[9] = 1.9 * 0.49 * step * (D - 1)
+    if of_hidden:  # by tanh of the layer's bias
+        decoder.rnn.bias_hh_l0.copy_(torch.atanh(x / 2))
+        bias.div_(2)
     state = s2s.DecoderState(torch.zeros(1, 1, H), None)
     options = {"bos": BOS, "eos": EOS, "max_length": 1, "return_scores": False}
-    for part, token in ((1.0, 5), (0.9, 9)):
+    for share, token in ((1.0, 5), (0.9, 9)):
         decoder.packed = pack_decoder(decoder, "float32")
-        decoder.packed.weights.tensors()[BOUNDS].mul_(part)
+        decoder.packed.weights.tensors()[BOUNDS].mul_(share)
         assert s2s.generate(decoder, context, state, **options).tokens.tolist() == [[token]]
 
 
@@ -284,10 +291,19 @@ def test_what_is_packed():
     ).weights.tensors()[MATRIX:]
     P, H = -(-V // 64), decoder.layers.hidden_size
     assert bounds.shape == (5, P) and torch.equal(weights, decoder.fc_out.weight)
-    parts = (matrix, scales, weights[:, :H], bounds[0]), (*of_context, weights[:, H:], bounds[2])
+    assert matrix.dtype == of_context[0].dtype == torch.uint8
+    # Blocks of sixteen columns: the fourth one's two bits above the six of each of the others
+    above = (matrix.int() >> 6) * torch.tensor([1, 4, 16]).view(3, 1)
+    blocks = torch.cat([matrix.int() & 63, above.sum(2, keepdim=True)], 2)
+    six_bits = blocks.unflatten(3, (16, 4)).flatten(2, 3) - 32
+    bytes_ = of_context[0].int() - 128
+    parts = (
+        (six_bits, scales, weights[:, :H], bounds[0]),
+        (bytes_, of_context[1], weights[:, H:], bounds[2]),
+    )
     for packed, scale, part, most in parts:
-        assert packed.dtype == torch.uint8 and len(packed) == P
-        whole = (packed.double() - 128) * scale.double().view(-1, 1, 64, 1)
+        assert len(packed) == P
+        whole = packed.double() * scale.double().view(-1, 1, 64, 1)
         restored = whole.transpose(1, 2).reshape(-1, part.shape[1] + -part.shape[1] % 4)
         rounded = (restored[:V, : part.shape[1]] - part).norm(dim=1)
         assert (rounded <= most.repeat_interleave(64)[:V]).all()

@@ -34,4 +34,10 @@ void keep_freed_memory();
 // yet: of 300 MB that a backward over 200 steps fills, small pages take a tenth of its time.
 void ask_for_huge_pages(void* data, size_t bytes);
 
+// The same of whole ones, that many calls will read: they are made at once, of pages too that have
+// been written to. In small ones, which lie anywhere, the second level of the cache has no place
+// for many lines whose addresses differ in whole multiples of its ways, and room for others.
+constexpr size_t kHugePage = size_t{2} << 20;
+void collapse_to_huge_pages(void* data, size_t bytes);
+
 }  // namespace seq2seq_fast

@@ -163,9 +163,15 @@ def score(
 
 def _training(model: nn.Module) -> bool:
     """Whether any module is in training mode. `modules` would take as long as a step."""
-    if model.training:
-        return True
-    return any(child is not None and _training(child) for child in model._modules.values())
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is None:
+            continue
+        if module.training:
+            return True
+        left += module._modules.values()
+    return False
 
 
 class evaluating:

@@ -20,6 +20,7 @@ UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 MOST_GATES = 1 << 24  # of all tokens, which are made beforehand where values are projected
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
+MOST_OF_SIX = 31  # what whole numbers of six bits are not above
 PART = 1024  # of which the bounds are made at once, in float64
 MOST_INPUTS = 1 << 17  # of int8's products, whose sums fit into whole numbers of 32 bits
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
@@ -58,8 +59,8 @@ def pack_decoder(
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
     In float32 and bfloat16 a large vocabulary's readout is there twice more where `seek`: rounded
-    to bytes, by which greedy decoding seeks the most probable token, and row by row, by which it
-    decides.
+    to six and eight bits, by which greedy decoding seeks the most probable token, and row by row,
+    by which it decides.
 
     Embedding, biases and v stay float32, as do the gates that few tokens have beforehand. bfloat16
     is rounded to nearest and summed up in float32. int8 has one scale for each output of a
@@ -188,29 +189,44 @@ def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Ten
         raise ValueError(
             f"dtype: got 'int8' of weights for {w.shape[1]} inputs, expected at most {MOST_INPUTS}"
         )
-    whole, scale = rounded_to_bytes(w)
-    filled = F.pad(whole, (0, -w.shape[1] % 4))
-    fours = pack_rows(filled, blocks).unflatten(1, (-1, 4)).transpose(2, 3)
-    packed = (fours + 128).to(torch.uint8).contiguous()
-    return packed, pack_rows(scale, blocks).flatten()
+    whole, scale = _rounded(w, 127)
+    return _by_fours(whole, 128, blocks), pack_rows(scale, blocks).flatten()
 
 
-def rounded_to_bytes(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 of w (N, K), and the scale (N, 1) of each row's."""
+def pack_six_bits(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Panels (P, K / 4, 3, WIDTH) of w (N, K), K filled up with zeros, in three bytes for four
+    numbers: whole numbers + 32, whose layout csrc/cpu/loops.h tells; and each column's scale."""
+    whole, scale = _rounded(w, MOST_OF_SIX)
+    blocks = _by_fours(whole, 32, 1).unflatten(2, (4, -1)).flatten(3)
+    parts, above = blocks[:, :, :3], blocks[:, :, 3:]
+    shifts = torch.tensor([[0], [2], [4]], dtype=torch.uint8, device=w.device)
+    return parts | (above >> shifts & 3) << 6, pack_rows(scale, 1).flatten()
+
+
+def _rounded(w: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -most to most of w (N, K), and the scale (N, 1) of each row's."""
     # A scale is a normal number, which no mode of the processor flushes to zero.
-    scale = (w.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (w.abs().amax(1, keepdim=True) / most).clamp_min(torch.finfo(torch.float32).tiny)
     return (w / scale).round(), scale
 
 
+def _by_fours(whole: Tensor, zero: int, blocks: int) -> Tensor:
+    """Whole numbers (blocks * N, K) + zero as panels (P, K / 4, width, 4) of uint8, K and N filled
+    up with zeros."""
+    filled = F.pad(whole, (0, -whole.shape[1] % 4))
+    fours = pack_rows(filled, blocks).unflatten(1, (-1, 4)).transpose(2, 3)
+    return (fours + zero).to(torch.uint8).contiguous()
+
+
 def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor]:
-    """What csrc/cpu/screen.h seeks the most probable token with: matrix and scales of int8, of the
-    hidden state's part of the readout's weights and of the context's; the bounds (5, P), largest of
-    each panel's columns; the weights (V, K) in dtype. All empty where it is not sought: not wanted,
-    few tokens, or weights that are not finite."""
+    """What csrc/cpu/screen.h seeks the most probable token with: six bits, with scales, of the
+    hidden state's part of the readout's weights, and int8 of the context's; the bounds (5, P),
+    largest of each panel's columns; the weights (V, K) in dtype. All empty where it is not sought:
+    not wanted, few tokens, or weights that are not finite."""
     linear, H = decoder.fc_out, decoder.layers.hidden_size
     w, bias, (V, K) = linear.weight.detach(), linear.bias.detach(), linear.weight.shape
-    nothing = pack_matrix(w.new_empty(0, 1), 1, torch.int8)
-    empty = [*nothing, *nothing, w.new_empty(0), w.new_empty(0)]
+    nothing = w.new_empty(0, 1)
+    empty = [*pack_six_bits(nothing), *pack_matrix(nothing, 1, torch.int8), *2 * [w.new_empty(0)]]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
         return empty
     w = w.to(dtype).to(w.dtype)
@@ -218,21 +234,21 @@ def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Te
         return empty
     parts = [_bounds(*rows, H) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    of_hidden, of_context = (pack_matrix(part, 1, torch.int8) for part in (w[:, :H], w[:, H:]))
+    of_hidden, of_context = pack_six_bits(w[:, :H]), pack_matrix(w[:, H:], 1, torch.int8)
     return [*of_hidden, *of_context, bounds, w.to(dtype)]
 
 
 def _bounds(w: Tensor, bias: Tensor, H: int) -> Tensor:
     """(5, N), of each row of w (N, K), the first H of its columns and the others: how far a product
-    by their bytes can be from that by floats, for a left factor of norm 1; the norm of the bytes.
-    Last the rounding of the bias."""
+    by their bits can be from that by floats, for a left factor of norm 1; the norm of what the
+    bits stand for. Last the rounding of the bias."""
     unit, bounds = 2.0**-24, []  # of float32's rounding
-    for part in (w[:, :H], w[:, H:]):
-        whole, scale = rounded_to_bytes(part)
+    for part, most in ((w[:, :H], MOST_OF_SIX), (w[:, H:], 127)):
+        whole, scale = _rounded(part, most)
         exact = scale.double() * whole
-        of_bytes, of_part = exact.norm(dim=1), part.double().norm(dim=1)
+        of_bits, of_part = exact.norm(dim=1), part.double().norm(dim=1)
         # Sums of K products, each rounded, and the few roundings of digits and of scales.
-        rounded = (part - exact).norm(dim=1) + (w.shape[1] + 12) * unit * (of_part + of_bytes)
-        bounds += [rounded, of_bytes]
+        rounded = (part - exact).norm(dim=1) + (w.shape[1] + 12) * unit * (of_part + of_bits)
+        bounds += [rounded, of_bits]
     of_bias = 3 * unit * bias.abs().masked_fill(bias == -torch.inf, 0)
     return torch.stack([*bounds, of_bias]).float()

@@ -182,8 +182,9 @@ class Seq2Seq(nn.Module):
         and this does no more than make it ready.
 
         But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
-        in bytes: greedy decoding then reads the bytes, and of the dtype's numbers those of the few
-        tokens that the bytes leave in question. The result is the same, bit for bit.
+        in six and eight bits: greedy decoding then reads the bits, and of the dtype's numbers
+        those of the few tokens that the bits leave in question. The result is the same, bit for
+        bit.
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the

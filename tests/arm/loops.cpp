@@ -70,6 +70,44 @@ void quantised(int64_t count, int64_t rows, int64_t K, int64_t width) {
   compare("norms", norms, lengths, 1e-4);
 }
 
+void six_bits(int64_t rows, int64_t K) {
+  const int64_t fours = (K + 3) / 4, K4 = 4 * fours, ld = K4 + 16;
+  std::vector<uint8_t> w(fours * 3 * kPanel), eight(K4 * kPanel);
+  for (uint8_t& x : w) x = static_cast<uint8_t>(draw());
+  const std::vector<float> x = numbers(rows * K), scale = numbers(kPanel);
+  std::vector<int8_t> digits(rows * ld + 16);
+  std::vector<float> scales(rows), norms(2 * rows);
+  std::vector<int32_t> offsets(rows);
+  const float most = kBytesNeonDot.digit;
+  const QuantisedRows to{K4,          ld, 1, most, digits.data(), scales.data(), offsets.data(),
+                         norms.data()};
+  Operand operands[kOperands] = {};
+  operands[0] = {x.data(), K, K};
+  for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);
+  const std::vector<float> before = numbers(rows * kPanel);
+  std::vector<double> want(before.begin(), before.end());
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kPanel; ++j)
+      for (int64_t k = 0; k < K; ++k) {
+        const uint8_t* parts = &w[k / 4 * 3 * kPanel + j % kBlock * 4 + k % 4];
+        const int64_t block = j / kBlock;
+        const int whole =
+            block < 3 ? parts[block * kPanel] & 63
+                      : parts[0] >> 6 | parts[kPanel] >> 6 << 2 | parts[2 * kPanel] >> 6 << 4;
+        want[i * kPanel + j] += double{scales[i]} * scale[j] * (whole - 32) * digits[i * ld + k];
+      }
+  kLoopsDefault.six_to_eight(w.data(), fours, eight.data());
+  for (const int f : {0, 1, 2}) {
+    std::vector<float> out = before;
+    const Sums onto{out.data(), kPanel, out.data(), kPanel};
+    if (f == 0) kBytesNeonDot.panel_of_six(to, 0, rows, w.data(), scale.data(), onto);
+    if (f == 1) kLoopsDefault.bytes.panel_of_six(to, 0, rows, w.data(), scale.data(), onto);
+    if (f == 2) kBytesNeonDot.panel(to, 0, rows, eight.data(), kPanel, scale.data(), onto);
+    compare("six bits", out, want, f == 0 ? 1e-3 : 0);
+    want.assign(out.begin(), out.end());  // of the others the same bits
+  }
+}
+
 void packed(int64_t rows, int64_t K, int64_t width) {
   const std::vector<float> x = numbers(rows * K), w = numbers(K * width);
   const std::vector<float> start = numbers(rows * width);
@@ -164,6 +202,8 @@ int main() {
         packed(rows, K, width);
         bytes(K, width);
       }
+  for (int64_t rows : {1, 2, 7})
+    for (int64_t K : {4, 9, 100}) six_bits(rows, K);
   for (int64_t n : {1, 17, 256}) perturbed(n);
   std::printf("%d compared, %d wrong\n", compared, wrong);
   return wrong != 0;

@@ -72,6 +72,7 @@ class Engine {
       live_.push_back(
           {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(o_.bos)});
     }
+    least_ = std::min(o_.min_length, most_);
   }
 
   void run() {
@@ -80,7 +81,7 @@ class Engine {
     while (!live_.empty()) {
       const auto rows = static_cast<int64_t>(live_.size());
       const bool seeks = seeks_ && step_.readout().seeks(rows, o_.keep_scores);
-      step_.run(live_, seeks ? most_ - t_ : 0);
+      step_.run(live_, {least_ - t_, most_ - t_}, seeks);
       keep_weights();
       if (scores_come_late())
         late_.make_room(rows);
@@ -122,9 +123,9 @@ class Engine {
   DecoderStep& step_;
   const bool seeks_;  // not all logits are needed
   const int64_t B_, P_;
-  const int64_t* prefix_;  // (B, P)
-  int64_t t_ = 0;          // steps that are behind
-  int64_t most_ = 0;       // steps that there may be
+  const int64_t* prefix_;         // (B, P)
+  int64_t t_ = 0;                 // steps that are behind
+  int64_t least_ = 0, most_ = 0;  // steps that there are, or may be
   std::vector<Search> searches_;
   std::vector<double> sums_;  // of greedy decoding: each source's log-probability
   LateLogProbs late_;
@@ -441,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
     live.push_back({b, b, static_cast<int32_t>(token)});
   }
   DecoderStep step(model, from, hidden, cell, context, B, false, {});
-  step.run(live, 0);
+  step.run(live, {1, 1}, false);
   const Tensor logits = empty(hidden, {B, model.V}), contexts = empty(hidden, {B, from.D}),
                attention = empty(hidden, {B, from.S}), h = empty(hidden, hidden.sizes()),
                c = empty(cell, cell.sizes());
@@ -458,11 +459,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
   return {logits, h, c, contexts, attention};
 }
 
-// n bytes, of the device that like is on, that large pages are asked for.
+// n bytes, of the device that like is on, in large pages of their own where the system has them.
 Tensor weights_memory(Tensor like, int64_t n) {
-  Tensor x = empty(like, {n}, ScalarType::Byte);
-  ask_for_huge_pages(x.data_ptr(), n);
-  return x;
+  const auto page = static_cast<int64_t>(kHugePage);
+  if (n < page / 2) return empty(like, {n}, ScalarType::Byte);
+  const int64_t whole = round_up(n, page);
+  const Tensor room = empty(like, {whole + page}, ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(room.data_ptr());
+  const auto begin = static_cast<int64_t>(-address % kHugePage);
+  collapse_to_huge_pages(static_cast<char*>(room.data_ptr()) + begin, whole);
+  return view(room, {n}, {1}, begin);
 }
 
 }  // namespace

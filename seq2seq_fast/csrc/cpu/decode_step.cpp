@@ -1,6 +1,8 @@
 // See decode_step.h.
 #include "decode_step.h"
 
+#include <atomic>
+
 #include "cells.h"
 #include "decoder.h"
 
@@ -9,6 +11,8 @@ namespace {
 
 constexpr size_t kBehindLayers = 5 + PackedReadout::kTensors;  // tensors
 constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
+// Chunks of the readout that one thread may be left alone with for a while.
+constexpr int64_t kManyChunks = 16;
 
 }  // namespace
 
@@ -97,7 +101,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       sources_(most),
       inputs_(most * model.E),
       queries_(most * query_ld_),
-      weights_(most * weights_ld_),
+      weights_{Buffer<float>(most * weights_ld_), Buffer<float>(most * weights_ld_)},
       of_gates_(model.context, 0, project.gates ? &source.values : nullptr, source.lengths),
       of_logits_(model.readout.matrix, hidden_state.size(2),
                  project.logits ? &source.values : nullptr, source.lengths),
@@ -128,10 +132,11 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   if (source_.keys && !model_.query_after) query_all(B);
 }
 
-void DecoderStep::run(const std::vector<Live>& live, int64_t steps_sought) {
+void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool seek) {
   const auto rows = static_cast<int64_t>(live.size());
+  const bool attended = ahead_;
   follow(live);
-  if (source_.keys && !model_.query_after) attend(live);
+  if (source_.keys && !model_.query_after && !attended) attend(live);
   for (int64_t l = 0; l < L_; ++l) advance(l, rows);
   now_ = 1 - now_;
   backwards_ = rows == 1 && !backwards_;
@@ -139,7 +144,7 @@ void DecoderStep::run(const std::vector<Live>& live, int64_t steps_sought) {
     query_all(rows);
     attend(live);
   }
-  read_out(rows, steps_sought);
+  read_out(rows, left, seek);
 }
 
 void DecoderStep::copy_states(int64_t rows, float* to_hidden, float* to_cell) const {
@@ -155,9 +160,9 @@ void DecoderStep::follow(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());
   bool moved = false;
   for (int64_t m = 0; m < rows; ++m) moved |= live[m].parent != m;
-  const bool context_moves = model_.query_after || !source_.keys;
+  const bool context_moves = ahead_ || model_.query_after || !source_.keys;
   const int from = now_, to = moved ? 1 - now_ : now_;
-  const int kept = kept_, keeps = moved ? 1 - kept_ : kept_;
+  const int kept = ahead_ ? 1 - kept_ : kept_, keeps = moved ? 1 - kept : kept;
   const int64_t E = model_.E, D = source_.D, states = lstm_ ? 2 : 1;
   parallel(rows, E + (moved ? states * L_ * Hp_ + D : 0), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -171,30 +176,36 @@ void DecoderStep::follow(const std::vector<Live>& live) {
         if (lstm_) std::copy_n(cell(from, l) + parent * Hp_, Hp_, cell(to, l) + m * Hp_);
       }
       if (context_moves) std::copy_n(contexts_[kept] + parent * D, D, contexts_[keeps] + m * D);
+      if (ahead_)
+        std::copy_n(weights_[kept] + parent * weights_ld_, source_.S,
+                    weights_[keeps] + m * weights_ld_);
       if (cover_)
         std::copy_n(covered_[kept] + parent * source_.S, source_.S,
                     covered_[keeps] + m * source_.S);
     }
   });
-  now_ = to, kept_ = keeps;
+  now_ = to, kept_ = keeps, ahead_ = false;
 }
 
 void DecoderStep::attend(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());
-  const Keys& keys = *source_.keys;
   parallel(rows, source_.S * (source_.A + source_.D) / 2, [&](int64_t begin, int64_t end) {
-    Buffer<float> scratch(kStreams * keys.Hp + keys.gather_floats());
+    const Buffer<float> scratch = attention_scratch();
     for (int64_t m = begin; m < end; ++m)
-      attend_row(m, live[m], model_.query_after ? m : live[m].parent, scratch);
+      attend_row(m, live[m].source, model_.query_after ? m : live[m].parent, kept_, scratch);
   });
 }
 
-void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch) {
+Buffer<float> DecoderStep::attention_scratch() const {
+  return Buffer<float>(kStreams * source_.keys->Hp + source_.keys->gather_floats());
+}
+
+void DecoderStep::attend_row(int64_t m, int32_t b, int64_t query_row, int into, float* scratch) {
   const Keys& keys = *source_.keys;
-  const int64_t b = to.source, S = source_.S, D = source_.D;
+  const int64_t S = source_.S, D = source_.D;
   const float* q = queries_ + query_row * query_ld_;
   float *streams = scratch, *gathered = scratch + kStreams * keys.Hp;
-  float* w = weights_ + m * weights_ld_;
+  float* w = weights_[into] + m * weights_ld_;
   const float max_q = loops.largest(q, keys.Hp);
   for (int64_t h = 0; h < keys.Hp; h += kGroup)
     make_streams(q + h, std::min(kGroup, keys.Hp - h), max_q, streams + kStreams * h);
@@ -208,9 +219,9 @@ void DecoderStep::attend_row(int64_t m, const Live& to, int64_t query_row, float
   const bool* mask = source_.mask ? source_.mask + b * source_.mask_stride[0] : nullptr;
   loops.softmax(w, S, 1.f, nullptr, mask, source_.mask_stride[1]);
   loops.weighted_rows(w, weights_ld_, 1, floats(source_.values) + b * S * D, D, 1, S, D,
-                      contexts_[kept_] + m * D, D);
+                      contexts_[into] + m * D, D);
   if (!cover_) return;
-  float* covered = covered_[kept_] + m * S;
+  float* covered = covered_[into] + m * S;
   for (int64_t s = 0; s < S; ++s) covered[s] += w[s];
 }
 
@@ -276,16 +287,26 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
                   {model_.b_query + panel * width, 0, queries_ + panel * width, query_ld_});
 }
 
-// The readout, and the next step's queries where they are of the same hidden states.
-void DecoderStep::read_out(int64_t rows, int64_t steps_sought) {
-  const int64_t queries = source_.keys && !model_.query_after ? model_.query.panels : 0;
-  const int64_t chunks = model_.readout.chunks;
+// The readout, and meanwhile what the next step has of the same hidden states: its queries, and of
+// few rows its attention, which one thread makes while others read weights.
+void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
+  const bool asks = source_.keys && !model_.query_after;
+  const int64_t queries = asks ? model_.query.panels : 0, chunks = model_.readout.chunks;
+  const bool ahead = asks && left.most > 1 && rows <= kFewRows && chunks >= kManyChunks && !cover_;
   const Factor states = query_factor(queries > 0 ? rows : 0);
-  readout_.run({outputs(), contexts(), attended()}, rows, steps_sought, [&](int64_t chunk) {
-    // Spread evenly, as threads take chunks in equal numbers.
-    for (int64_t i = chunk * queries / chunks; i < (chunk + 1) * queries / chunks; ++i)
+  std::atomic<int64_t> to_make = queries;
+  readout_.run({outputs(), contexts(), attended()}, rows, seek, left, [&](int64_t chunk) {
+    // Chunks are taken from both ends: queries come with the first of them.
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t at = i / 2 % chunks;
+      if ((i % 2 == 0 ? at : chunks - 1 - at) != chunk) continue;
       query(states, i, rows);
+      if (to_make.fetch_sub(1, std::memory_order_acq_rel) > 1 || !ahead) continue;
+      const Buffer<float> scratch = attention_scratch();
+      for (int64_t m = 0; m < rows; ++m) attend_row(m, sources_[m], m, 1 - kept_, scratch);
+    }
   });
+  ahead_ = ahead;
 }
 
 }  // namespace seq2seq_fast

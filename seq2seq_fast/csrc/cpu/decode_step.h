@@ -78,9 +78,9 @@ class DecoderStep {
               const Tensor& cell_state, const std::optional<Tensor>& context, int64_t most,
               bool cover, Project project);
 
-  // Where the most probable tokens alone are wanted of the readout: in how many steps at most,
-  // this one among them; else 0.
-  void run(const std::vector<Live>& live, int64_t steps_sought);
+  // The first of the steps that are left. Where `seek`, the most probable tokens alone are wanted
+  // of the readout.
+  void run(const std::vector<Live>& live, const StepsLeft& left, bool seek);
 
   // After `run`:
   // Copies the states of all layers, (L, rows, H) each.
@@ -88,19 +88,20 @@ class DecoderStep {
   Readout& readout() { return readout_; }
   Operand outputs() const { return {hidden(now_, L_ - 1), Hp_, H_}; }
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
-  const float* weights(int64_t m) const { return weights_ + m * weights_ld_; }  // (S,)
+  const float* weights(int64_t m) const { return weights_[kept_] + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
 
  private:
   void follow(const std::vector<Live>& live);
   void attend(const std::vector<Live>& live);
-  void attend_row(int64_t m, const Live& to, int64_t query_row, float* scratch);
+  void attend_row(int64_t m, int32_t source, int64_t query_row, int into, float* scratch);
+  Buffer<float> attention_scratch() const;
   void advance(int64_t layer, int64_t rows);
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
   void query_all(int64_t rows);
-  void read_out(int64_t rows, int64_t steps_sought);
-  Attended attended() const { return {weights_, weights_ld_, sources_}; }
+  void read_out(int64_t rows, const StepsLeft& left, bool seek);
+  Attended attended() const { return {weights_[kept_], weights_ld_, sources_}; }
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }
   float* cell(int which, int64_t layer) const { return cell_[which] + layer * most_ * Hp_; }
 
@@ -110,12 +111,15 @@ class DecoderStep {
   const bool lstm_, cover_;
   const int64_t query_ld_, weights_ld_;
   int now_ = 0;   // which of two buffers holds the states before the step, and then those after it
-  int kept_ = 0;  // the same for what changes places only with its hypothesis
+  int kept_ = 0;  // the same for what a step need not change
   // One row's steps go through the weights forwards and backwards by turns: what was read last is
   // still in the second level of the cache.
   bool backwards_ = false;
   Buffer<int32_t> tokens_, sources_;
-  Buffer<float> inputs_, queries_, weights_;
+  // Whether the rows of the last step have been attended for already, as for the next one: into the
+  // buffers that are not the kept ones.
+  bool ahead_ = false;
+  Buffer<float> inputs_, queries_, weights_[2];
   ProjectedValues of_gates_, of_logits_;
   Readout readout_;
   Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];

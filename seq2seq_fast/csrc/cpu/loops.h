@@ -45,8 +45,11 @@ constexpr int64_t kBlock = 16, kBlocks = 4, kPanel = kBlocks * kBlock;
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 
 // What a decoding engine reads: panels of kPanel outputs, or fewer whole blocks, in these types.
-// Those of kInt8 are whole numbers + 128, (K / 4, width, 4), and `scale` is of each column.
-enum class Weights : uint8_t { kFloat, kBFloat16, kInt8 };
+// Those of kInt8 are whole numbers + 128, (K / 4, width, 4), and `scale` is of each column. Those
+// of kInt6 are whole numbers + 32 of as many columns as a panel has at most, (K / 4, 3, kPanel):
+// the k-th block's of four rows are the low bits of the k-th part, and the fourth block's lie above
+// them, two bits in each part, the lowest ones first.
+enum class Weights : uint8_t { kFloat, kBFloat16, kInt8, kInt6 };
 
 // Columns of the left factor of a product: rows x, ld apart, of K numbers. Up to kOperands of them
 // lie side by side; those that are not there have no columns.
@@ -56,9 +59,9 @@ struct Operand {
 };
 constexpr int kOperands = 3;
 
-// What weights of kInt8 are multiplied by: x = scale * (128 * digit + digit), both of them from -64
-// to 64. Twice 7 bits are much finer than the weights, and products of bytes are quick. With one
-// digit for a number x = scale * digit.
+// What weights of kInt8 and kInt6 are multiplied by: x = scale * (128 * digit + digit), both of
+// them from -64 to 64. Twice 7 bits are much finer than the weights, and products of bytes are
+// quick. With one digit for a number x = scale * digit.
 struct QuantisedRows {
   int64_t K, ld;     // K is filled up with zeros to a multiple of 4
   int64_t count;     // digits of a number, which
@@ -114,6 +117,9 @@ struct Bytes {
   // As `packed_panel` of Loops, of kInt8.
   void (*panel)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
                 int64_t width, const float* scale, const Sums& to);
+  // Of kInt6, and of numbers of one digit.
+  void (*panel_of_six)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                       const float* scale, const Sums& to);
   float digit;  // the largest where numbers have one: two products must fit where they are added
   bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
 };
@@ -215,6 +221,8 @@ struct Loops {
   // Euclidean norms of what rounding has taken from a column, and of its bytes times their scale.
   void (*to_bytes)(const float* x, int64_t n, int64_t width, uint8_t* out, float* scales,
                    float* taken, float* norms);
+  // A panel of kInt6 as one of kInt8; so many times four rows
+  void (*six_to_eight)(const uint8_t* w, int64_t fours, uint8_t* out);
   // n weights of bfloat16, a multiple of kBlock, as floats
   void (*unpack)(const uint16_t* w, int64_t n, float* out);
   // out[i] = bias[i] + [operands side by side] rows[i] of one row, i < n: the bits that

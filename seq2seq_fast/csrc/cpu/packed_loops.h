@@ -99,7 +99,8 @@ S2S_INLINE float add_product(float acc, float x, float w) {
 #endif
 }
 
-// kTogether sums at a time, as each waits for its own last addition.
+// kTogether sums at a time, as each waits for its own last addition; the next ones' weights are on
+// their way meanwhile.
 template <typename W>
 S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
                         const int32_t* places, int64_t n, const float* bias, float* out) {
@@ -109,12 +110,18 @@ S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_
     float acc[kTogether] = {};
     const auto place = [&](int i) { return places[first + i < n ? first + i : n - 1]; };
     for (int i = 0; i < kTogether; ++i) from[i] = w + place(i) * ld;
+    const bool more = first + kTogether < n;
+    int64_t apart[kTogether];
+    for (int i = 0; i < kTogether; ++i) apart[i] = w + place(kTogether + i) * ld - from[i];
     for (int s = 0; s < kOperands; ++s) {
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
-      for (int64_t k = 0; k < K; ++k)
+      for (int64_t k = 0; k < K; ++k) {
+        if (more && k % (kLineBytes / static_cast<int64_t>(sizeof(W))) == 0)
+          for (int i = 0; i < kTogether; ++i) __builtin_prefetch(from[i] + apart[i] + k);
         for (int i = 0; i < kTogether; ++i)
           acc[i] = add_product(acc[i], x[k], one_weight(from[i][k]));
+      }
       for (int i = 0; i < kTogether; ++i) from[i] += K;
     }
     for (int i = 0; i < kTogether && first + i < n; ++i) out[first + i] = bias[place(i)] + acc[i];

@@ -7,16 +7,14 @@ namespace {
 constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
 constexpr float kTwoDigits = 8191;
 
-Weights weights_of(ScalarType type) {
-  if (type == ScalarType::Float) return Weights::kFloat;
-  if (type == ScalarType::BFloat16) return Weights::kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
-  return Weights::kInt8;
+Weights weights_of(const PackedTensor& x) {
+  if (x.type == ScalarType::Float) return Weights::kFloat;
+  if (x.type == ScalarType::BFloat16) return Weights::kBFloat16;
+  STD_TORCH_CHECK(x.type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
+  return x.sizes[3] == kPanel ? Weights::kInt6 : Weights::kInt8;
 }
 
-int64_t quantised_rows(const Matrix& matrix, int64_t rows) {
-  return matrix.type == Weights::kInt8 ? rows : 0;
-}
+int64_t quantised_rows(const Matrix& matrix, int64_t rows) { return matrix.quantised() ? rows : 0; }
 
 }  // namespace
 
@@ -68,16 +66,19 @@ std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& lay
 }
 
 Matrix::Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits_)
-    : weights(data.data), scale(floats(scales)), type(weights_of(data.type)), digits(digits_) {
-  const bool quantised = type == Weights::kInt8;
-  STD_TORCH_CHECK(data.dim == (quantised ? 4 : 3),
-                  "expected panels (P, K, width), or (P, K / 4, width, 4) of uint8");
-  panels = data.sizes[0], K = data.sizes[1] * (quantised ? 4 : 1), width = data.sizes[2];
+    : weights(data.data), scale(floats(scales)), type(weights_of(data)), digits(digits_) {
+  const bool of_six = type == Weights::kInt6;
   STD_TORCH_CHECK(
-      width % kBlock == 0 && width <= kPanel && scales.numel() == (quantised ? panels * width : 0),
-      "expected panels of whole units, and a scale for each column of uint8");
-  STD_TORCH_CHECK(!quantised || K <= (digits == 2 ? 1 << 17 : 1 << 16),
-                  "expected sums of at most 2^17 products of int8, with one digit of 2^16");
+      data.dim == (quantised() ? 4 : 3) && (!of_six || (data.sizes[2] == 3 && digits == 1)),
+      "expected panels (P, K, width), or of uint8 (P, K / 4, width, 4), with one digit "
+      "(P, K / 4, 3, 64)");
+  panels = data.sizes[0], K = data.sizes[1] * (quantised() ? 4 : 1);
+  width = of_six ? kPanel : data.sizes[2];
+  STD_TORCH_CHECK(width % kBlock == 0 && width <= kPanel &&
+                      scales.numel() == (quantised() ? panels * width : 0),
+                  "expected panels of whole units, and a scale for each column of uint8");
+  STD_TORCH_CHECK(!quantised() || K <= (digits == 2 ? 1 << 17 : 1 << 16),
+                  "expected sums of at most 2^17 products of bytes, with one digit of 2^16");
 }
 
 Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand c, int64_t skip)
@@ -105,9 +106,19 @@ void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) co
   const auto as_floats = [&](const float* w) {
     loops.packed_panel(operands_, first, rows, w, width, to);
   };
+  const auto as_bytes = [&](const uint8_t* w) {
+    loops.bytes.panel(quantised_, first, rows, w, width, matrix_.scale + i * width, to);
+  };
   if (matrix_.type == Weights::kInt8) {
-    loops.bytes.panel(quantised_, first, rows, panel.template operator()<uint8_t>(), width,
-                      matrix_.scale + i * width, to);
+    as_bytes(panel.template operator()<uint8_t>());
+  } else if (matrix_.type == Weights::kInt6) {
+    const int64_t fours = K / 4;
+    const auto* w = static_cast<const uint8_t*>(matrix_.weights) + i * fours * 3 * kPanel;
+    if (rows <= kFewRows)
+      return loops.bytes.panel_of_six(quantised_, first, rows, w, matrix_.scale + i * width, to);
+    Buffer<uint8_t> unpacked(K * width);
+    loops.six_to_eight(w, fours, unpacked);
+    as_bytes(unpacked);
   } else if (matrix_.type == Weights::kFloat) {
     as_floats(panel.template operator()<float>());
   } else if (rows < kLeastUnpacked) {

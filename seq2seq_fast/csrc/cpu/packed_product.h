@@ -25,14 +25,15 @@ const float* floats(const PackedTensor& x);
 // uint8), number of dimensions and sizes. Made by seq2seq_fast/decoding/packing.py.
 std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& layout);
 
-// Packed weights, see loops.h; scales are of kInt8 alone, whose left factors have numbers of two
-// digits or one.
+// Packed weights, see loops.h; scales are of kInt8 and kInt6 alone, whose left factors have numbers
+// of two digits, of kInt8, or one.
 struct Matrix {
   const void* weights;
   const float* scale;
   Weights type;
   int64_t panels, K, width, digits;
   Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits = 2);
+  bool quantised() const { return type == Weights::kInt8 || type == Weights::kInt6; }
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
   // From one digit of a row to the next; vectors are stored past its end.
   int64_t quantised_ld() const { return K + kBlock; }
@@ -41,12 +42,12 @@ struct Matrix {
 // The left factor of products with a matrix: rows of operands side by side.
 class Factor {
  public:
-  // They meet the matrix' rows from `skip` on, which must be 0 of kInt8, up to any one.
+  // They meet the matrix' rows from `skip` on, which must be 0 of quantised ones, up to any.
   Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {},
          int64_t skip = 0);
   // (rows, width) = rows from `first` on times panel i
   void multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const;
-  // Of kInt8: Euclidean norms of a row and of what rounding took from it.
+  // Of quantised ones: Euclidean norms of a row and of what rounding took from it.
   const float* norms(int64_t row) const { return norms_ + 2 * row; }
 
  private:

@@ -1,5 +1,6 @@
 // The inner loops of quantising rows. See loops.h.
 #pragma once
+#include "quantised_weights.h"
 #include "scores_loops.h"
 
 namespace seq2seq_fast {
@@ -88,12 +89,24 @@ void to_bytes(const float* x, int64_t n, int64_t width, uint8_t* out, float* sca
       }
       std::memcpy(out + i * width + 4 * j, &four, sizeof four);
     }
-    store(scales + j, scale);
-    for (int64_t l = 0; l < kVec; ++l) {
-      taken[j + l] = scale[l] * __builtin_sqrtf(squares[0][l]);
-      norms[j + l] = scale[l] * __builtin_sqrtf(squares[1][l]);
-    }
+    store(scales + j, scale), store(taken + j, squares[0]), store(norms + j, squares[1]);
   }
+  for (int64_t j = 0; j < width; ++j) {
+    taken[j] = scales[j] * __builtin_sqrtf(taken[j]);
+    norms[j] = scales[j] * __builtin_sqrtf(norms[j]);
+  }
+}
+
+void six_to_eight(const uint8_t* w, int64_t fours, uint8_t* out) {
+  for (int64_t k = 0; k < fours; ++k, w += SixBits::bytes(kPanel), out += EightBits::bytes(kPanel))
+    for (int64_t at = 0; at < kBlock; at += kVec) {
+      VecInt b[kBlocks];
+      SixBits::load(w + 4 * at, b);
+      for (int j = 0; j < kBlocks; ++j) {
+        b[j] += four_times(128 - 32);
+        std::memcpy(out + 4 * (at + j * SixBits::kApart), &b[j], sizeof b[j]);
+      }
+    }
 }
 
 }  // namespace

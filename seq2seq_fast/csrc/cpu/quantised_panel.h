@@ -1,27 +1,16 @@
-// A panel of int8 weights, in the instructions that multiply bytes. See loops.h.
+// A panel of int8 weights, or of six bits, in the instructions that multiply bytes. See loops.h.
 //
 // Sums of products of bytes are exact in 32 bits: every instruction set makes the same ones, for
 // any number of rows together.
 #pragma once
 #include "panel_tiles.h"
+#include "quantised_weights.h"
 #ifdef S2S_DOT
 #include <arm_neon.h>
 #endif
 
 namespace seq2seq_fast {
 namespace {
-
-// Four unsigned bytes of each of a vector's columns.
-typedef int32_t FourBytes __attribute__((vector_size(4 * S2S_LANES), aligned(1), may_alias));
-
-// What turns weights into the bytes that are multiplied: NEON's dot products want signed ones, so
-// that the 128 they are too large by goes first, and not with the offsets.
-#ifdef S2S_DOT
-constexpr bool kSigned = true;
-#else
-constexpr bool kSigned = false;
-#endif
-constexpr int32_t kFlip = kSigned ? static_cast<int32_t>(0x80808080) : 0;
 
 // acc += sum_i w[i] x[i] in each lane, over the four bytes of w and four digits.
 S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
@@ -45,8 +34,8 @@ S2S_INLINE void add_four(VecInt& acc, const VecInt& w, const int8_t* digits) {
 #endif
 }
 
-// M rows, of numbers of C digits, by N vectors of a panel's columns.
-template <int C, int M, int N>
+// M rows, of numbers of C digits, by N vectors of a panel's columns, of weights W.
+template <typename W, int C, int M, int N>
 S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_t* w, int64_t width,
                                const float* scale, const char* ahead, const Sums& to) {
   const int8_t* digits = x.digits + row * C * x.ld;
@@ -56,14 +45,11 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j)
-        acc[i][c][j] = (kSigned ? 0 : x.offsets[C * (row + i) + c]) + VecInt{};
-  for (int64_t k = 0; k < x.K; k += 4, w += 4 * width, ahead += kLineBytes) {
+      for (int j = 0; j < N; ++j) acc[i][c][j] = W::offset(x.offsets[C * (row + i) + c]) + VecInt{};
+  for (int64_t k = 0; k < x.K; k += 4, w += W::bytes(width), ahead += kLineBytes) {
     if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
     VecInt b[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j)
-      b[j] = *reinterpret_cast<const FourBytes*>(w + 4 * j * kVec) ^ kFlip;
+    W::load(w, b);
 #pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
@@ -77,9 +63,24 @@ S2S_INLINE void quantised_tile(const QuantisedRows& x, int64_t row, const uint8_
     for (int j = 0; j < N; ++j) {
       Vec sum = __builtin_convertvector(acc[i][0][j], Vec);
       if constexpr (C == 2) sum = 128.f * sum + __builtin_convertvector(acc[i][1][j], Vec);
-      const Vec init = load(to.init + i * to.ld_init + j * kVec);
-      store(to.out + i * to.ld + j * kVec, init + x.scales[row + i] * load(scale + j * kVec) * sum);
+      const int64_t at = j * W::kApart;
+      const Vec init = load(to.init + i * to.ld_init + at);
+      store(to.out + i * to.ld + at, init + x.scales[row + i] * load(scale + at) * sum);
     }
+}
+
+// All rows by N vectors of a panel's columns, kMost rows at a time.
+template <typename W, int C, int kMost, int N>
+S2S_INLINE void quantised_rows(const QuantisedRows& x, int64_t first, int64_t rows,
+                               const uint8_t* w, int64_t width, int64_t column, const float* scale,
+                               const Sums& to) {
+  int64_t row = 0;
+  Ahead ahead(w, x.K / 4, W::bytes(width));
+  over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
+    quantised_tile<W, C, M, N>(x, first + row, w + 4 * column, width, scale + column, ahead.next(),
+                               to.from(row, column));
+    row += M;
+  });
 }
 
 template <int C>
@@ -88,13 +89,7 @@ S2S_INLINE void quantised_panel_of(const QuantisedRows& x, int64_t first, int64_
                                    const Sums& to) {
   constexpr int kMost = (kRegisters == 32 ? 6 : 4) / C;
   over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
-    int64_t row = 0;
-    Ahead ahead(w, x.K / 4, 4 * width);
-    over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
-      quantised_tile<C, M, N>(x, first + row, w + 4 * at, width, scale + at, ahead.next(),
-                              to.from(row, at));
-      row += M;
-    });
+    quantised_rows<EightBits, C, kMost, N>(x, first, rows, w, width, at, scale, to);
   });
 }
 
@@ -104,13 +99,20 @@ void quantised_panel(const QuantisedRows& x, int64_t first, int64_t rows, const 
                : quantised_panel_of<1>(x, first, rows, w, width, scale, to);
 }
 
+void panel_of_six(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
+                  const float* scale, const Sums& to) {
+  constexpr int kMost = kRegisters == 32 ? 4 : 2;
+  for (int64_t at = 0; at < kBlock; at += kVec)
+    quantised_rows<SixBits, 1, kMost, kBlocks>(x, first, rows, w, kPanel, at, scale, to);
+}
+
 // Instructions that add two products in 16 bits take digits of 7 bits.
 #if defined(S2S_VNNI) || defined(S2S_DOT)
-constexpr Bytes kBytes = {quantised_panel, 127.f, true};
+constexpr Bytes kBytes = {quantised_panel, panel_of_six, 127.f, true};
 #elif defined(S2S_INTRINSICS) || defined(S2S_SANITIZE)  // there is no other under the sanitizers
-constexpr Bytes kBytes = {quantised_panel, 64.f, true};
+constexpr Bytes kBytes = {quantised_panel, panel_of_six, 64.f, true};
 #else
-constexpr Bytes kBytes = {quantised_panel, 64.f, false};
+constexpr Bytes kBytes = {quantised_panel, panel_of_six, 64.f, false};
 #endif
 
 }  // namespace

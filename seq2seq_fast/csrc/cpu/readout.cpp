@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace seq2seq_fast {
+
+constexpr int64_t kMostChunk = 4;  // panels
 
 // What rounding can add to a difference of such numbers.
 static float slack(float a, float b) { return 1e-6f * (std::abs(a) + b); }
@@ -14,7 +17,7 @@ PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
       bias(floats(x[2])),
       weights(x[kTensors - 1].data),
       V(V),
-      chunk_panels(matrix.panels >= 64 ? 4 : 1),
+      chunk_panels(matrix.panels >= 64 ? kMostChunk : 1),
       chunks((matrix.panels + chunk_panels - 1) / chunk_panels),
       screen(x + 3, chunk_panels) {
   const PackedTensor& w = x[kTensors - 1];
@@ -22,7 +25,7 @@ PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
       screen.panels == 0 ||
           (screen.panels == matrix.panels && screen.parts[0].width == matrix.width &&
            w.numel() == V * matrix.K && w.type == x[0].type && matrix.type != Weights::kInt8),
-      "expected int8, bounds and rows of the readout's weights");
+      "expected six bits, bounds and rows of the readout's weights");
 }
 
 void PackedReadout::logits_at(const Operand* operands, int64_t row, const int32_t* tokens,
@@ -54,17 +57,19 @@ Readout::Readout(const PackedReadout& packed, int64_t most, const Tensor* values
       projected_(projected),
       screen_(packed.screen, most, values),
       logits_(most * packed.ld()),
-      peaks_(most * packed.chunks) {}
+      peaks_(most * packed.chunks),
+      near_(packed.screen.panels > 0 ? most * packed.chunks : 0),
+      least_(most) {}
 
 bool Readout::seeks(int64_t rows, bool scored) const {
   return packed_.screen.panels > 0 && loops.bytes.seek && (!scored || rows <= kFewRows);
 }
 
-void Readout::run(const StepRows& rows, int64_t n, int64_t steps_sought,
+void Readout::run(const StepRows& rows, int64_t n, bool seek, const StepsLeft& left,
                   const std::function<void(int64_t chunk)>& beside) {
-  rows_ = rows, sought_ = steps_sought > 0;
+  rows_ = rows, sought_ = seek;
   if (!sought_) return make_all(n, beside);
-  screen_.prepare(steps_sought);
+  screen_.prepare(left);
   make_near(n, beside);
   for (int64_t m = 0; m < n; ++m) sought_ &= screen_.finite(m) && least(m) > -INFINITY;
   if (!sought_) make_all(n, [](int64_t) {});
@@ -89,22 +94,42 @@ void Readout::make_all(int64_t n, const std::function<void(int64_t chunk)>& besi
 
 void Readout::make_near(int64_t n, const std::function<void(int64_t chunk)>& beside) {
   const ScreenStep step(screen_, rows_, n);
+  for (int64_t m = 0; m < n; ++m) least_[m] = -INFINITY;
   const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
-  over_pieces(packed_.chunks, work, n, false, [&](int64_t chunk) {
+  parallel_in_turns(packed_.chunks, work, [&](int64_t chunk) {
     const int64_t v = chunk * packed_.chunk_width();
     packed_.over_panels(chunk, logits_ + v, packed_.ld(),
                         [&](int64_t p, const Sums& to) { step.panel(p, to); });
-    for (int64_t m = 0; m < n; ++m)
-      peaks_[m * packed_.chunks + chunk].top = loops.top(logits(m) + v, packed_.count(chunk));
+    for (int64_t m = 0; m < n; ++m) note(m, chunk);
     beside(chunk);
   });
+}
+
+// A chunk's logits are made, and still in the cache.
+void Readout::note(int64_t m, int64_t chunk) {
+  const int64_t first = chunk * packed_.chunk_width(), count = packed_.count(chunk);
+  const float* x = logits(m) + first;
+  Near& to = near(m)[chunk];
+  to.top = loops.top(x, count);
+  to.bound = screen_.bound(m, chunk);
+  // Another thread's may come in between: any of them is one that the largest is not below.
+  float least = least_[m].load(std::memory_order_relaxed);
+  if (to.top - to.bound > least)
+    least_[m].store(least = to.top - to.bound, std::memory_order_relaxed);
+  const float threshold = least - to.bound - slack(least, to.bound);
+  int32_t places[kMostChunk * kPanel];
+  // A bound that is not finite is found out later.
+  const int64_t n = to.top > threshold ? loops.above(x, count, threshold, places) : 0;
+  to.count = static_cast<int32_t>(std::min<int64_t>(n, Near::kMany));
+  for (int64_t i = 0; i < n && n <= Near::kMost; ++i)
+    to.tokens[i] = static_cast<int32_t>(first + places[i]), to.values[i] = x[places[i]];
 }
 
 // What the largest logit is not below.
 float Readout::least(int64_t m) const {
   float least = -INFINITY;
   for (int64_t i = 0; i < packed_.chunks; ++i)
-    least = std::max(least, peaks(m)[i].top - screen_.bound(m, i));
+    least = std::max(least, near(m)[i].top - near(m)[i].bound);
   return least;
 }
 
@@ -114,11 +139,17 @@ bool Readout::finite(int64_t m) const {
 }
 
 void Readout::bar(int64_t m, int64_t token) {
-  logits(m)[token] = -INFINITY;
+  float& logit = logits(m)[token];
+  const float before = std::exchange(logit, -INFINITY);
   if (!sought_) return;
   const int64_t chunk = token / packed_.chunk_width();
-  peaks_[m * packed_.chunks + chunk].top =
-      loops.top(logits(m) + chunk * packed_.chunk_width(), packed_.count(chunk));
+  Near& of = near(m)[chunk];
+  if (before == of.top) {  // others were left out for it
+    of.top = loops.top(logits(m) + chunk * packed_.chunk_width(), packed_.count(chunk));
+    for (int64_t i = 0; i < packed_.chunks; ++i) near(m)[i].count = Near::kMany;
+  }
+  for (int32_t i = 0; i < std::min(of.count, Near::kMost); ++i)
+    if (of.tokens[i] == token) of.values[i] = -INFINITY;
 }
 
 int32_t Readout::most_probable(int64_t m) const {
@@ -143,17 +174,32 @@ void Readout::add_above(const float* values, int64_t chunk, float threshold,
   tokens.resize(before + n);
 }
 
-std::vector<int32_t> Readout::left(int64_t m, const float* values, const std::vector<float>& tops,
-                                   float scale, float size) const {
-  const int64_t chunks = packed_.chunks;
-  const auto off = [&](int64_t i) { return scale * screen_.bound(m, i); };
+std::vector<int32_t> Readout::largest(int64_t m) const {
+  const float most = least(m);
+  std::vector<int32_t> found;
+  for (int64_t i = 0; i < packed_.chunks; ++i) {
+    const Near& of = near(m)[i];
+    // Either all are barred, or numbers are so large that any may be the largest.
+    const float threshold = most == -INFINITY ? most : most - of.bound - slack(most, of.bound);
+    if (!(of.top > threshold)) continue;
+    if (of.count == Near::kMany) add_above(logits(m), i, threshold, found);
+    for (int32_t j = 0; j < of.count && of.count <= Near::kMost; ++j)
+      if (of.values[j] > threshold) found.push_back(of.tokens[j]);
+  }
+  return found.empty() ? std::vector<int32_t>{0} : found;
+}
+
+std::vector<int32_t> Readout::left(int64_t m, const float* values, float scale) const {
+  const int64_t chunks = packed_.chunks, width = packed_.chunk_width();
+  std::vector<float> tops(chunks);
+  for (int64_t i = 0; i < chunks; ++i) tops[i] = loops.top(values + i * width, packed_.count(i));
+  const auto off = [&](int64_t i) { return scale * near(m)[i].bound; };
   float most = -INFINITY;
   for (int64_t i = 0; i < chunks; ++i) most = std::max(most, tops[i] - off(i));
   std::vector<int32_t> left;
-  // Either all are barred, or numbers are so large that any may be the largest.
-  const bool any = most == -INFINITY;
+  const bool any = most == -INFINITY;  // as above
   for (int64_t i = 0; i < chunks; ++i) {
-    const float threshold = any ? most : most - off(i) - slack(most, off(i) + size);
+    const float threshold = any ? most : most - off(i) - slack(most, off(i) + kMostPerturbed);
     if (tops[i] > threshold) add_above(values, i, threshold, left);
   }
   return left.empty() ? std::vector<int32_t>{0} : left;
@@ -167,23 +213,19 @@ std::vector<float> Readout::exact(int64_t m, const std::vector<int32_t>& tokens)
 }
 
 int32_t Readout::find(int64_t m) const {
-  std::vector<float> tops(packed_.chunks);
-  for (int64_t i = 0; i < packed_.chunks; ++i) tops[i] = peaks(m)[i].top;
-  const std::vector<int32_t> tokens = left(m, logits(m), tops, 1, 0);
+  const std::vector<int32_t> tokens = largest(m);
   if (tokens.size() == 1) return tokens[0];
   const std::vector<float> values = exact(m, tokens);
   return tokens[std::max_element(values.begin(), values.end()) - values.begin()];
 }
 
 int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
-  const int64_t V = packed_.V, width = packed_.chunk_width();
-  std::vector<float> values(V), tops(packed_.chunks);
+  const int64_t V = packed_.V;
+  std::vector<float> values(V);
   for (int64_t v = 0; v < V; v += kRandomBlock)
     loops.perturb(draw, v / kRandomBlock, logits(m) + v, std::min(kRandomBlock, V - v),
                   values.data() + v);
-  for (int64_t i = 0; i < packed_.chunks; ++i)
-    tops[i] = loops.top(values.data() + i * width, packed_.count(i));
-  const std::vector<int32_t> tokens = left(m, values.data(), tops, draw.scale, kMostPerturbed);
+  const std::vector<int32_t> tokens = left(m, values.data(), draw.scale);
   if (tokens.size() == 1) return tokens[0];
   std::vector<float> exact = this->exact(m, tokens);
   for (size_t i = 0; i < tokens.size(); ++i) {
@@ -210,13 +252,13 @@ void Readout::make_largest(int64_t m, int64_t k) {
   float* x = logits(m);
   std::vector<float> lowest(V);  // what the logits are not below
   for (int64_t i = 0; i < packed_.chunks; ++i) {
-    const float off = screen_.bound(m, i);
+    const float off = near(m)[i].bound;
     for (int64_t v = i * width; v < i * width + packed_.count(i); ++v) lowest[v] = x[v] - off;
   }
   const float kth = kth_largest(lowest.data(), V, k);
   std::vector<int32_t> tokens;
   for (int64_t i = 0; i < packed_.chunks; ++i) {
-    const float off = screen_.bound(m, i);
+    const float off = near(m)[i].bound;
     add_above(x, i, kth - off - slack(kth, off), tokens);
   }
   std::fill_n(x, V, -INFINITY);

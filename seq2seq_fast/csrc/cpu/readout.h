@@ -1,5 +1,6 @@
 // Decoding's logits, and which token is the most probable one.
 #pragma once
+#include <atomic>
 #include <functional>
 #include <vector>
 
@@ -44,6 +45,17 @@ struct Normaliser {
   float log_prob(float logit) const { return (logit - top) - log_sum; }
 };
 
+// What is known of a chunk's near logits, which one thread makes and another asks for: the largest,
+// how far each may be off, and those that may be the largest of the row by what was known when the
+// chunk was made. Where there are more of those than fit, or one was barred that spoke against
+// others, `count` is kMany.
+struct alignas(64) Near {
+  static constexpr int32_t kMost = 6, kMany = kMost + 1;
+  float top, bound;
+  int32_t count, tokens[kMost];
+  float values[kMost];
+};
+
 class Readout {
  public:
   // `most` rows at once; values (B, S, D), null without attention, which may be projected already.
@@ -53,13 +65,12 @@ class Readout {
   // Whether the most probable tokens are quicker to seek than all logits are to make; `scored`:
   // which are wanted all the same, but later.
   bool seeks(int64_t rows, bool scored) const;
-  // Of n rows; meanwhile, chunk by chunk, what else there is to do. Where they are to be sought:
-  // how many steps there may be from here on, else 0.
-  void run(const StepRows& rows, int64_t n, int64_t steps_sought,
+  // Of n rows, which may be sought; meanwhile, chunk by chunk, what else there is to do.
+  void run(const StepRows& rows, int64_t n, bool seek, const StepsLeft& left,
            const std::function<void(int64_t chunk)>& beside);
 
-  // After `run`: whether logits are near theirs, and peaks have tops alone. Rows whose numbers are
-  // not finite are not sought even where asked.
+  // After `run`: whether logits are near theirs, and there are no peaks. Rows whose numbers are not
+  // finite are not sought even where asked.
   bool sought() const { return sought_; }
   // Of row m:
   float* logits(int64_t m) const { return logits_ + m * packed_.ld(); }
@@ -67,7 +78,7 @@ class Readout {
   Normaliser normaliser(int64_t m) const { return {peaks(m), packed_.chunks}; }
   // Whether no logit is +inf or NaN.
   bool finite(int64_t m) const;
-  // Its logit becomes -inf. Peaks stay as they were but where they are sought by.
+  // Its logit becomes -inf. Peaks stay as they were.
   void bar(int64_t m, int64_t token);
   // The first of equals. Of what is not barred, where it is sought.
   int32_t most_probable(int64_t m) const;
@@ -78,15 +89,17 @@ class Readout {
  private:
   void make_all(int64_t n, const std::function<void(int64_t chunk)>& beside);
   void make_near(int64_t n, const std::function<void(int64_t chunk)>& beside);
+  void note(int64_t m, int64_t chunk);
+  Near* near(int64_t m) const { return near_ + m * packed_.chunks; }
   float least(int64_t m) const;
+  std::vector<int32_t> largest(int64_t m) const;
   int32_t find(int64_t m) const;
   int32_t find_drawn(int64_t m, const Draw& draw) const;
   // Makes the logits of all that may be among the k largest; the others become -inf.
   void make_largest(int64_t m, int64_t k);
   // Tokens whose value, out of one of each logit, may be the largest: a chunk's is off by its
-  // bound, times scale, and by roundings of numbers as large as `size`.
-  std::vector<int32_t> left(int64_t m, const float* values, const std::vector<float>& tops,
-                            float scale, float size) const;
+  // bound, times scale, and by roundings of numbers as large as kMostPerturbed.
+  std::vector<int32_t> left(int64_t m, const float* values, float scale) const;
   // Adds a chunk's tokens whose values are above a threshold.
   void add_above(const float* values, int64_t chunk, float threshold,
                  std::vector<int32_t>& tokens) const;
@@ -97,7 +110,9 @@ class Readout {
   Screen screen_;
   Buffer<float> logits_;
   Buffer<Peak> peaks_;
-  StepRows rows_;  // of the last step
+  Buffer<Near> near_;
+  std::vector<std::atomic<float>> least_;  // what no row's largest logit is below, so far
+  StepRows rows_;                          // of the last step
   bool sought_ = false;
 };
 

@@ -2,7 +2,6 @@
 #include "screen.h"
 
 #include <cmath>
-#include <numeric>
 
 namespace seq2seq_fast {
 namespace {
@@ -29,7 +28,7 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
   if (panels == 0) return;
   STD_TORCH_CHECK(parts[kContext].panels == panels && parts[kContext].width == parts[0].width &&
                       x[4].numel() == (2 * kParts + 1) * panels,
-                  "expected int8 of both parts of the readout's weights, and their bounds");
+                  "expected six bits of both parts of the readout's weights, and their bounds");
   for (int64_t p = 0; p < panels; ++p) {
     const auto raise = [&](float& most, int64_t i) {
       most = larger(most, floats(x[4])[i * panels + p]);
@@ -37,7 +36,8 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
     const int64_t chunk = p / chunk_panels;
     for (int part = 0; part < kParts; ++part) {
       raise(bounds[chunk][part].rounded, 2 * part);
-      raise(bounds[chunk][part].of_bytes, 2 * part + 1);
+      raise(bounds[chunk][part].of_bits, 2 * part + 1);
+      raise(most_of_bits[part], 2 * part + 1);
     }
     raise(bias_bounds[chunk], 2 * kParts);
   }
@@ -50,7 +50,8 @@ ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
                    ScalarType::Byte)),
       scales_(empty(values, {packed.panels * B_, packed.parts[0].width}, ScalarType::Float)),
       matrix_(PackedTensor(bytes_), PackedTensor(scales_), 1),
-      bounds_(packed.chunks * B_) {
+      bounds_(packed.chunks * B_),
+      most_of_bits_(B_) {
   const Matrix& part = packed.parts[PackedScreen::kContext];
   const int64_t S = S_, D = values.size(2), width = part.width, fours = (S + 3) / 4;
   const int64_t n = packed.panels * B_;
@@ -66,8 +67,7 @@ ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
       rows.multiply(i / B_, i % B_ * S, S, {nothing, 0, products, width});
       loops.to_bytes(products, S, width, bytes + i * fours * 4 * width, scales + i * width,
                      of_columns[0], of_columns[1]);
-      for (int j = 0; j < 2; ++j)
-        lengths[2 * i + j] = std::accumulate(of_columns[j], of_columns[j] + width, 0.f, larger);
+      for (int j = 0; j < 2; ++j) lengths[2 * i + j] = loops.largest(of_columns[j], width);
     }
   });
   for (int64_t b = 0; b < B_; ++b) {
@@ -79,15 +79,16 @@ ScreenedValues::ScreenedValues(const PackedScreen& packed, const Tensor& values)
     // The context itself, and the sum of S products in its place, are rounded too.
     const float rounding = 2 * kRounding * static_cast<float>(S + 12);
     for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
-      const ByteBounds& of = packed.bounds[chunk][PackedScreen::kContext];
-      ByteBounds& to = bounds_[chunk * B_ + b];
+      const BitBounds& of = packed.bounds[chunk][PackedScreen::kContext];
+      BitBounds& to = bounds_[chunk * B_ + b];
       const int64_t first = chunk * packed.chunk_panels;
       for (int64_t p = first; p < std::min(packed.panels, first + packed.chunk_panels); ++p) {
         to.rounded = larger(to.rounded, lengths[2 * place(p, b)]);
-        to.of_bytes = larger(to.of_bytes, lengths[2 * place(p, b) + 1]);
+        to.of_bits = larger(to.of_bits, lengths[2 * place(p, b) + 1]);
       }
-      to.rounded += length * of.rounded + taken * of.of_bytes +
-                    rounding * length * (of.rounded + of.of_bytes);
+      most_of_bits_[b] = larger(most_of_bits_[b], to.of_bits);
+      to.rounded +=
+          length * of.rounded + taken * of.of_bits + rounding * length * (of.rounded + of.of_bits);
     }
   }
 }
@@ -97,39 +98,38 @@ Screen::Screen(const PackedScreen& packed, int64_t most, const Tensor* values)
       values_(values),
       norms_(packed.panels > 0 ? 2 * PackedScreen::kParts * most : 0) {}
 
-void Screen::prepare(int64_t steps_left) {
+void Screen::prepare(const StepsLeft& left) {
   ++steps_;
   if (screened_ || !values_) return;
   const int64_t B = values_->size(0), S = values_->size(1), D = values_->size(2);
   const int64_t saved = D - B * round_up(S, 4);  // bytes of each token, in a step
   if (saved <= 0) return;
   const int64_t pays = B * S * D / (kReadMeanwhile * saved);  // steps
-  // Nobody knows when the tokens will end: half of that has to be behind.
-  if (steps_ > pays / 2 && steps_left > pays) screened_.emplace(packed_, *values_);
+  // Where nobody knows when the tokens will end, half of that has to be behind.
+  if (left.least > pays || (steps_ > pays / 2 && left.most > pays))
+    screened_.emplace(packed_, *values_);
 }
 
-const ByteBounds& Screen::context_bounds(int64_t m, int64_t chunk) const {
+const BitBounds& Screen::context_bounds(int64_t m, int64_t chunk) const {
   return screened_ ? screened_->bounds(chunk, sources_[m])
                    : packed_.bounds[chunk][PackedScreen::kContext];
 }
 
 float Screen::bound(int64_t m, int64_t chunk) const {
-  const ByteBounds &hidden = packed_.bounds[chunk][PackedScreen::kHidden],
-                   &context = context_bounds(m, chunk);
+  const BitBounds &hidden = packed_.bounds[chunk][PackedScreen::kHidden],
+                  &context = context_bounds(m, chunk);
   const float *h = norms(m, PackedScreen::kHidden), *c = norms(m, PackedScreen::kContext);
-  return kSlack * (h[0] * hidden.rounded + h[1] * hidden.of_bytes + c[0] * context.rounded +
-                   c[1] * context.of_bytes + packed_.bias_bounds[chunk]) +
+  return kSlack * (h[0] * hidden.rounded + h[1] * hidden.of_bits + c[0] * context.rounded +
+                   c[1] * context.of_bits + packed_.bias_bounds[chunk]) +
          kUnderflow;
 }
 
 bool Screen::finite(int64_t m) const {
-  for (int64_t chunk = 0; chunk < packed_.chunks; ++chunk) {
-    const ByteBounds* of[] = {&packed_.bounds[chunk][PackedScreen::kHidden],
-                              &context_bounds(m, chunk)};
-    for (int part = 0; part < PackedScreen::kParts; ++part)
-      if (!(norms(m, part)[0] * of[part]->of_bytes < kFurthest)) return false;
-  }
-  return true;
+  const float of_context = screened_ ? screened_->most_of_bits(sources_[m])
+                                     : packed_.most_of_bits[PackedScreen::kContext];
+  return norms(m, PackedScreen::kHidden)[0] * packed_.most_of_bits[PackedScreen::kHidden] <
+             kFurthest &&
+         norms(m, PackedScreen::kContext)[0] * of_context < kFurthest;
 }
 
 ScreenStep::ScreenStep(Screen& screen, const StepRows& rows, int64_t n)

@@ -1,8 +1,9 @@
-// Which token is the most probable one, told by bytes.
+// Which token is the most probable one, told by a few bits of each weight.
 //
-// Greedy decoding wants one logit of each row, the largest. It is sought with weights in bytes, a
-// quarter of what floats are to read and to multiply, and found exactly. With weights w = w' + r,
-// w' of int8, and numbers x = x' + d, x' of one digit,
+// Greedy decoding wants one logit of each row, the largest. It is sought with rounded weights, of
+// six bits over the hidden state and eight over the context, a fifth of what floats are to read,
+// and found exactly. With weights w = w' + r, w' a whole number and a scale, and numbers x = x' +
+// d, x' of one digit,
 //   |w x - w' x'| <= |r| |x| + |w'| |d|
 // in Euclidean norms (Cauchy-Schwarz), for the hidden state and for the context apart, and what
 // rounding may add is known too. A token with w' x' + bound below the greatest w' x' - bound is not
@@ -11,7 +12,8 @@
 //
 // The context is a sum of a source's values, so where few and short sources are decoded for long,
 // the values meet the context's bytes once, and attention weights their products, in bytes too: S
-// numbers of each token to read and not D. What rounding may have taken there is bounded alike.
+// numbers of each token to read and not D. What rounding may have taken there is bounded alike, by
+// the length of all values, which are longer together than any context: eight bits pay there.
 #pragma once
 #include <array>
 #include <optional>
@@ -21,22 +23,28 @@
 
 namespace seq2seq_fast {
 
-// Bounds of a product by bytes, for factors of norm 1: |r| with all rounding, and |w'|.
-struct ByteBounds {
-  float rounded = 0, of_bytes = 0;
+// Bounds of a product by bits, for factors of norm 1: |r| with all rounding, and |w'|.
+struct BitBounds {
+  float rounded = 0, of_bits = 0;
 };
 
-// The tensors that come from Python: matrix and scales of int8, over the hidden state and over the
-// context; the bounds of both, and of the bias' rounding (2 + 2 + 1, panels), the largest of each
-// panel's columns. Empty where nothing is sought.
+// The tensors that come from Python: matrix and scales, of kInt6 over the hidden state and of kInt8
+// over the context; the bounds of both, and of the bias' rounding (2 + 2 + 1, panels), the largest
+// of each panel's columns. Empty where nothing is sought.
 struct PackedScreen {
   static constexpr int kTensors = 5;
   enum Part { kHidden, kContext, kParts };
   Matrix parts[kParts];
   int64_t panels, chunk_panels, chunks;
-  std::vector<std::array<ByteBounds, kParts>> bounds;  // of each chunk of panels
+  std::vector<std::array<BitBounds, kParts>> bounds;  // of each chunk of panels
   std::vector<float> bias_bounds;
+  float most_of_bits[kParts] = {};  // of all chunks
   PackedScreen(const PackedTensor* tensors, int64_t chunk_panels);
+};
+
+// How many steps there may be from one on, itself among them.
+struct StepsLeft {
+  int64_t least, most;
 };
 
 // What a step's rows are read out from.
@@ -53,23 +61,25 @@ class ScreenedValues {
   const Matrix& matrix() const { return matrix_; }  // (panels B, S / 4, width, 4)
   int64_t positions() const { return S_; }
   int64_t place(int64_t panel, int64_t source) const { return panel * B_ + source; }
-  const ByteBounds& bounds(int64_t chunk, int64_t source) const {
+  const BitBounds& bounds(int64_t chunk, int64_t source) const {
     return bounds_[chunk * B_ + source];
   }
+  float most_of_bits(int64_t source) const { return most_of_bits_[source]; }
 
  private:
   int64_t B_, S_;
   Tensor bytes_, scales_;
   Matrix matrix_;
-  std::vector<ByteBounds> bounds_;  // (chunks, B)
+  std::vector<BitBounds> bounds_;    // (chunks, B)
+  std::vector<float> most_of_bits_;  // (B,)
 };
 
 class Screen {
  public:
   // values (B, S, D); null without attention
   Screen(const PackedScreen& packed, int64_t most, const Tensor* values);
-  // Before a step by bytes, of so many that may come: the values' products where they will pay.
-  void prepare(int64_t steps_left);
+  // Before a step by bits, the first of those left: the values' products where they will pay.
+  void prepare(const StepsLeft& left);
   // How far a logit of a chunk may be from that of the product of floats, in row m of the last
   // step.
   float bound(int64_t m, int64_t chunk) const;
@@ -78,7 +88,7 @@ class Screen {
 
  private:
   friend class ScreenStep;
-  const ByteBounds& context_bounds(int64_t m, int64_t chunk) const;
+  const BitBounds& context_bounds(int64_t m, int64_t chunk) const;
   const float* norms(int64_t m, int64_t part) const {
     return norms_ + 2 * (m * PackedScreen::kParts + part);
   }
