@@ -509,7 +509,7 @@ def test_prepared_weights_follow_the_parameters(project_values):
         model.decoder.fc_out.weight.mul_(-1)
     after = model.generate(src, **options)
     assert model.decoder.packed is not kept
-    assert model.decoder.packed[1:] == ("float32", model.decoder.packed.watch, project_values)
+    assert model.decoder.packed[1:4] == ("float32", model.decoder.packed.watch, project_values)
     assert torch.equal(after.tokens, model.generate(src, backend="reference", **options).tokens)
     model.load_state_dict(make().state_dict())
     assert torch.equal(model.generate(src, **options).tokens, before.tokens)
@@ -854,3 +854,65 @@ def test_other_bad_input_is_refused():
     with pytest.raises(ValueError, match="project_values: got True, .* without attention"):
         make(KINDS[5]).prepare_inference(project_values=True)
     assert model.decoder.packed is None
+
+
+WRONG = {
+    "hidden of float64": lambda s, t: (s, t._replace(hidden=t.hidden.double())),
+    "hidden of int64": lambda s, t: (s, t._replace(hidden=t.hidden.long())),
+    "hidden of 4 dimensions": lambda s, t: (s, t._replace(hidden=t.hidden.unsqueeze(3))),
+    "hidden of 2 dimensions": lambda s, t: (s, t._replace(hidden=t.hidden[0])),
+    "hidden, sparse": lambda s, t: (s, t._replace(hidden=t.hidden.to_sparse())),
+    "hidden on meta": lambda s, t: (s, t._replace(hidden=t.hidden.to("meta"))),
+    "hidden of other layers": lambda s, t: (s, t._replace(hidden=t.hidden[:1])),
+    "hidden, wider": lambda s, t: (s, t._replace(hidden=torch.zeros(2, 3, 14))),
+    "cell of other rows": lambda s, t: (s, t._replace(cell=t.cell.transpose(0, 1).contiguous())),
+    "cell, none": lambda s, t: (s, t._replace(cell=None)),
+    "context": lambda s, t: (s, t._replace(context=torch.zeros(3, 13))),
+    "another state": lambda s, t: (s, tuple(t)),
+    "another source": lambda s, t: (tuple(s), t),
+    "values of other rows": lambda s, t: (s._replace(values=s.values[:2]), t),
+    "values, fewer": lambda s, t: (s._replace(values=s.values[:, :4]), t),
+    "values, wider": lambda s, t: (s._replace(values=torch.zeros(3, 5, 14)), t),
+    "values of bfloat16": lambda s, t: (s._replace(values=s.values.bfloat16()), t),
+    "v, longer": lambda s, t: (s._replace(v=torch.zeros(14)), t),
+    "v of 2 dimensions": lambda s, t: (s._replace(v=s.v[None]), t),
+    "keys of bfloat16": lambda s, t: (
+        s._replace(keys=s.keys._replace(keys=s.keys.keys.bfloat16())),
+        t,
+    ),
+    "powers of others": lambda s, t: (
+        s._replace(keys=s.keys._replace(powers=s.keys.powers[:, :-16])),
+        t,
+    ),
+    "mask of bytes": lambda s, t: (s._replace(mask=torch.ones(3, 5, dtype=torch.uint8)), t),
+    "mask of other places": lambda s, t: (s._replace(mask=torch.ones(3, 4).bool()), t),
+    "mask of 3 dimensions": lambda s, t: (s._replace(mask=torch.ones(3, 5, 1).bool()), t),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("name", WRONG)
+def test_prepared_weights_ask_the_same_questions(name, dtype):
+    """Those that are asked by the engine itself too: the errors are alike."""
+    errors = []
+    for prepare in (False, True):
+        model = make()
+        if prepare:
+            model.prepare_inference(dtype)
+        source, state = WRONG[name](*model.encode(sources(3, 5)))
+        for options in (GOOD, GOOD | {"sample": True}):  # on the short way, and the long one
+            with pytest.raises((TypeError, ValueError)) as raised:
+                s2s.generate(model.decoder, source, state, **options)
+            errors.append((raised.type, str(raised.value)))
+    assert len(set(errors)) == 1
+
+
+def test_prepared_weights_draw_what_others_do():
+    """No random number is lost on the way."""
+    model, src = make(), sources(3, 5)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(model.generate(src, sample=True, **GOOD).tokens)
+        model.prepare_inference()
+    assert torch.equal(*found)

@@ -52,6 +52,9 @@ def generate(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
+    found = _at_once(decoder, source, state, backend, options)
+    if found is not None:
+        return found
     B = _rows(decoder, state)
     with torch.no_grad(), evaluating(decoder):
         asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
@@ -70,7 +73,40 @@ def generate(
         else:
             with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
                 found = stepwise.generate(decoder, prepared, state, asked)
+    return _wanted(found, asked)
+
+
+def _wanted(found: Generated, asked: DecodingOptions) -> Generated:
     return found if asked.return_scores else found._replace(log_probs=None, scores=None)
+
+
+def _at_once(
+    decoder: "Decoder",
+    source: Any,  # a PreparedSource, or this is not the way
+    state: "DecoderState",
+    backend: str | None,
+    options: dict[str, Any],
+) -> Generated | None:
+    """`generate` of what is asked for most often at batch 1, a prepared source with prepared
+    weights, without the questions that the engine asks too: to ask them in Python takes as long as
+    a step or two of decoding. None where it is something else, or wrong, as those then tell."""
+    try:
+        packed = _ready(decoder, backend)
+        if packed is None or decoder.training:
+            return None
+        if state.context is not None and not decoder.query_after:
+            return None
+        widths = state.hidden.shape[2], source.values.shape[2], source.v.shape[0]
+        if widths != packed.widths:
+            return None
+        asked = checked(options, 0, decoder.output_dim, True)
+        # What depends on rows, and random numbers, which are not to be drawn in vain.
+        if asked.prefix is not None or asked.max_length_ratio is not None or asked.sample:
+            return None
+        with torch.no_grad():
+            return _wanted(native.generate_as_is(decoder, packed, source, state, asked), asked)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = False) -> None:

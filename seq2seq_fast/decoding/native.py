@@ -13,6 +13,7 @@ from .packing import PackedDecoder
 from .results import Generated
 
 if TYPE_CHECKING:
+    from ..nn.attention import PreparedSource
     from ..nn.decoder import Decoder, DecoderState
 
 
@@ -85,12 +86,47 @@ def generate(
         limits = stepwise.row_limits(source, options, B).contiguous()
     if options.prefix is not None:
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
-    context, from_source, mask = _source(source, state)
+    hidden, cell = _states(state)
+    context, parts, mask = _source(source, state)
+    return _decode(decoder, packed, hidden, cell, context, parts, mask, limits, prefix, options)
+
+
+def generate_as_is(
+    decoder: "Decoder",
+    packed: PackedDecoder,
+    source: "PreparedSource",
+    state: "DecoderState",
+    options: DecodingOptions,
+) -> Generated:
+    """`generate` of arguments that nobody has checked: the engine does, and raises a RuntimeError
+    of those that are wrong or not in float32. Options have no prefix and no max_length_ratio."""
+    hidden, cell, context = state
+    hidden = hidden.contiguous()
+    cell = hidden.new_empty(0) if cell is None else cell.contiguous()
+    keys, powers = source.keys
+    powers = keys.new_empty(0) if powers is None else powers
+    parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+    return _decode(decoder, packed, hidden, cell, context, parts, source.mask, None, None, options)
+
+
+def _decode(
+    decoder: "Decoder",
+    packed: PackedDecoder,
+    hidden: Tensor,
+    cell: Tensor,
+    context: Tensor | None,
+    from_source: list[Tensor],
+    mask: Tensor | None,
+    limits: Tensor | None,
+    prefix: Tensor | None,
+    options: DecodingOptions,
+) -> Generated:
     found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
         *packed.weights,
         decoder.cell_type,
         decoder.query_after,
-        *_states(state),
+        hidden,
+        cell,
         context,
         from_source,
         mask,
@@ -103,7 +139,7 @@ def generate(
         options.return_weights,
         options.return_scores,
         packed.projects_values,
-        sampling.seed_of(options, state.hidden.device) if options.sample else None,
+        sampling.seed_of(options, hidden.device) if options.sample else None,
         float(options.temperature),
         min(options.top_k, decoder.output_dim),
         float(options.top_p),

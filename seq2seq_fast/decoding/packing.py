@@ -51,6 +51,7 @@ class PackedDecoder(NamedTuple):
     dtype: str
     watch: WeightWatch
     projects_values: bool
+    widths: tuple[int, int, int]  # H, D, A: of panels they are not told to the last column
 
 
 def pack_decoder(
@@ -75,7 +76,9 @@ def pack_decoder(
     watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
         weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
-    return PackedDecoder(weights, dtype, watch, project_values)
+    A = 0 if decoder.attention is None else decoder.attention.Wa.weight.shape[0]
+    widths = decoder.hidden_dim, decoder.context_dim, A
+    return PackedDecoder(weights, dtype, watch, project_values, widths)
 
 
 def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:

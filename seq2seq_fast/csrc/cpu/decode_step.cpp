@@ -61,9 +61,14 @@ bool PackedDecoder::fits(int64_t H, int64_t D, int64_t A, bool attends) const {
 
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
                              const std::optional<Tensor>& context, int64_t B)
-    : v(x.empty() ? 0 : round_up(x[3].size(0), kPad)), D(context ? context->size(1) : 0) {
-  STD_TORCH_CHECK(!context || context->size(0) == B, "expected a context of each row");
+    : v(x.size() < 4 ? 0 : round_up(x[3].size(0), kPad)), D(context ? context->size(1) : 0) {
+  STD_TORCH_CHECK(!context || (context->dim() == 2 && context->size(0) == B),
+                  "expected a context of each row");
   if (x.empty()) return;
+  STD_TORCH_CHECK(x.size() == 4 && x[0].dim() == 3 && x[0].size(1) > 0 && x[2].dim() == 3 &&
+                      x[3].dim() == 1 && x[0].scalar_type() == ScalarType::Float &&
+                      (!mask_ || (mask_->dim() == 2 && mask_->scalar_type() == ScalarType::Bool)),
+                  "expected float32 keys, powers, values and v, and a mask of bool");
   keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
   values = x[2], v_ = x[3];
   S = keys->S, A = keys->H, D = values.size(2);
@@ -112,8 +117,10 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       covered_{Buffer<float>(cover ? most * source.S : 0),
                Buffer<float>(cover ? most * source.S : 0)} {
   const int64_t B = hidden_state.size(1);
-  STD_TORCH_CHECK(static_cast<size_t>(L_) == model.layers.size() && B <= most &&
-                      cell_state.numel() == (lstm_ ? hidden_state.numel() : 0),
+  const bool alike = cell_state.dim() == 3 && cell_state.size(0) == L_ && cell_state.size(1) == B &&
+                     cell_state.size(2) == H_;
+  STD_TORCH_CHECK(static_cast<size_t>(L_) == model.layers.size() && hidden_state.dim() == 3 &&
+                      B > 0 && B <= most && (lstm_ ? alike : cell_state.numel() == 0),
                   "expected hidden (L, B, H) of the decoder's layers, and cell of an LSTM");
   const auto load = [&](const Tensor& from, float* to) {
     for (int64_t i = 0; i < L_; ++i)
