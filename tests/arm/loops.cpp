@@ -188,6 +188,14 @@ void perturbed(int64_t n) {
   }
   kLoopsDefault.perturb(which, 2, x.data(), n, out.data());
   compare("perturb", out, want, 1e-5);
+  // Of some tokens: the same bits
+  std::vector<int32_t> tokens;
+  std::vector<float> some, same;
+  for (int32_t i = 0; i < n; i += 3)
+    tokens.push_back(256 * 2 + i), some.push_back(x[i]), same.push_back(out[i]);
+  const auto count = static_cast<int64_t>(tokens.size());
+  kLoopsDefault.perturb_some(which, tokens.data(), some.data(), count, some.data());
+  compare("perturb_some", some, {same.begin(), same.end()}, 0);
 }
 
 }  // namespace

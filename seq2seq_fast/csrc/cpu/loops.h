@@ -197,6 +197,9 @@ struct Loops {
   // out = scale x + g for the n numbers of a block, kRandomBlock at most; each has a g of its own,
   // of Gumbel's distribution, below kMostPerturbed.
   void (*perturb)(const Draw& draw, int64_t block, const float* x, int64_t n, float* out);
+  // The same of the logits x of some tokens.
+  void (*perturb_some)(const Draw& draw, const int32_t* tokens, const float* x, int64_t n,
+                       float* out);
 
   // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
   // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not

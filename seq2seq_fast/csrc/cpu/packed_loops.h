@@ -99,8 +99,70 @@ S2S_INLINE float add_product(float acc, float x, float w) {
 #endif
 }
 
-// kTogether sums at a time, as each waits for its own last addition; the next ones' weights are on
-// their way meanwhile.
+#if S2S_LANES == 16
+
+S2S_INLINE Four four_weights(const float* w) { return *reinterpret_cast<const Four*>(w); }
+S2S_INLINE Four four_weights(const uint16_t* w) {
+  __m128i bits;
+  std::memcpy(&bits, w, 8);
+  return (Four)_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+}
+
+// Of kVec N rows, N of 1 or 2: a lane has a row, and lanes' sums wait each for its last addition.
+template <int N, typename W>
+S2S_INLINE void dots_together(const Operand* operands, int64_t row, const W* w, int64_t ld,
+                              const int32_t* places, int64_t n, const float* bias, float* out) {
+  constexpr int kRowsOfW = N * static_cast<int>(kVec);
+  const auto place = [&](int64_t i) { return places[i < n ? i : n - 1]; };
+  const W* from[kRowsOfW];
+  for (int i = 0; i < kRowsOfW; ++i) from[i] = w + place(i) * ld;
+  int64_t ahead[kRowsOfW];  // the next ones' weights are on their way meanwhile
+  for (int i = 0; i < kRowsOfW; ++i) ahead[i] = w + place(kRowsOfW + i) * ld - from[i];
+  Vec acc[N] = {};
+  for (int s = 0; s < kOperands; ++s) {
+    const int64_t K = operands[s].K;
+    const float* x = operands[s].x + row * operands[s].ld;
+    for (int64_t k = 0; k < K; k += 4) {
+      if (n > kRowsOfW && k % (kLineBytes / static_cast<int64_t>(sizeof(W))) == 0)
+        for (int i = 0; i < kRowsOfW; ++i) __builtin_prefetch(from[i] + ahead[i] + k);
+#pragma GCC unroll 2
+      for (int j = 0; j < N; ++j) {
+        const auto add = [&](int64_t at, const Vec& column) S2S_LAMBDA {
+          acc[j] = (Vec)_mm512_fmadd_ps(_mm512_set1_ps(x[at]), (__m512)column, (__m512)acc[j]);
+        };
+        if (K - k >= 4) {
+          Vec columns[4];
+          four_columns([&](int i) S2S_LAMBDA { return four_weights(from[j * kVec + i] + k); },
+                       columns);
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; ++c) add(k + c, columns[c]);
+        } else {
+          for (int64_t at = k; at < K; ++at) {
+            Vec column;
+            for (int i = 0; i < kVec; ++i) column[i] = one_weight(from[j * kVec + i][at]);
+            add(at, column);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kRowsOfW; ++i) from[i] += K;
+  }
+  for (int64_t i = 0; i < std::min<int64_t>(n, kRowsOfW); ++i)
+    out[i] = bias[places[i]] + acc[i / kVec][i % kVec];
+}
+
+template <typename W>
+S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
+                        const int32_t* places, int64_t n, const float* bias, float* out) {
+  int64_t i = 0;
+  for (; n - i > kVec; i += 2 * kVec)
+    dots_together<2>(operands, row, w, ld, places + i, n - i, bias, out + i);
+  if (i < n) dots_together<1>(operands, row, w, ld, places + i, n - i, bias, out + i);
+}
+
+#else
+
+// kTogether sums at a time, as each waits for its own last addition.
 template <typename W>
 S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
                         const int32_t* places, int64_t n, const float* bias, float* out) {
@@ -110,23 +172,19 @@ S2S_INLINE void dots_of(const Operand* operands, int64_t row, const W* w, int64_
     float acc[kTogether] = {};
     const auto place = [&](int i) { return places[first + i < n ? first + i : n - 1]; };
     for (int i = 0; i < kTogether; ++i) from[i] = w + place(i) * ld;
-    const bool more = first + kTogether < n;
-    int64_t apart[kTogether];
-    for (int i = 0; i < kTogether; ++i) apart[i] = w + place(kTogether + i) * ld - from[i];
     for (int s = 0; s < kOperands; ++s) {
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
-      for (int64_t k = 0; k < K; ++k) {
-        if (more && k % (kLineBytes / static_cast<int64_t>(sizeof(W))) == 0)
-          for (int i = 0; i < kTogether; ++i) __builtin_prefetch(from[i] + apart[i] + k);
+      for (int64_t k = 0; k < K; ++k)
         for (int i = 0; i < kTogether; ++i)
           acc[i] = add_product(acc[i], x[k], one_weight(from[i][k]));
-      }
       for (int i = 0; i < kTogether; ++i) from[i] += K;
     }
     for (int i = 0; i < kTogether && first + i < n; ++i) out[first + i] = bias[place(i)] + acc[i];
   }
 }
+
+#endif
 
 void dots(const Operand* operands, int64_t row, const float* w, int64_t ld, const int32_t* places,
           int64_t n, const float* bias, float* out) {

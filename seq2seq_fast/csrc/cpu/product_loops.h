@@ -97,37 +97,16 @@ void sum_rows(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, flo
 
 // to (N, M), ld_to apart, = from (M, N) transposed.
 void transpose(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to) {
-  typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
   int64_t i = 0;
 #if S2S_LANES == 16
-  // Sixteen rows by four columns: quarter q of x[r] is of row 4 q + r.
   for (; i + 16 <= M; i += 16) {
     int64_t j = 0;
     for (; j + 4 <= N; j += 4) {
-      Vec x[4], y[4];
-      for (int r = 0; r < 4; ++r) {
-        Four of[4];
-        for (int q = 0; q < 4; ++q)
-          of[q] = *reinterpret_cast<const Four*>(from + (i + 4 * q + r) * ld + j);
-        x[r] =
-            __builtin_shufflevector(__builtin_shufflevector(of[0], of[1], 0, 1, 2, 3, 4, 5, 6, 7),
-                                    __builtin_shufflevector(of[2], of[3], 0, 1, 2, 3, 4, 5, 6, 7),
-                                    0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      }
-      for (int r = 0; r < 4; r += 2) {
-        y[r] = __builtin_shufflevector(x[r], x[r + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12,
-                                       28, 13, 29);
-        y[r + 1] = __builtin_shufflevector(x[r], x[r + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11,
-                                           27, 14, 30, 15, 31);
-      }
-      for (int r = 0; r < 2; ++r) {
-        store(to + (j + 2 * r) * ld_to + i,
-              __builtin_shufflevector(y[r], y[r + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12,
-                                      13, 28, 29));
-        store(to + (j + 2 * r + 1) * ld_to + i,
-              __builtin_shufflevector(y[r], y[r + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27,
-                                      14, 15, 30, 31));
-      }
+      Vec columns[4];
+      four_columns(
+          [&](int r) S2S_LAMBDA { return *reinterpret_cast<const Four*>(from + (i + r) * ld + j); },
+          columns);
+      for (int r = 0; r < 4; ++r) store(to + (j + r) * ld_to + i, columns[r]);
     }
     for (; j < N; ++j)
       for (int r = 0; r < 16; ++r) to[j * ld_to + i + r] = from[(i + r) * ld + j];

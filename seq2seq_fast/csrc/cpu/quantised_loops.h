@@ -98,7 +98,10 @@ void to_bytes(const float* x, int64_t n, int64_t width, uint8_t* out, float* sca
 }
 
 void six_to_eight(const uint8_t* w, int64_t fours, uint8_t* out) {
-  for (int64_t k = 0; k < fours; ++k, w += SixBits::bytes(kPanel), out += EightBits::bytes(kPanel))
+  const uint8_t* behind = w + fours * SixBits::bytes(kPanel);  // which is unpacked next
+  for (int64_t k = 0; k < fours;
+       ++k, w += SixBits::bytes(kPanel), out += EightBits::bytes(kPanel)) {
+    for (int64_t part = 0; part < 3; ++part, behind += kPanel) __builtin_prefetch(behind, 0, 2);
     for (int64_t at = 0; at < kBlock; at += kVec) {
       VecInt b[kBlocks];
       SixBits::load(w + 4 * at, b);
@@ -107,6 +110,7 @@ void six_to_eight(const uint8_t* w, int64_t fours, uint8_t* out) {
         std::memcpy(out + 4 * (at + j * SixBits::kApart), &b[j], sizeof b[j]);
       }
     }
+  }
 }
 
 }  // namespace

@@ -42,19 +42,55 @@ void dropout(uint64_t key, int64_t block, int64_t n, uint64_t threshold, float k
   }
 }
 
-// -log(-log u) of u uniform between 0 and 1, by v = 1 - u, whose small numbers have all their bits:
-// log u = log w + ((1 - w) - v) / w with w = 1 - v rounded.
+// The j-th number of one counter.
+S2S_INLINE uint32_t philox_of_one(uint64_t key, uint64_t counter, uint32_t third, uint32_t fourth,
+                                  int64_t j) {
+  uint32_t x[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), third,
+                   fourth};
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t a = uint64_t{0xD2511F53u} * x[0], b = uint64_t{0xCD9E8D57u} * x[2];
+    x[0] = static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0;
+    x[1] = static_cast<uint32_t>(b);
+    x[2] = static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1;
+    x[3] = static_cast<uint32_t>(a);
+  }
+  return x[j];
+}
+
+S2S_INLINE float uniform(uint32_t number) {
+  return static_cast<float>(number) * 0x1p-32f + 0x1p-33f;
+}
+
+// scale x - log(-log u) of u uniform between 0 and 1, by v = 1 - u, whose small numbers have all
+// their bits: log u = log w + ((1 - w) - v) / w with w = 1 - v rounded.
+S2S_INLINE Vec perturbed(const Vec& x, const Vec& v, float scale) {
+  const Vec below = at_most(1 - 0x1p-24f, v), w = 1.f - below;
+  const Vec e = -(log_positive(w) + ((1.f - w) - below) / w);
+  return x * scale - log_positive(e);
+}
+
 void perturb(const Draw& draw, int64_t block, const float* x, int64_t n, float* out) {
   uint32_t numbers[4][kLanesOfPhilox];
   philox(draw.seed, static_cast<uint64_t>(block) * kLanesOfPhilox, draw.row, draw.step, numbers);
   float v[kRandomBlock];
   for (int j = 0; j < 4; ++j)
     for (int lane = 0; lane < kLanesOfPhilox; ++lane)
-      v[j * kLanesOfPhilox + lane] = static_cast<float>(numbers[j][lane]) * 0x1p-32f + 0x1p-33f;
+      v[j * kLanesOfPhilox + lane] = uniform(numbers[j][lane]);
+  for (int64_t i = 0; i < n; i += kVec)
+    store_some(out + i, perturbed(load_some(x + i, n - i), load(v + i), draw.scale), n - i);
+}
+
+void perturb_some(const Draw& draw, const int32_t* tokens, const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kVec) {
-    const Vec below = at_most(1 - 0x1p-24f, load(v + i)), w = 1.f - below;
-    const Vec e = -(log_positive(w) + ((1.f - w) - below) / w);
-    store_some(out + i, load_some(x + i, n - i) * draw.scale - log_positive(e), n - i);
+    float v[kVec];
+    for (int64_t lane = 0; lane < kVec; ++lane) {
+      const int64_t token = tokens[i + lane < n ? i + lane : i], at = token % kRandomBlock;
+      const int64_t counter = token / kRandomBlock * kLanesOfPhilox + at % kLanesOfPhilox;
+      v[lane] = uniform(philox_of_one(draw.seed, static_cast<uint64_t>(counter), draw.row,
+                                      draw.step, at / kLanesOfPhilox));
+    }
+    store_some(out + i, perturbed(load_some(x + i, n - i), load(v), draw.scale), n - i);
   }
 }
 

@@ -7,6 +7,14 @@
 
 namespace seq2seq_fast {
 
+// The first of the largest, perturbed.
+static int32_t drawn_of(const std::vector<int32_t>& tokens, std::vector<float> values,
+                        const Draw& draw) {
+  loops.perturb_some(draw, tokens.data(), values.data(), static_cast<int64_t>(tokens.size()),
+                     values.data());
+  return tokens[std::max_element(values.begin(), values.end()) - values.begin()];
+}
+
 constexpr int64_t kMostChunk = 4;  // panels
 
 // What rounding can add to a difference of such numbers.
@@ -227,29 +235,26 @@ int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
                   values.data() + v);
   const std::vector<int32_t> tokens = left(m, values.data(), draw.scale);
   if (tokens.size() == 1) return tokens[0];
-  std::vector<float> exact = this->exact(m, tokens);
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const int64_t block = tokens[i] / kRandomBlock, at = tokens[i] % kRandomBlock;
-    float one[kRandomBlock] = {};
-    one[at] = exact[i];
-    loops.perturb(draw, block, one, kRandomBlock, one);
-    exact[i] = one[at];
-  }
-  return tokens[std::max_element(exact.begin(), exact.end()) - exact.begin()];
+  return drawn_of(tokens, exact(m, tokens), draw);
 }
 
 int32_t Readout::drawn(int64_t m, const Sampling& sampling, const Draw& draw) {
   const int64_t V = packed_.V;
   if (!sought_ && !finite(m)) return most_probable(m);
   if (sought_ && !sampling.cuts(V)) return find_drawn(m, draw);
-  if (sought_) make_largest(m, sampling.top_k);
+  if (sought_) {
+    const std::vector<int32_t> tokens = among_largest(m, sampling.top_k);
+    std::vector<float> values = exact(m, tokens);
+    cut(sampling, values.data(), static_cast<int64_t>(values.size()));
+    return drawn_of(tokens, values, draw);
+  }
   if (sampling.cuts(V)) cut(sampling, logits(m), V);
   return seq2seq_fast::drawn(logits(m), V, draw);
 }
 
-void Readout::make_largest(int64_t m, int64_t k) {
+std::vector<int32_t> Readout::among_largest(int64_t m, int64_t k) const {
   const int64_t V = packed_.V, width = packed_.chunk_width();
-  float* x = logits(m);
+  const float* x = logits(m);
   std::vector<float> lowest(V);  // what the logits are not below
   for (int64_t i = 0; i < packed_.chunks; ++i) {
     const float off = near(m)[i].bound;
@@ -261,9 +266,7 @@ void Readout::make_largest(int64_t m, int64_t k) {
     const float off = near(m)[i].bound;
     add_above(x, i, kth - off - slack(kth, off), tokens);
   }
-  std::fill_n(x, V, -INFINITY);
-  const std::vector<float> found = exact(m, tokens);
-  for (size_t i = 0; i < tokens.size(); ++i) x[tokens[i]] = found[i];
+  return tokens.empty() ? std::vector<int32_t>{0} : tokens;
 }
 
 }  // namespace seq2seq_fast

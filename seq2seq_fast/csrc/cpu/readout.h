@@ -82,8 +82,8 @@ class Readout {
   void bar(int64_t m, int64_t token);
   // The first of equals. Of what is not barred, where it is sought.
   int32_t most_probable(int64_t m) const;
-  // One of what is not barred, drawn; changes the logits of what it cannot be, and makes those of
-  // what it may be. As `most_probable` where one is +inf or NaN.
+  // One of what is not barred, drawn; may change the logits of what it cannot be. As
+  // `most_probable` where one is +inf or NaN.
   int32_t drawn(int64_t m, const Sampling& sampling, const Draw& draw);
 
  private:
@@ -95,8 +95,8 @@ class Readout {
   std::vector<int32_t> largest(int64_t m) const;
   int32_t find(int64_t m) const;
   int32_t find_drawn(int64_t m, const Draw& draw) const;
-  // Makes the logits of all that may be among the k largest; the others become -inf.
-  void make_largest(int64_t m, int64_t k);
+  // Tokens whose logits may be among the k largest.
+  std::vector<int32_t> among_largest(int64_t m, int64_t k) const;
   // Tokens whose value, out of one of each logit, may be the largest: a chunk's is off by its
   // bound, times scale, and by roundings of numbers as large as kMostPerturbed.
   std::vector<int32_t> left(int64_t m, const float* values, float scale) const;

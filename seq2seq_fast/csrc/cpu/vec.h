@@ -44,6 +44,36 @@ S2S_INLINE void store_some(float* p, Vec x, int64_t n) {
   std::memcpy(p, &x, sizeof(float) * n);
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+#if S2S_LANES == 16
+// Four columns of sixteen rows; row(i) is a Four of the i-th.
+template <typename F>
+S2S_INLINE void four_columns(F row, Vec (&columns)[4]) {
+  Vec x[4], y[4];  // quarter q of x[r] is of row 4 q + r
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+    x[r] = __builtin_shufflevector(
+        __builtin_shufflevector(row(r), row(4 + r), 0, 1, 2, 3, 4, 5, 6, 7),
+        __builtin_shufflevector(row(8 + r), row(12 + r), 0, 1, 2, 3, 4, 5, 6, 7), 0, 1, 2, 3, 4, 5,
+        6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#pragma GCC unroll 2
+  for (int r = 0; r < 4; r += 2) {
+    y[r] = __builtin_shufflevector(x[r], x[r + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28,
+                                   13, 29);
+    y[r + 1] = __builtin_shufflevector(x[r], x[r + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27,
+                                       14, 30, 15, 31);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    columns[2 * r] = __builtin_shufflevector(y[r], y[r + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24,
+                                             25, 12, 13, 28, 29);
+    columns[2 * r + 1] = __builtin_shufflevector(y[r], y[r + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11,
+                                                 26, 27, 14, 15, 30, 31);
+  }
+}
+#endif
+
 // Lane i of the result is the sum of the lanes of in[i]. Overwrites `in`.
 S2S_INLINE Vec sums(Vec in[kVec]) {
 #if S2S_LANES == 16
