@@ -299,6 +299,16 @@ inline uint32_t exchange(Exchange kind, uint32_t value, uint32_t argument) {
   return current->result;
 }
 
+// What atomic operations are here, where no thread comes in between: x becomes f(x).
+template <typename F>
+unsigned atomically(unsigned* x, F f) {
+  const races::Unwatched own;
+  IF_WATCHED(races::release(x, true), races::acquire(x, true));
+  const unsigned old = *x;
+  *x = f(old);
+  return old;
+}
+
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::current->thread)
@@ -337,21 +347,11 @@ inline int __any_sync(uint32_t, int x) {
   return static_cast<int>(cuda_on_cpu::exchange(cuda_on_cpu::Exchange::kAny, x != 0, 0));
 }
 inline unsigned atomicAdd(unsigned* x, unsigned y) {
-  using namespace cuda_on_cpu;
-  const races::Unwatched own;
-  IF_WATCHED(races::release(x, true), races::acquire(x, true));
-  const unsigned old = *x;
-  *x += y;
-  return old;
+  return cuda_on_cpu::atomically(x, [&](unsigned old) { return old + y; });
 }
 // One more, or 0 behind `most`.
 inline unsigned atomicInc(unsigned* x, unsigned most) {
-  using namespace cuda_on_cpu;
-  const races::Unwatched own;
-  IF_WATCHED(races::release(x, true), races::acquire(x, true));
-  const unsigned old = *x;
-  *x = old >= most ? 0 : old + 1;
-  return old;
+  return cuda_on_cpu::atomically(x, [&](unsigned old) { return old >= most ? 0 : old + 1; });
 }
 template <typename T>
 T __ldcg(const T* x) {
