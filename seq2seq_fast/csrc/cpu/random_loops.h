@@ -9,6 +9,23 @@ namespace {
 
 constexpr int kLanesOfPhilox = 64;  // with 16 the loops are unrolled, and no longer vectors
 
+// One of ten rounds, on the four words of a counter.
+S2S_INLINE void philox_round(uint32_t& w, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t k0,
+                             uint32_t k1) {
+  const uint64_t a = uint64_t{0xD2511F53u} * w, b = uint64_t{0xCD9E8D57u} * y;
+  w = static_cast<uint32_t>(b >> 32) ^ x ^ k0;
+  x = static_cast<uint32_t>(b);
+  y = static_cast<uint32_t>(a >> 32) ^ z ^ k1;
+  z = static_cast<uint32_t>(a);
+}
+
+// Calls f with the keys of each round.
+template <typename F>
+S2S_INLINE void over_rounds(uint64_t key, F f) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) f(k0, k1);
+}
+
 // Four numbers for each of the counters first, first + 1, ..., which have two words more.
 S2S_INLINE void philox(uint64_t key, uint64_t first, uint32_t third, uint32_t fourth,
                        uint32_t (&out)[4][kLanesOfPhilox]) {
@@ -18,16 +35,10 @@ S2S_INLINE void philox(uint64_t key, uint64_t first, uint32_t third, uint32_t fo
     out[2][i] = third;
     out[3][i] = fourth;
   }
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-    for (int i = 0; i < kLanesOfPhilox; ++i) {
-      const uint64_t a = uint64_t{0xD2511F53u} * out[0][i], b = uint64_t{0xCD9E8D57u} * out[2][i];
-      const uint32_t x = out[1][i], y = out[3][i];
-      out[0][i] = static_cast<uint32_t>(b >> 32) ^ x ^ k0;
-      out[1][i] = static_cast<uint32_t>(b);
-      out[2][i] = static_cast<uint32_t>(a >> 32) ^ y ^ k1;
-      out[3][i] = static_cast<uint32_t>(a);
-    }
+  over_rounds(key, [&](uint32_t k0, uint32_t k1) S2S_LAMBDA {
+    for (int i = 0; i < kLanesOfPhilox; ++i)
+      philox_round(out[0][i], out[1][i], out[2][i], out[3][i], k0, k1);
+  });
 }
 
 void dropout(uint64_t key, int64_t block, int64_t n, uint64_t threshold, float kept, float* out) {
@@ -47,14 +58,8 @@ S2S_INLINE uint32_t philox_of_one(uint64_t key, uint64_t counter, uint32_t third
                                   int64_t j) {
   uint32_t x[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), third,
                    fourth};
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint64_t a = uint64_t{0xD2511F53u} * x[0], b = uint64_t{0xCD9E8D57u} * x[2];
-    x[0] = static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0;
-    x[1] = static_cast<uint32_t>(b);
-    x[2] = static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1;
-    x[3] = static_cast<uint32_t>(a);
-  }
+  over_rounds(key, [&](uint32_t k0, uint32_t k1)
+                       S2S_LAMBDA { philox_round(x[0], x[1], x[2], x[3], k0, k1); });
   return x[j];
 }
 
