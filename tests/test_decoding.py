@@ -907,6 +907,24 @@ def test_prepared_weights_ask_the_same_questions(name, dtype):
     assert len(set(errors)) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3}, {"return_scores": False}])
+def test_prepared_weights_take_the_short_way(monkeypatch, options):
+    """Without the questions that the engine asks, to the same result."""
+    model = make().prepare_inference()
+    source, state = model.encode(sources(3, 5))
+
+    def generate():
+        return s2s.generate(model.decoder, source, state, **GOOD, **options)
+
+    short = generate()
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "_rows", None)  # the long way's first question
+        generate()
+    monkeypatch.setattr(decoding, "_at_once", lambda *_: None)
+    for name, x in generate()._asdict().items():
+        assert x is None if getattr(short, name) is None else torch.equal(x, getattr(short, name))
+
+
 def test_prepared_weights_draw_what_others_do():
     """No random number is lost on the way."""
     model, src = make(), sources(3, 5)

@@ -35,8 +35,8 @@ void keep_freed_memory();
 void ask_for_huge_pages(void* data, size_t bytes);
 
 // The same of whole ones, that many calls will read: they are made at once, of pages too that have
-// been written to. In small ones, which lie anywhere, the second level of the cache has no place
-// for many lines whose addresses differ in whole multiples of its ways, and room for others.
+// been written to. Small ones lie anywhere, and their lines may crowd in some sets of the cache's
+// second level while others are empty.
 constexpr size_t kHugePage = size_t{2} << 20;
 void collapse_to_huge_pages(void* data, size_t bytes);
 
