@@ -165,7 +165,8 @@ def print_peak(name, which):
 def test_peak_memory(case, rows):
     peaks = memory.peaks(__file__, case.name, {"library": "library", "eager": "tutorial"})
     for row in rows:
-        if (row["name"], row["shape"]) == (case.name, case.shape()):
+        what = row["kind"], row["name"], row["shape"], row["mode"]
+        if what == ("model", case.name, case.shape(), case.what):
             row["peak_bytes"] = peaks
 
 

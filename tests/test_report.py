@@ -1,7 +1,7 @@
 """The benchmark report on made-up figures, and the cases that it and the tests share."""
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,10 @@ import torch
 from cases import FIGURES, ODD, STEPS, WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-report = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_seq2seq  # noqa: E402
+import report  # noqa: E402
 
 ATTENTION = {
     "kind": "attention",
@@ -121,6 +122,17 @@ def test_written_files(tmp_path, monkeypatch):
         *("2.00 ms", "5.00×", "3.00×", "–"),
     ]
     assert "0.50 in the median" in readme.read_text() and "25% at most" in readme.read_text()
+
+
+def test_peak_memory_goes_to_the_row_that_it_was_measured_for(monkeypatch):
+    case = bench_seq2seq.LETTERS  # whose shape other rows have too
+    row = MODEL | {"name": case.name, "shape": case.shape(), "mode": case.what}
+    others = [row | {"kind": "growth"}, row | {"mode": bench_seq2seq.STEP}, MODEL]
+    peaks = {"library": 1_000_000, "eager": 20_000_000}
+    monkeypatch.setattr(bench_seq2seq.memory, "peaks", lambda *_: peaks)
+    rows = [row, *others]
+    bench_seq2seq.test_peak_memory(case, rows)
+    assert ["peak_bytes" in r for r in rows] == [True, False, False, False]
 
 
 def test_chart(tmp_path):
