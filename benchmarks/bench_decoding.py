@@ -252,6 +252,44 @@ def test_encoder(name, sizes, B, compare):
     )
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_encoder_of_rows_that_end(trained, compare):
+    """Against nn.LSTM of packed sequences, in the tutorial's encoder."""
+    (V, S, _), B = TUTORIAL.values(), 64
+    model, _ = models(V)
+    twin = plain.Encoder(V, EMB, H, LAYERS, 0.0)
+    twin.load_state_dict(model.encoder.state_dict())
+    lengths = torch.randint(1, S + 1, (B,))
+    src = torch.randint(1, V, (B, S)).masked_fill(torch.arange(S) >= lengths[:, None], 0)
+    encoder = (model.encoder if trained else model.encoder.prepare_inference()).train(trained)
+
+    def packed():
+        pack = nn.utils.rnn.pack_padded_sequence
+        rows = pack(twin.embedding(src), lengths, batch_first=True, enforce_sorted=False)
+        outputs, (hidden, cell) = twin.lstm(rows)
+        outputs, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=S)
+        return outputs, hidden, cell
+
+    def run(found, module):
+        with torch.set_grad_enabled(trained):
+            results = found()
+            if trained:
+                module.zero_grad()
+                sum(x.sum() for x in results).backward()
+
+    compare(
+        {
+            "library": lambda: run(lambda: encoder(src, lengths), encoder),
+            "tutorial code": lambda: run(packed, twin),
+        },
+        kind="decoding",
+        name="tutorial model",
+        mode="`encoder(src, lengths)` of 1 to S tokens" + (", training" if trained else ""),
+        shape={"B": B, "V": V, "S": S, "H": H},
+        steps=1,
+    )
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("B", [1, 16])
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ def spelled(words: Sequence[str], device: str) -> Tensor:
 
 
 def groups(words: Iterable[str], size: int) -> list[list[str]]:
-    """At most `size` words of one length each: the encoder reads on through padding, and a word
-    would then sound different beside a longer one."""
+    """At most `size` words of one length each: the tutorial's encoder reads on through padding, and
+    a word would then sound different beside a longer one."""
     of_length: dict[int, list[str]] = {}
     for word in words:
         of_length.setdefault(len(word), []).append(word)
@@ -123,11 +123,12 @@ class Batches:
             yield Batch(spelled(group, self.device), padded(trg, self.device))
 
 
-def build(hidden: int) -> s2s.Seq2Seq:
+def build(hidden: int, pack_padded: bool = False) -> s2s.Seq2Seq:
     return s2s.Seq2Seq(
         s2s.Encoder(len(LETTERS), EMBEDDING, hidden, LAYERS, DROPOUT),
         s2s.Decoder(len(PHONEMES), EMBEDDING, hidden, LAYERS, DROPOUT),
         pad_idx=PAD,
+        pack_padded=pack_padded,
     )
 
 

@@ -25,7 +25,6 @@ from pronounce import (
     at_least,
     build,
     draw_attention,
-    groups,
     saved,
     spelled,
 )
@@ -35,7 +34,7 @@ import seq2seq_fast as s2s
 
 def load(path: Path, dtype: str) -> s2s.Seq2Seq:
     checkpoint = saved(path)
-    model = build(checkpoint["hidden"]).eval()
+    model = build(checkpoint["hidden"], pack_padded=True).eval()  # words of any lengths together
     model.load_state_dict(checkpoint["model"])
     return model.prepare_inference(dtype)
 
@@ -50,18 +49,16 @@ def pronounced(
     came together."""
     for batch in (w[i : i + batch_size] for w in words for i in range(0, len(w), batch_size)):
         found: dict[str, Lines] = {}
-        for group in groups(dict.fromkeys(word.lower() for word in batch), batch_size):
-            out = model.generate(
-                spelled(group, "cpu"), bos=SOS, eos=EOS, pad_idx=PAD, max_length=LONGEST,
-                beam_size=beam, n_best=n_best,
-            )  # fmt: skip
-            shape = (len(group), n_best, -1)
-            tokens, log_probs = out.tokens.view(shape).tolist(), out.log_probs.view(shape[:2])
-            for word, rows, row_log_probs in zip(group, tokens, log_probs.tolist(), strict=True):
-                said = [
-                    " ".join(PHONEMES[i] for i in row if i not in (PAD, SOS, EOS)) for row in rows
-                ]
-                found[word] = list(zip(said, row_log_probs, strict=True))
+        each = list(dict.fromkeys(word.lower() for word in batch))
+        out = model.generate(
+            spelled(each, "cpu"), bos=SOS, eos=EOS, pad_idx=PAD, max_length=LONGEST,
+            beam_size=beam, n_best=n_best,
+        )  # fmt: skip
+        shape = (len(each), n_best, -1)
+        tokens, log_probs = out.tokens.view(shape).tolist(), out.log_probs.view(shape[:2])
+        for word, rows, row_log_probs in zip(each, tokens, log_probs.tolist(), strict=True):
+            said = [" ".join(PHONEMES[i] for i in row if i not in (PAD, SOS, EOS)) for row in rows]
+            found[word] = list(zip(said, row_log_probs, strict=True))
         for word in batch:
             yield word, found[word.lower()]
 

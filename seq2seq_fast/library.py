@@ -52,8 +52,8 @@ SCHEMAS = {
     " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # An encoder's layers, with weights packed as decoding has them.
-    "recurrent_layers": "(Tensor x, Tensor packed, Tensor layout, str cell_type, int hidden_dim,"
-    " bool bidirectional) -> (Tensor, Tensor, Tensor)",
+    "recurrent_layers": "(Tensor x, Tensor? lengths, Tensor packed, Tensor layout, str cell_type,"
+    " int hidden_dim, bool bidirectional) -> (Tensor, Tensor, Tensor)",
     # Memory for n bytes of weights, in few large pages where there are some.
     "weights_memory": "(Tensor like, int n) -> Tensor",
     # The same on a GPU: steps over a state that stays there, and what they have come to.

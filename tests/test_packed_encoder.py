@@ -15,10 +15,10 @@ from seq2seq_fast.library import use_backend
 CELLS = ["lstm", "gru", "rnn"]
 
 
-def make(cell_type="lstm", H=24, layers=2, bidirectional=False, **more):
+def make(cell_type="lstm", H=24, layers=2, bidirectional=False, dropout=0.3, **more):
     torch.manual_seed(0)
     options = {"cell_type": cell_type, "bidirectional": bidirectional} | more
-    return s2s.Encoder(13, 7, H, layers, 0.3, **options).eval()
+    return s2s.Encoder(13, 7, H, layers, dropout, **options).eval()
 
 
 def numbers(found):
@@ -128,6 +128,34 @@ def test_where_it_is_not_wanted():
         double = copy.deepcopy(encoder).double()
         assert double(src)[0].dtype == torch.float64
         assert make().double().prepare_inference().packed is None
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell_type", CELLS)
+@pytest.mark.parametrize("lengths", [None, [5, 0, 3]])
+def test_autocast(cell_type, bidirectional, lengths):
+    """float16 too, which torch's LSTM refuses on most processors."""
+    src, ends = torch.randint(13, (3, 5)), None if lengths is None else torch.tensor(lengths)
+    for prepared in (False, True):
+        encoder = make(cell_type, bidirectional=bidirectional, dropout=0.0)
+        if prepared:
+            encoder.prepare_inference()
+        with torch.no_grad():
+            want = numbers(encoder(src, ends))
+            for dtype in (torch.bfloat16, torch.float16):
+                with torch.autocast("cpu", dtype):
+                    found = numbers(encoder(src, ends))
+                if dtype == torch.float16:
+                    expected = torch.float32 if cell_type == "gru" else dtype  # as torch's modules
+                    assert {x.dtype for x in found} == {expected}
+                for x, y in zip(found, want, strict=True):
+                    torch.testing.assert_close(x.float(), y, rtol=0.02, atol=0.02)
+        encoder.train()
+        with torch.autocast("cpu", torch.float16):
+            loss = encoder(src, ends)[0].float().sum()
+        loss.backward()
+        grad = encoder.embedding.weight.grad
+        assert grad.isfinite().all() and grad.any()
 
 
 @torch.no_grad()

@@ -51,6 +51,23 @@ def tokens(
             raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
 
 
+def lengths(x: object, batch: int, most: int, device: torch.device) -> Tensor:
+    """x (B,): whole numbers from 0 to most, whose values are looked at as `tokens` are."""
+    x = tensor("lengths", x)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"lengths: got {x.dtype}, expected int64 or int32")
+    if x.shape != (batch,):
+        raise ValueError(f"lengths: got shape {tuple(x.shape)}, expected (B,) = ({batch},)")
+    if x.device != device:
+        raise ValueError(f"lengths: is on {x.device}, expected {device} as src is")
+    if x.is_cpu and batch and not torch.compiler.is_compiling():
+        low, high = (int(n) for n in torch.aminmax(x))
+        if low < 0 or high > most:
+            bad = low if low < 0 else high
+            raise ValueError(f"lengths: got {bad}, expected 0 to S = {most}")
+    return x
+
+
 def floating(name: str, x: object, like: Tensor) -> Tensor:
     """x has the dtype and device of `like`, a parameter; under autocast any float will do."""
     x = tensor(name, x)

@@ -1,5 +1,7 @@
 """The recurrent encoder; B batch, S source, batch first."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from ..ops.checks import flag
 from ..ops.dropout import dropout_factors
 from . import checks
 from .cells import recurrent
+from .lengths import Rows
+
+_States = tuple[Tensor, Tensor, Tensor | None]  # outputs, hidden, cell
 
 
 class Encoder(nn.Module):
@@ -63,27 +68,31 @@ class Encoder(nn.Module):
     def layers(self) -> nn.RNNBase:
         return getattr(self, self.cell_type)
 
-    def forward(self, src: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, src: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """src (B, S) token ids -> outputs (B, S, output_dim), hidden and cell
         (n_layers, B, state_dim); cell is None unless the layers are an LSTM.
 
+        Args:
+            lengths: (B,) int64 or int32, 0 to S: the layers read so many of a row's tokens, as
+                those of a packed sequence (`torch.nn.utils.rnn.pack_padded_sequence`). Outputs
+                behind them are 0; states are those after a row's last token, and backwards the
+                layers begin there. None reads S of each. On a GPU it waits for their values.
+
         Raises:
-            TypeError, ValueError: src is not (B, S) whole numbers in the vocabulary with S above 0.
+            TypeError, ValueError: src is not (B, S) whole numbers in the vocabulary with S above 0,
+                or lengths are not (B,) whole numbers from 0 to S.
         """
         table = self.embedding
         checks.tokens("src", src, "(B, S)", 2, table.num_embeddings, table.weight.device)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
+        rows = None if lengths is None else Rows.of(lengths, src)
         embedded = self.embedding(src)
         if self.training and self.dropout.p > 0:
             embedded = embedded * dropout_factors(embedded.shape, self.dropout.p, embedded)
-        if self._runs_packed(embedded):
-            outputs, hidden, cell = self._run_packed(embedded)
-        elif self._runs_in_decoder(embedded):
-            outputs, hidden, cell = self._run(embedded)
-        else:
-            outputs, state = self.layers(embedded)
-            hidden, cell = state if self.cell_type == "lstm" else (state, None)
+        outputs, hidden, cell = self._recur(embedded, rows)
         hidden = self._both_directions(hidden)
         cell = None if cell is None else self._both_directions(cell)
         if hasattr(self, "bridge_hidden"):
@@ -104,33 +113,56 @@ class Encoder(nn.Module):
             self.packed = pack_layers(self._modules, self.cell_type)
         return self
 
-    def _runs_packed(self, embedded: Tensor) -> bool:
-        return (
-            not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-            and self.packed is not None
-            and self._runs_in_loops(embedded)
-        )
+    def _recur(self, x: Tensor, rows: Rows | None) -> _States:
+        """What the recurrent layers make of x (B, S, E), wherever that is fastest."""
+        run = self._loop(x, rows)
+        if run is None and rows is not None:
+            return rows.through(self.layers, x)
+        if run is None:
+            outputs, state = self.layers(x)
+            return outputs, *(state if self.cell_type == "lstm" else (state, None))
+        if not torch.is_autocast_enabled("cpu"):
+            return run(x, rows)
+        with torch.autocast("cpu", enabled=False):
+            outputs, hidden, cell = run(x, rows)
+        if self.cell_type == "gru":  # whose results autocast leaves in float32
+            return outputs, hidden, None
+        return outputs.half(), hidden.half(), None if cell is None else cell.half()
 
-    def _run_packed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _loop(
+        self, x: Tensor, rows: Rows | None
+    ) -> Callable[[Tensor, Rows | None], _States] | None:
+        """The library's own that is faster than torch's module, if one is.
+
+        The decoder's loop, which needs no attention, takes 20 to 90 % of the time of nn.GRU and
+        nn.RNN on the CPU, the least with few rows. nn.LSTM, which is oneDNN's, takes as long as it
+        forward and longer in training. oneDNN does not take packed sequences, nor, on most
+        processors, float16, which is an error there.
+        """
+        if not self._runs_in_loops(x):
+            return None
+        trains = torch.is_grad_enabled() and self.training
+        if self.packed is not None and not (
+            self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            return self._run_packed
+        lacks = rows is not None or torch.is_autocast_enabled("cpu")
+        return self._run if self.cell_type != "lstm" or trains or lacks else None
+
+    def _run_packed(self, x: Tensor, rows: Rows | None) -> _States:
         packed = self.packed
         if packed is None or not packed.watch.holds():
             packed = self.packed = pack_layers(self._modules, self.cell_type)
         layers = self.layers
         outputs, hidden, cell = torch.ops.seq2seq_fast.recurrent_layers.default(
             x.contiguous(),
+            None if rows is None else rows.lengths,
             *packed.weights,
             self.cell_type,
             layers.hidden_size,
             layers.bidirectional,
         )
         return outputs, hidden, cell if self.cell_type == "lstm" else None
-
-    def _runs_in_decoder(self, embedded: Tensor) -> bool:
-        """Whether the decoder's loop, which needs no attention, is the faster one. On the CPU it
-        takes 20 to 90 % of the time of nn.GRU and nn.RNN, the least with few rows. nn.LSTM, which
-        is oneDNN's, takes as long as it forward and longer in training."""
-        trains = torch.is_grad_enabled() and self.training
-        return (self.cell_type != "lstm" or trains) and self._runs_in_loops(embedded)
 
     def _runs_in_loops(self, embedded: Tensor) -> bool:
         """Whether the library's loops can take the place of torch's module."""
@@ -141,29 +173,54 @@ class Encoder(nn.Module):
             and not (layers._forward_hooks or layers._forward_pre_hooks)
             and embedded.is_cpu
             and embedded.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
+            and not (
+                torch.is_autocast_enabled("cpu")
+                and torch.get_autocast_dtype("cpu") != torch.float16
+            )
             and asked_for(None) in (None, "native")
             and choose("attention_decoder", embedded, None) == "native"
         )
 
-    def _run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, x: Tensor, rows: Rows | None) -> _States:
         """What the layers make of x (B, S, E), in the decoder's loop."""
         layers, weights = self.layers, self.layers.all_weights
         dropout = layers.dropout if self.training else 0.0
-        if not layers.bidirectional:
+        if rows is None and not layers.bidirectional:
             out = self._through(x, weights, dropout)
             return out.outputs, out.hidden, out.cell
-        found: list[DecoderOutput] = []
-        for i in range(0, len(weights), 2):
+        hidden: list[Tensor] = []
+        cells: list[Tensor] = []
+        directions = 2 if layers.bidirectional else 1
+        for i in range(0, len(weights), directions):
             if i > 0 and dropout > 0:
                 x = x * dropout_factors(x.shape, dropout, x)
-            found.append(self._through(x, weights[i : i + 1]))
-            found.append(self._through(x.flip(1), weights[i + 1 : i + 2]))
-            x = torch.cat([found[-2].outputs, found[-1].outputs.flip(1)], -1)
-        cells = [out.cell for out in found if out.cell is not None]
-        return x, torch.cat([out.hidden for out in found]), torch.cat(cells) if cells else None
+            outputs = []
+            for backwards in range(directions):
+                found, h, c = self._one_way(x, weights[i + backwards], rows, backwards == 1)
+                outputs.append(found)
+                hidden.append(h)
+                if c is not None:
+                    cells.append(c)
+            x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        return x, torch.cat(hidden), torch.cat(cells) if cells else None
 
-    def _through(self, x: Tensor, weights: list, dropout: float = 0.0) -> DecoderOutput:
+    def _one_way(
+        self, x: Tensor, weights: Sequence[Tensor], rows: Rows | None, backwards: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One layer in one direction: outputs (B, S, H), hidden and cell (1, B, H)."""
+        if rows is None:
+            out = self._through(x.flip(1) if backwards else x, [weights])
+            return out.outputs.flip(1) if backwards else out.outputs, out.hidden, out.cell
+        x = rows.turned(x) if backwards else x
+        if self.cell_type == "lstm":
+            x, weights = rows.keeping_cells(x, weights)
+        out = self._through(x, [weights])
+        outputs = rows.turned(out.outputs) if backwards else out.outputs
+        return rows.cut(outputs), rows.last(out.outputs)[None], out.cell
+
+    def _through(
+        self, x: Tensor, weights: Sequence[Sequence[Tensor]], dropout: float = 0.0
+    ) -> DecoderOutput:
         """One direction through the layers that have these weights."""
         zeros = x.new_zeros(len(weights), len(x), self.layers.hidden_size)
         return attention_decoder(

@@ -11,13 +11,14 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.checks import whole
+from ..ops.checks import flag, whole
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
 from .decoder import Decoder, DecoderState
 from .encoder import Encoder
+from .lengths import read_lengths
 
 
 class Seq2Seq(nn.Module):
@@ -28,9 +29,19 @@ class Seq2Seq(nn.Module):
     Args:
         encoder, decoder: of one cell type and n_layers, and of widths that fit.
         pad_idx: source token that is never attended to, or None.
+        pack_padded: the encoder does not read the padding at a row's end either, as it does in the
+            tutorial: it is given `lengths`. A row is then encoded alike alone and in any batch,
+            whatever its length.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, pad_idx: int | None = None):
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        pad_idx: int | None = None,
+        *,
+        pack_padded: bool = False,
+    ):
         super().__init__()
         checks.part("encoder", encoder, "an Encoder", "cell_type", "state_dim", "layers")
         checks.part("decoder", decoder, "a Decoder", "cell_type", "check_state", "layers")
@@ -46,9 +57,13 @@ class Seq2Seq(nn.Module):
         vocabulary = encoder.embedding.num_embeddings
         if pad_idx is not None:
             whole("pad_idx", pad_idx, 0, vocabulary - 1)
+        flag(pack_padded=pack_padded)
+        if pack_padded and pad_idx is None:
+            raise ValueError("pack_padded: got True without a pad_idx, expected one")
         self.encoder = encoder
         self.decoder = decoder
         self.pad_idx = pad_idx
+        self.pack_padded = pack_padded
 
     def forward(self, src: Tensor, trg: Tensor, teacher_forcing_ratio: float = 0.5) -> Tensor:
         """src (B, S), trg (B, T) ids -> logits (B, T, V), zeros at t = 0.
@@ -128,7 +143,10 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        values, hidden, cell = self.encoder(src)
+        if self.pack_padded and self.pad_idx is not None:
+            values, hidden, cell = self.encoder(src, read_lengths(src, self.pad_idx))
+        else:
+            values, hidden, cell = self.encoder(src)
         if self.decoder.attention is None:
             source = self.decoder.source(hidden[-1])
         else:

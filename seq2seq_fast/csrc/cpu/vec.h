@@ -257,8 +257,10 @@ S2S_INLINE Vec tanh(Vec x) {
   return m < 0.625f ? p * z * x + x : with_sign_of(x, large);
 }
 
+// Exactly 0 below -87, where gradients of a closed gate would be subnormal numbers.
 S2S_INLINE Vec sigmoid(Vec x) {
-  return 1.f / (1.f + exp_moderate(at_least(-87.f, at_most(87.f, -x))));
+  const Vec y = 1.f / (1.f + exp_moderate(at_least(-87.f, at_most(87.f, -x))));
+  return x < -87.f ? Vec{} : y;
 }
 
 }  // namespace

@@ -1,0 +1,80 @@
+"""Rows of different lengths in one batch, which recurrent layers read to their ends and no further;
+B batch, S source, batch first."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from . import checks
+
+SATURATED = 1e6  # before a sigmoid, and far above what weights and states add
+
+
+def read_lengths(src: Tensor, pad_idx: int) -> Tensor | None:
+    """(B,) how many tokens a row of src (B, S) has before its last ones, which are all pad_idx.
+    None of what is no such source, as the encoder will say."""
+    if not isinstance(src, Tensor) or src.dim() != 2 or src.shape[1] == 0:
+        return None
+    places = torch.arange(1, src.shape[1] + 1, device=src.device)
+    return ((src != pad_idx) * places).amax(1)
+
+
+class Rows:
+    """What a batch's rows need around operations that read all of them to the end."""
+
+    def __init__(self, lengths: Tensor, size: int):
+        self.lengths = lengths  # (B,) int64
+        places = torch.arange(size, device=lengths.device)
+        self.behind = places >= lengths[:, None]  # (B, S)
+
+    @classmethod
+    def of(cls, lengths: Tensor, src: Tensor) -> "Rows":
+        """Raises a TypeError or ValueError of lengths that are not those of src (B, S)."""
+        B, S = src.shape
+        return cls(checks.lengths(lengths, B, S, src.device).long().contiguous(), S)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """x (B, S, N) with zeros behind each row's end."""
+        return x.masked_fill(self.behind[..., None], 0)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """x (B, S, N), each row up to its end from there to the front; twice, it is x again."""
+        B, S = self.behind.shape
+        places = torch.arange(S, device=x.device)
+        turned = torch.where(self.behind, places, self.lengths[:, None] - 1 - places)
+        rows = turned + S * torch.arange(B, device=x.device)[:, None]
+        return x.flatten(0, 1).index_select(0, rows.flatten()).view(x.shape)
+
+    def last(self, x: Tensor) -> Tensor:
+        """(B, N): the last of each row of x (B, S, N), zeros of those that have none."""
+        batch = torch.arange(len(x), device=x.device)
+        found = x[batch, (self.lengths - 1).clamp_min(0)]
+        return found.masked_fill(self.lengths[:, None] == 0, 0)
+
+    def keeping_cells(
+        self, x: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Inputs and weights of an LSTM's layer, in which the cell state behind a row's end stays
+        what it is: one more input, of 1 there, closes the input gate and opens the forget gate."""
+        w_input, *others = weights
+        column = torch.zeros_like(w_input[:, :1]).unflatten(0, (4, -1))  # of gates i f g o
+        column = column + column.new_tensor([-SATURATED, SATURATED, 0, 0])[:, None, None]
+        x = torch.cat([x, self.behind[..., None].to(x.dtype)], -1)
+        return x, [torch.cat([w_input, column.flatten(0, 1)], 1), *others]
+
+    def through(self, layers: nn.RNNBase, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What layers make of packed x (B, S, E): outputs (B, S, D), hidden, cell of an LSTM."""
+        if len(x) == 0:  # which cannot be packed
+            outputs, state = layers(x)
+            return outputs, *(state if isinstance(state, tuple) else (state, None))
+        # A row of none is read as one of one, whose results are cleared.
+        sizes = self.lengths.clamp_min(1).cpu()
+        packed = pack_padded_sequence(x, sizes, batch_first=True, enforce_sorted=False)
+        found, state = layers(packed)
+        outputs, _ = pad_packed_sequence(found, batch_first=True, total_length=x.shape[1])
+        none = (self.lengths == 0)[:, None]
+        hidden, cell = state if isinstance(state, tuple) else (state, None)
+        cell = None if cell is None else cell.masked_fill(none, 0)
+        return self.cut(outputs), hidden.masked_fill(none, 0), cell
