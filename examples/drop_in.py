@@ -1,0 +1,213 @@
+"""The additive attention of known systems by the library's operations, to be copied.
+
+Each module has the parameters of the original, so that state dicts load, and is called as it is.
+What is said of a system is what its source had in 2024; formulas are of scores e over source s.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import seq2seq_fast as s2s
+
+
+def within(lengths: Tensor, size: int) -> Tensor:
+    """(B, size) mask: True where a row of these lengths has something to attend to."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+class GNMTAttention(nn.Module):
+    """NVIDIA GNMT's BahdanauAttention: e = (g v / |v|) tanh(W query + U key + b), or without g and
+    b; values are the keys before U. All target positions are one call, for which the plain form
+    has a tensor of B T S H numbers. `set_mask` hides what lies behind each source's end."""
+
+    def __init__(
+        self,
+        query_size: int,
+        key_size: int,
+        num_units: int,
+        normalize: bool = False,
+        batch_first: bool = False,
+    ):
+        super().__init__()
+        self.linear_q = nn.Linear(query_size, num_units, bias=False)
+        self.linear_k = nn.Linear(key_size, num_units, bias=False)
+        self.linear_att = nn.Parameter(torch.empty(num_units).uniform_(-0.1, 0.1))
+        scalar = nn.Parameter(torch.full((1,), num_units**-0.5)) if normalize else None
+        bias = nn.Parameter(torch.zeros(num_units)) if normalize else None
+        self.register_parameter("normalize_scalar", scalar)
+        self.register_parameter("normalize_bias", bias)
+        self.batch_first = batch_first
+        self.mask: Tensor | None = None
+
+    def set_mask(self, context_len: Tensor, context: Tensor) -> None:
+        self.mask = within(context_len, context.shape[1 if self.batch_first else 0])
+
+    def forward(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """query (T, B, N) or (B, N), keys (S, B, N); with batch_first (B, T, N) and (B, S, N).
+        Returns the context and the weights, in query's order of axes."""
+        turned = not self.batch_first and query.dim() == 3
+        if not self.batch_first:
+            keys = keys.transpose(0, 1)
+        q, v = self.linear_q(query.transpose(0, 1) if turned else query), self.linear_att
+        if self.normalize_scalar is not None:
+            q, v = q + self.normalize_bias, v / v.norm() * self.normalize_scalar
+        context, weights = s2s.additive_attention(q, self.linear_k(keys), keys, v, mask=self.mask)
+        return (context.transpose(0, 1), weights.transpose(0, 1)) if turned else (context, weights)
+
+
+class _OfOneSource(nn.Module):
+    """Keeps what all steps of a source share, until `reset`."""
+
+    source: tuple[s2s.PreparedKeys, Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        self.source = None
+
+    def attend(
+        self, query: Tensor, projection: nn.Linear, outputs: Tensor, lengths: Tensor, v: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if self.source is None:
+            mask = within(torch.as_tensor(lengths, device=outputs.device), outputs.shape[1])
+            self.source = s2s.prepare_keys(projection(outputs)), outputs, mask
+        keys, values, mask = self.source
+        return s2s.additive_attention(query, keys, values, v, mask=mask, scale=scale)
+
+
+class SpeechBrainAttention(_OfOneSource):
+    """SpeechBrain's ContentBasedAttention: e = scaling v tanh(W query + b + U key + c), and the
+    context goes through a linear layer. One step a call; `reset` before another source."""
+
+    def __init__(
+        self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, scaling: float = 1.0
+    ):
+        super().__init__()
+        self.mlp_enc = nn.Linear(enc_dim, attn_dim)
+        self.mlp_dec = nn.Linear(dec_dim, attn_dim)
+        self.mlp_attn = nn.Linear(attn_dim, 1, bias=False)
+        self.mlp_out = nn.Linear(enc_dim, output_dim)
+        self.scaling = scaling
+
+    def forward(
+        self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, enc_dim), (B,), (B, dec_dim) -> context (B, output_dim), weights (B, S)."""
+        q, v = self.mlp_dec(dec_states), self.mlp_attn.weight[0]
+        context, weights = self.attend(q, self.mlp_enc, enc_states, enc_len, v, self.scaling)
+        return self.mlp_out(context), weights
+
+
+class ESPnetAttention(_OfOneSource):
+    """ESPnet's AttAdd: e = scaling (v tanh(W query + U key + b) + c), scaling 2. One step a call;
+    `reset` before another source. c is the same for all of a source and changes no weight."""
+
+    def __init__(self, eprojs: int, dunits: int, att_dim: int):
+        super().__init__()
+        self.mlp_enc = nn.Linear(eprojs, att_dim)
+        self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
+        self.gvec = nn.Linear(att_dim, 1)
+
+    def forward(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Tensor,
+        dec_z: Tensor | None,
+        att_prev: Tensor | None = None,
+        scaling: float = 2.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, eprojs), (B,), (B, dunits) or None for zeros -> context (B, eprojs), weights
+        (B, S). att_prev plays no part."""
+        if dec_z is None:
+            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.mlp_dec.in_features)
+        q, v = self.mlp_dec(dec_z), self.gvec.weight[0]
+        return self.attend(q, self.mlp_enc, enc_hs_pad, enc_hs_len, v, scaling)
+
+
+class OpenNMTAttention(nn.Module):
+    """OpenNMT-py's GlobalAttention of type "mlp": e = v tanh(W query + b + U key), and the result
+    is a linear layer of [context; query]. Any number of target positions."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear_context = nn.Linear(dim, dim, bias=False)
+        self.linear_query = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, 1, bias=False)
+        self.linear_out = nn.Linear(2 * dim, dim)
+
+    def forward(
+        self, source: Tensor, memory_bank: Tensor, src_len: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, dim) or (B, dim), (B, S, dim), (B,) -> result in source's shape, weights (B, T, S)
+        or (B, S)."""
+        mask = None if src_len is None else within(src_len, memory_bank.shape[1])
+        context, weights = s2s.additive_attention(
+            self.linear_query(source), self.linear_context(memory_bank), memory_bank,
+            self.v.weight[0], mask=mask,
+        )  # fmt: skip
+        return self.linear_out(torch.cat([context, source], -1)), weights
+
+
+class PointerScores(nn.Module):
+    """The logits of a pointer network: C tanh(v tanh(W query + U key)), -inf where it must not
+    point (Bello et al., "Neural combinatorial optimization with reinforcement learning", 2016,
+    C = 10; Vinyals et al., "Pointer networks", 2015, without C)."""
+
+    def __init__(self, dim: int, clip: float | None = 10.0):
+        super().__init__()
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.v = nn.Parameter(torch.empty(dim).uniform_(-(dim**-0.5), dim**-0.5))
+        self.clip = clip
+
+    def forward(self, query: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, dim) or (B, dim), (B, S, dim), mask of the result's shape, True = may point there
+        -> (B, T, S) or (B, S)."""
+        scores = s2s.additive_scores(self.query(query), self.key(source), self.v)
+        if self.clip is not None:
+            scores = self.clip * torch.tanh(scores)
+        return scores.masked_fill(~mask, -torch.inf)
+
+
+class TextRecognitionHead(nn.Module):
+    """The attention head of clovaai's deep-text-recognition-benchmark, and of what came of it: an
+    LSTM reads [context; one-hot of the character before], e = v tanh(W state + b + U key) with the
+    state before the step. All steps are one operation, with characters of its own too."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_classes: int):
+        super().__init__()
+        cell = nn.Module()
+        cell.i2h = nn.Linear(input_size, hidden_size, bias=False)
+        cell.h2h = nn.Linear(hidden_size, hidden_size)
+        cell.score = nn.Linear(hidden_size, 1, bias=False)
+        cell.rnn = nn.LSTMCell(input_size + num_classes, hidden_size)
+        self.attention_cell = cell
+        self.generator = nn.Linear(hidden_size, num_classes)
+
+    def forward(
+        self, batch_H: Tensor, text: Tensor, is_train: bool = True, batch_max_length: int = 25
+    ) -> Tensor:
+        """batch_H (B, S, input_size), text (B, at least batch_max_length + 1), of which only the
+        first character is read where not is_train -> logits (B, batch_max_length + 1, classes).
+        Where not is_train each step reads the likeliest character of the step before."""
+        cell, readout, (B, _, D) = self.attention_cell, self.generator, batch_H.shape
+        steps, classes, H = batch_max_length + 1, readout.out_features, readout.in_features
+        one_hot = torch.eye(classes, dtype=batch_H.dtype, device=batch_H.device)
+        feedback = None
+        if not is_train and steps > 1:
+            text = text[:, :1].expand(-1, steps)
+            over_both = torch.cat([readout.weight, readout.weight.new_zeros(classes, D)], 1)
+            feedback = s2s.Feedback(range(1, steps), one_hot, over_both, readout.bias)
+        w = cell.rnn.weight_ih  # over [context; input]
+        weights = torch.cat([w[:, D:], w[:, :D]], 1), *list(cell.rnn.parameters())[1:]
+        zeros = batch_H.new_zeros(1, B, H)
+        out = s2s.attention_decoder(
+            one_hot[text[:, :steps]],
+            zeros,
+            zeros,
+            [weights],
+            query=(cell.h2h.weight, cell.h2h.bias),
+            keys=cell.i2h(batch_H),
+            values=batch_H,
+            v=cell.score.weight[0],
+            feedback=feedback,
+        )
+        return readout(out.outputs)

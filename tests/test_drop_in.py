@@ -1,0 +1,179 @@
+"""The modules of examples/drop_in.py against the formulas of what they stand for."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("drop_in", ROOT / "examples" / "drop_in.py")
+drop_in = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(drop_in)
+
+B, T, S, N, A = 3, 4, 7, 6, 5
+LENGTHS = torch.tensor([7, 2, 5])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def softmax_of(scores, lengths=LENGTHS):
+    """Over the source, of scores (..., S) of which rows are the first axis."""
+    behind = torch.arange(S) >= lengths[:, None]
+    while behind.dim() < scores.dim():
+        behind = behind[:, None]
+    return scores.masked_fill(behind, -torch.inf).softmax(-1)
+
+
+def check(module, plain, *inputs, ours=lambda module, *inputs: module(*inputs)):
+    """Results and gradients of ours are those of plain(module, *inputs) in float64."""
+
+    def results(call, module, inputs):
+        leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+        found = call(module, *leaves)
+        found = found if isinstance(found, tuple) else (found,)
+        finite = [x.masked_fill(x.isinf(), 0) for x in found]
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in finite)
+        wanted = [x for x in leaves if x.requires_grad] + list(module.parameters())
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+        zeros = [torch.zeros_like(x) for x in wanted]
+        return [*found, *(z if g is None else g for g, z in zip(grads, zeros, strict=True))]
+
+    double = [x.double() if x.is_floating_point() else x for x in inputs]
+    exact = results(plain, copy.deepcopy(module).double(), double)
+    for found, want in zip(results(ours, module, inputs), exact, strict=True):
+        torch.testing.assert_close(found, want.float(), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gnmt(normalize, batch_first):
+    module = drop_in.GNMTAttention(N, N, A, normalize, batch_first)
+    names = {"linear_q.weight", "linear_k.weight", "linear_att"}
+    names |= {"normalize_scalar", "normalize_bias"} if normalize else set()
+    assert module.state_dict().keys() == names
+    if normalize:
+        torch.nn.init.normal_(module.normalize_bias)
+
+    def plain(m, query, keys):
+        one = query.dim() == 2
+        if not batch_first:
+            keys, query = keys.transpose(0, 1), query if one else query.transpose(0, 1)
+        x = m.linear_q(query[:, None] if one else query)[:, :, None] + m.linear_k(keys)[:, None]
+        v = m.linear_att
+        if normalize:
+            x, v = x + m.normalize_bias, m.normalize_scalar * v / v.norm()
+        w = softmax_of(x.tanh() @ v)
+        context = w @ keys
+        if one:
+            return context[:, 0], w[:, 0]
+        return (context, w) if batch_first else (context.transpose(0, 1), w.transpose(0, 1))
+
+    keys, query = torch.randn(B, S, N), torch.randn(B, T, N)
+    if not batch_first:
+        keys, query = keys.transpose(0, 1), query.transpose(0, 1)
+    module.set_mask(LENGTHS, keys)
+    check(module, plain, query, keys)
+    check(module, plain, torch.randn(B, N), keys)
+
+
+def test_speechbrain():
+    module = drop_in.SpeechBrainAttention(N, N + 1, A, N + 2, scaling=1.5)
+    assert {k.split(".")[0] for k in module.state_dict()} == {
+        *("mlp_enc", "mlp_dec", "mlp_attn", "mlp_out"),
+    }
+
+    def plain(m, outputs, query):
+        x = m.mlp_enc(outputs) + m.mlp_dec(query)[:, None]
+        w = softmax_of(1.5 * m.mlp_attn(x.tanh())[..., 0])
+        return m.mlp_out((w[:, None] @ outputs)[:, 0]), w
+
+    def ours(m, outputs, query):
+        m.reset()
+        return m(outputs, LENGTHS, query)
+
+    source = torch.randn(B, S, N)
+    check(module, plain, source, torch.randn(B, N + 1), ours=ours)
+    module.reset()
+    first = module(source, LENGTHS, torch.zeros(B, N + 1))[1]
+    other = torch.randn(B, S, N)  # not seen before reset
+    assert torch.equal(first, module(other, LENGTHS, torch.zeros(B, N + 1))[1])
+    module.reset()
+    assert not torch.equal(first, module(other, LENGTHS, torch.zeros(B, N + 1))[1])
+
+
+def test_espnet():
+    module = drop_in.ESPnetAttention(N, N + 1, A)
+
+    def plain(m, outputs, query):
+        x = m.mlp_enc(outputs) + m.mlp_dec(query)[:, None]
+        w = softmax_of(2 * m.gvec(x.tanh())[..., 0])
+        return (w[:, None] @ outputs)[:, 0], w
+
+    def ours(m, outputs, query):
+        m.reset()
+        return m(outputs, LENGTHS.tolist(), query, None)
+
+    source = torch.randn(B, S, N)
+    check(module, plain, source, torch.randn(B, N + 1), ours=ours)
+    module.reset()
+    begun = module(source, LENGTHS, None)
+    for found, want in zip(begun, plain(module, source, torch.zeros(B, N + 1)), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_opennmt():
+    def plain(m, query, memory, lengths):
+        x = m.linear_query(query)[..., None, :] + m.linear_context(memory).view(B, 1, S, N)
+        w = softmax_of(m.v(x.tanh())[..., 0], lengths)
+        return m.linear_out(torch.cat([w @ memory, query], -1)), w
+
+    module, memory = drop_in.OpenNMTAttention(N), torch.randn(B, S, N)
+    check(module, plain, torch.randn(B, T, N), memory, LENGTHS)
+    query = torch.randn(B, N)
+    want = plain(module, query[:, None], memory, torch.full((B,), S))
+    for found, expected in zip(module(query, memory), want, strict=True):
+        torch.testing.assert_close(found, expected[:, 0])
+
+
+@pytest.mark.parametrize("clip", [None, 10.0])
+def test_pointer(clip):
+    def plain(m, query, source, mask):
+        scores = (m.query(query)[:, :, None] + m.key(source)[:, None]).tanh() @ m.v
+        scores = scores if clip is None else clip * scores.tanh()
+        return scores.masked_fill(~mask, -torch.inf)
+
+    mask = torch.rand(B, T, S) < 0.7
+    check(drop_in.PointerScores(N, clip), plain, torch.randn(B, T, N), torch.randn(B, S, N), mask)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_text_recognition(is_train):
+    classes, H = 9, 8
+    module = drop_in.TextRecognitionHead(N, H, classes)
+    torch.nn.init.normal_(module.generator.weight)
+
+    def plain(m, features, text):
+        cell, state = m.attention_cell, (features.new_zeros(B, H), features.new_zeros(B, H))
+        logits, character = [], text[:, 0]
+        for t in range(T):
+            x = cell.i2h(features) + cell.h2h(state[0])[:, None]
+            w = cell.score(x.tanh())[..., 0].softmax(-1)
+            context = (w[:, None] @ features)[:, 0]
+            one_hot = F.one_hot(character, classes).to(features.dtype)
+            state = cell.rnn(torch.cat([context, one_hot], 1), state)
+            logits.append(m.generator(state[0]))
+            if t + 1 < T:
+                character = text[:, t + 1] if is_train else logits[-1].argmax(-1)
+        return torch.stack(logits, 1)
+
+    text = torch.randint(classes, (B, T))
+    check(
+        module, plain, torch.randn(B, S, N), text,
+        ours=lambda m, features, text: m(features, text, is_train, T - 1),
+    )  # fmt: skip
