@@ -244,7 +244,7 @@ def test_encoder(name, sizes, B, compare):
     encoder = model.encoder.prepare_inference()
     compare(
         {"library": lambda: encoder(src), "tutorial code": lambda: twin(src)},
-        kind="decoding",
+        kind="part",
         name=name,
         mode="`encoder(src)`, the whole source",
         shape={"B": B, "V": V, "S": S, "H": H},
@@ -282,7 +282,7 @@ def test_encoder_of_rows_that_end(trained, compare):
             "library": lambda: run(lambda: encoder(src, lengths), encoder),
             "tutorial code": lambda: run(packed, twin),
         },
-        kind="decoding",
+        kind="part",
         name="tutorial model",
         mode="`encoder(src, lengths)` of 1 to S tokens" + (", training" if trained else ""),
         shape={"B": B, "V": V, "S": S, "H": H},
@@ -308,7 +308,7 @@ def test_step(name, sizes, B, prepared, compare):
             "library": lambda: model.decoder(token, hidden, cell, source),
             "tutorial code": lambda: twin(token, hidden, cell, values),
         },
-        kind="decoding",
+        kind="part",
         name=name,
         mode="`decoder(…)`, one step" + (", prepared" if prepared else ""),
         shape={"B": B, "V": V, "S": S, "H": H},

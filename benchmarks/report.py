@@ -186,23 +186,15 @@ def _introduction(results: dict) -> str:
     return text
 
 
+def _rows(results: dict, kind: str) -> list[dict]:
+    return [row for row in results["rows"] if row["kind"] == kind]
+
+
 def _sections(results: dict) -> list[tuple]:
     """(title, table, entries) that the README and the results file share."""
-    models, growth, decoding = (
-        [r for r in results["rows"] if r["kind"] == x] for x in ("model", "growth", "decoding")
-    )
     return [
-        ("", _models, models),
-        (
-            "The decoder of 100 tokens, forward and backward, as steps grow in number:",
-            _growth,
-            growth,
-        ),
-        (
-            "Decoding, the encoder left out; the encoder and a single step alone:",
-            _decoding,
-            decoding,
-        ),
+        ("", _models, _rows(results, "model")),
+        ("Decoding, the encoder left out:", _decoding, _rows(results, "decoding")),
     ]
 
 
@@ -217,12 +209,11 @@ def summary(results: dict) -> str:
     """For the README: a line per attention row, models, decoding, and accuracy in a sentence."""
     head = ["case", "shape", "what", "library", *BASELINES.values()]
     lines = []
-    for row in results["rows"]:
-        if row["kind"] == "attention":
-            ratio = ratios(row)
-            time = _time(row["seconds"]["library"]) + _disturbed(row)
-            line = [_name(row), _shape(row), row["mode"], time]
-            lines.append(line + [_ratio(ratio.get(baseline)) for baseline in BASELINES])
+    for row in _rows(results, "attention"):
+        ratio = ratios(row)
+        time = _time(row["seconds"]["library"]) + _disturbed(row)
+        line = [_name(row), _shape(row), row["mode"], time]
+        lines.append(line + [_ratio(ratio.get(baseline)) for baseline in BASELINES])
     text = _join([_introduction(results), _table(head, lines)], _sections(results))
     if not results["accuracy"]:
         return text
@@ -238,8 +229,14 @@ def summary(results: dict) -> str:
 def markdown(results: dict) -> str:
     rows = results["rows"]
     sections = [
-        ("", _attention, [r for r in rows if r["kind"] == "attention"]),
+        ("", _attention, _rows(results, "attention")),
         *_sections(results),
+        ("The encoder, and a step of the decoder alone:", _decoding, _rows(results, "part")),
+        (
+            "The decoder of 100 tokens, forward and backward, as steps grow in number:",
+            _growth,
+            _rows(results, "growth"),
+        ),
         (
             "Peak memory that one forward and backward add:",
             _memory,
@@ -271,7 +268,7 @@ def chart(results: dict, path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in results["rows"] if row["kind"] == "attention"][::-1]
+    rows = _rows(results, "attention")[::-1]
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(rows)), layout="constrained")
     for i, (baseline, label) in enumerate(BASELINES.items()):
         places = [y + 0.25 * (1 - i) for y in range(len(rows))]

@@ -46,6 +46,8 @@ GROWTH = {
     "steps": (10, 20),
     "seconds": {"library": 0.1, "T 20": 0.22},
 }
+DECODING = MODEL | {"kind": "decoding", "mode": "greedy", "steps": 10, "seconds": {"library": 0.5}}
+PART = DECODING | {"kind": "part", "mode": "one step", "steps": 1}
 RESULTS = {
     "machine": {
         "cpu": "AMD EPYC(tm) 7-Core @ 2.00GHz",
@@ -55,7 +57,7 @@ RESULTS = {
         "python": "3.10",
         "date": "2000-01-01",
     },
-    "rows": [ATTENTION, MODEL, GROWTH],
+    "rows": [ATTENTION, MODEL, DECODING, PART, GROWTH],
     "accuracy": [
         {"name": "step", "output": "context", "library": 1e-7, "eager": 2e-7}
         | {"ratio_median": 0.5, "ratio_max": 0.75, "allowed_median": 0.25}
@@ -80,7 +82,9 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert prepared[2:5] == ["B 4 of 16", "forward", "2.00 ms"]
     assert prepared[-4:] == ["5.00×", "3.00×", "–", "0.50×"]
     assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
-    assert line_of(text, "small model")[-3:] == ["1000.00 ms", "3.00×", "–"]
+    assert line_of(text, "small model", "3.00×")[-3:] == ["1000.00 ms", "3.00×", "–"]
+    assert line_of(text, "greedy")[3:5] == ["float32", "50.00 ms"]
+    assert line_of(text, "one step")[3:5] == ["float32", "500.00 ms"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
     assert line_of(text, "a step", "10.00 ms") == ["a step", "10.00 ms", "11.00 ms"]
     assert line_of(text, "of 10 steps'") == ["of 10 steps'", "100%", "110%"]
@@ -121,6 +125,8 @@ def test_written_files(tmp_path, monkeypatch):
     assert line_of(readme.read_text(), "step (keys prepared)")[-4:] == [
         *("2.00 ms", "5.00×", "3.00×", "–"),
     ]
+    assert line_of(readme.read_text(), "greedy")[3:5] == ["float32", "50.00 ms"]
+    assert "one step" not in readme.read_text()  # parts are the results file's
     assert "0.50 in the median" in readme.read_text() and "25% at most" in readme.read_text()
 
 
