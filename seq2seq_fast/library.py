@@ -58,8 +58,9 @@ SCHEMAS = {
     "weights_memory": "(Tensor like, int n) -> Tensor",
     # The same on a GPU: steps over a state that stays there, and what they have come to.
     "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
-    " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, int[] whole,"
-    " float coverage_penalty, int steps) -> ()",
+    " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, Tensor? seed,"
+    " int[] whole, float coverage_penalty, float temperature, int top_k, float top_p, int steps)"
+    " -> ()",
     # Greedy decoding in one launch; empty where a block of the GPU has too little memory for it.
     "decode_greedy": "(Tensor hidden, Tensor cell, Tensor? context, Tensor[] weights,"
     " str cell_type, bool query_after, Tensor[] source, Tensor? mask, Tensor? limits,"

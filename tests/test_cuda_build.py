@@ -177,7 +177,10 @@ def test_cells_leave_room_for_as_many_threads_as_there_can_be(cubins, kernel, ce
     assert sass.kernel(cubins["cells"], f"{kernel}ILNS_4CellE{cell}").registers <= 40
 
 
-@pytest.mark.parametrize("kernel", ["rankILb1E", "rankILb0E", "join_rows", "follow", "trace"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["rankILb1ELb0E", "rankILb1ELb1E", "rankILb0ELb0E", "join_rows", "follow", "trace"],
+)
 def test_the_search_fits_a_multiprocessor(cubins, kernel):
     """Two blocks of 512 threads that rank a row each, of 64 K registers."""
     code = sass.kernel(cubins["decode_steps"], kernel)

@@ -86,13 +86,18 @@ def loop(request):
 
 
 @torch.no_grad()
-def both(model, src, **options):
-    """What the kernels and what plain PyTorch make of it."""
+def both(model, src, seed=None, **options):
+    """What the kernels and what plain PyTorch make of it, with generators of one seed."""
     source, state = model.encode(src)
     if not isinstance(source, torch.Tensor):  # prepared for the kernels of the CPU
         source = source._replace(keys=PreparedKeys(source.keys.keys))
-    o = DecodingOptions(bos=BOS, eos=EOS, **options)
-    return [f(model.decoder, source, state, o) for f in (graphed.generate, stepwise.generate)]
+    found = []
+    for decode in (graphed.generate, stepwise.generate):
+        if seed is not None:
+            options |= {"sample": True, "generator": torch.Generator().manual_seed(seed)}
+        o = DecodingOptions(bos=BOS, eos=EOS, **options)
+        found.append(decode(model.decoder, source, state, o))
+    return found
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +155,66 @@ def test_greedy_decoding_in_one_launch(kind, options, P, B, S, H, layers, V, see
         ours, theirs = both(model, src, **options)
         assert launches() == before + 1
     plain.check_same(model, src, ours, theirs)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    kind=st.sampled_from(plain.KINDS),
+    B=st.integers(1, 3),
+    V=st.sampled_from([5, 11, 600, 1200]),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 0, 1, 3, 40, 2000]),
+    top_p=st.sampled_from([1.0, 1.0, 0.9, 0.3, 1e-3]),
+    options=st.sampled_from([{}, {"min_length": 4}, {"no_repeat_ngram": 1}, {"prefix": [3]}]),
+    seed=st.integers(0, 100),
+)
+def test_the_kernels_draw_as_plain_pytorch_does(
+    kind, B, V, temperature, top_k, top_p, options, seed
+):
+    model, src = plain.make(kind, V, 7, 1, seed), plain.sources(B, 5, seed)
+    if "prefix" in options:
+        options = {"prefix": torch.tensor(options["prefix"])}
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p} | options
+    ours, theirs = both(model, src, seed, max_length=9, **options)
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.lengths, theirs.lengths)
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_logits_are_cut_alike():
+    model, src = plain.make(V=600), plain.sources(3, 5)
+    with torch.no_grad():
+        model.decoder.fc_out.weight.zero_()
+        model.decoder.fc_out.bias.zero_()
+        model.decoder.fc_out.bias[[7, 9, 550]] = 3
+    for options in ({"top_k": 2}, {"top_p": 0.05}, {"top_k": 3, "top_p": 0.6}, {"top_p": 0.5}):
+        for seed in range(5):
+            ours, theirs = both(model, src, seed, max_length=8, **options)
+            assert torch.equal(ours.tokens, theirs.tokens), options
+            if options.get("top_p") == 0.05:  # two of the three reach it
+                assert ((ours.tokens == 7) | (ours.tokens == 9) | (ours.tokens == EOS)).all()
+
+
+def test_draws_of_logits_that_are_not_finite():
+    src = plain.sources(3, 5)
+    for value, token in ((-torch.inf, 5), (torch.nan, 5), (torch.inf, 6), (1e30, 6)):
+        model = plain.make()
+        with torch.no_grad():
+            model.decoder.fc_out.bias[token] = value
+        for options in ({}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.5}):
+            ours, theirs = both(model, src, 0, max_length=6, **options)
+            assert torch.equal(ours.tokens, theirs.tokens), (value, options)
+
+
+def test_each_call_draws_anew_in_a_replayed_graph():
+    model, src, g = plain.make(V=600), plain.sources(3, 9), torch.Generator().manual_seed(0)
+    captured = Again.captured
+    options = {"max_length": 20, "sample": True, "temperature": 2.0}
+    found = [both(model, src, generator=g, **options)[0].tokens for _ in range(4)]
+    assert Again.captured == captured + 1
+    assert not any(torch.equal(found[0], x) for x in found[1:])
+    both(model, src, generator=g, **options | {"temperature": 0.5})
+    assert len(model.decoder.loops.kept) == 2
 
 
 @pytest.mark.parametrize("return_weights", [False, True])

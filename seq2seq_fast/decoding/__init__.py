@@ -40,9 +40,9 @@ def generate(
             the context (B, D) of a decoder without attention.
         state: `DecoderState` before the first token.
         backend: None for the best there is: one compiled call on the CPU in float32, which runs
-            without the GIL, and CUDA graphs of fused kernels on a GPU, which compute in float32
-            and do not sample; anything else is PyTorch step by step. "native" for the former,
-            else an error; "reference" for plain PyTorch.
+            without the GIL, and CUDA graphs of fused kernels on a GPU, which compute in float32;
+            anything else is PyTorch step by step. "native" for the former, else an error;
+            "reference" for plain PyTorch.
         options: of `DecodingOptions`; bos, eos and max_length must be given.
 
     Returns:
@@ -65,7 +65,7 @@ def generate(
             found = _nothing(asked, prepared, state)
         elif packed is not None:
             found = native.generate(decoder, packed, prepared, state, asked)
-        elif native.chosen(decoder, asked, backend):
+        elif native.chosen(decoder, backend):
             if state.hidden.is_cuda:
                 found = graphed.generate(decoder, prepared, state, asked)
             else:

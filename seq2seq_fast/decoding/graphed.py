@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
-from . import stepwise, together
+from . import sampling, stepwise, together
 from .options import DecodingOptions
 from .packing import modules_of
 from .results import Generated
@@ -129,6 +129,8 @@ class Loop:
         lengths = torch.arange(T + 1, dtype=torch.float64, device=like.device)
         self.penalties = ((5 + lengths) / 6) ** options.length_penalty
         self.limits = new(B, dtype=torch.int64)
+        self.seed = new(1, dtype=torch.int64) if options.sample else None
+        self.most = min(options.top_k, decoder.output_dim)
         self.prefix = new(B, 0 if options.prefix is None else options.prefix.shape[-1],
                           dtype=torch.int64)  # fmt: skip
         # What csrc/cuda/decode_search.cuh calls Search, beside states and weights.
@@ -174,8 +176,12 @@ class Loop:
             self.limits,
             self.prefix,
             self.penalties,
+            self.seed,
             o.whole,
             float(o.coverage_penalty),
+            float(o.temperature),
+            self.most,
+            float(o.top_p),
             BLOCK,
         )
 
@@ -211,6 +217,8 @@ class Loop:
         self.limits.copy_(stepwise.row_limits(source, options, B))
         if options.prefix is not None:
             self.prefix.copy_(options.prefix)
+        if self.seed is not None:
+            self.seed.copy_(sampling.seed_of(options, self.seed.device))
         self.covered.zero_()
         self.counters[0] = -1
         self.counters[1] = 0
@@ -311,7 +319,8 @@ def _positions(source: "stepwise.Source") -> int:
 def _key(source: "stepwise.Source", state: "DecoderState", o: DecodingOptions) -> tuple:
     prefix = 0 if o.prefix is None else o.prefix.shape[-1]
     shapes = (state.hidden.shape[1], _positions(source), _up(o.max_length, BLOCK), prefix)
-    return *shapes, *o.whole, o.length_penalty, o.coverage_penalty, o.return_weights
+    drawn = (o.temperature, o.top_k, o.top_p) if o.sample else ()
+    return *shapes, *o.whole, o.length_penalty, o.coverage_penalty, o.return_weights, *drawn
 
 
 @torch.no_grad()

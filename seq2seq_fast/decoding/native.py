@@ -23,8 +23,8 @@ DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch
 WIDEST = 4096  # attention that one block of a GPU has room for: kMostFeaturesInShared
 
 
-def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
-    """Why no engine can run this, or None."""
+def refusal(decoder: "Decoder") -> str | None:
+    """Why no engine can run it, or None."""
     weight, attention = decoder.fc_out.weight, decoder.attention
     device = weight.device.type
     if device not in OPS:
@@ -35,13 +35,13 @@ def refusal(decoder: "Decoder", options: DecodingOptions) -> str | None:
         return f"the decoder is {weight.dtype}"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
-    return "it does not sample" if options.sample and device == "cuda" else None
+    return None
 
 
-def chosen(decoder: "Decoder", options: DecodingOptions, backend: str | None) -> bool:
+def chosen(decoder: "Decoder", backend: str | None) -> bool:
     """Whether an engine decodes this; asked for and not able to, it raises."""
     weight = decoder.fc_out.weight
-    why = refusal(decoder, options)
+    why = refusal(decoder)
     if backend == "native" and why is not None:
         raise ValueError(f"backend: 'native' was asked for, but {why}")
     op = OPS.get(weight.device.type, "decode")

@@ -22,6 +22,7 @@ def wanted(options: DecodingOptions) -> bool:
     return (
         os.environ.get("SEQ2SEQ_FAST_GPU_LOOP") == "together"
         and options.beam_size == 1
+        and not options.sample
         and options.no_repeat_ngram == 0
         and options.coverage_penalty == 0
     )

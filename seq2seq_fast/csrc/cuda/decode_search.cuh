@@ -1,10 +1,10 @@
-// Greedy decoding and beam search, as seq2seq_fast/decoding/stepwise.py has them, over a state that
-// stays on the GPU, so that steps follow each other without the host.
+// Greedy decoding, sampling and beam search, as seq2seq_fast/decoding/stepwise.py has them, over a
+// state that stays on the GPU, so that steps follow each other without the host.
 //
 // Hypothesis k of source b is row b K + k of all that has rows. Those of a source that go on are
 // the first `live[b]` of its K rows, best first; the others rest, whatever stands in them.
 #pragma once
-#include "choice.cuh"
+#include "sampling.cuh"
 
 namespace seq2seq_fast {
 
@@ -89,6 +89,7 @@ struct SearchRules {
 struct RankArguments {
   Search search;
   SearchRules rules;
+  Draw draw;
   float* logits;  // (M, V), without their bias
   View bias;      // (1, 1, V)
   int V;
@@ -113,19 +114,6 @@ struct Choice {
     return value > other.value || (value == other.value && at < other.at);
   }
 };
-
-__device__ __forceinline__ double shuffle(double x, int lanes) {
-  struct Halves {
-    float low, high;
-  };
-  union {
-    double whole;
-    Halves halves;
-  } bits = {x};
-  bits.halves.low = __shfl_xor_sync(kAll, bits.halves.low, lanes);
-  bits.halves.high = __shfl_xor_sync(kAll, bits.halves.high, lanes);
-  return bits.whole;
-}
 
 // The first of what the block's threads have; scratch holds two numbers a warp.
 __device__ __forceinline__ Choice first_of_block(Choice mine, float* scratch) {
@@ -257,9 +245,9 @@ __device__ __forceinline__ void bar(const RankArguments& a, int m, float* logits
   }
 }
 
-// Grid: a block for each row. Its best continuations; if there is but one row to a source, that is
-// the source's whole step.
-template <bool greedy>
+// Grid: a block for each row. Its best continuations; if there is but one row to a source, greedy
+// or with tokens that are drawn, that is the source's whole step.
+template <bool greedy, bool draws = false>
 static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) {
   const int m = blockIdx.x, b = m / a.search.K, thread = threadIdx.x, V = a.V;
   if (a.search.rests(m)) return;
@@ -303,10 +291,19 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
     __syncthreads();
     bar(a, m, logits);
     __syncthreads();
+    if constexpr (draws) {
+      Cut<kRankThreads> cut(logits, V, scratch);
+      if (a.draw.top_k > 0 && a.draw.top_k < V) cut.keep_largest(a.draw.top_k);
+      if (a.draw.top_p < 1) cut.keep_share(a.draw.top_p, a.draw.scale);
+    }
+    const auto value = [&](int v) {
+      if constexpr (draws) return a.draw.scale * logits[v] + gumbel(*a.draw.seed, m, t, v);
+      return logits[v];
+    };
     // NaN before all: its place is that of +inf before numbers that may have that value too.
     Choice best = {-INFINITY, V}, no_number = {-INFINITY, V};
     for (int v = thread; v < V; v += kRankThreads) {
-      const Choice here = {logits[v], v};
+      const Choice here = {value(v), v};
       if (here.value != here.value) {
         if (v < no_number.at) no_number = {0.f, v};
       } else if (here.before(best)) {

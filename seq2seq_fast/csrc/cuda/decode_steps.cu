@@ -1,4 +1,4 @@
-// Steps of greedy decoding and beam search on a GPU, and their results.
+// Steps of greedy decoding, sampling and beam search on a GPU, and their results.
 //
 // A step of L layers is 2 L + 5 launches, 2 L + 6 of beam search: what rows go on from, the query's
 // product, attention, for each layer a product and its cell, the readout's product, and the search.
@@ -94,7 +94,8 @@ struct Attended {
 class Steps {
  public:
   Steps(const Device& device, const State& state, const Weights& weights, Cell cell,
-        bool query_after, const std::optional<Attended>& source, const SearchRules& rules)
+        bool query_after, const std::optional<Attended>& source, const SearchRules& rules,
+        const Draw& draw)
       : device_(device),
         state_(state),
         weights_(weights),
@@ -121,7 +122,7 @@ class Steps {
         candidate_log_probs_(empty(state.hidden, {M_, 2 * search_.K}, ScalarType::Double)),
         coverage_(empty(state.hidden, {M_}, ScalarType::Double)),
         path_(empty(state.hidden, {M_, rules.ngram > 0 ? search_.T : 0}, ScalarType::Int)) {
-    rank_.search = search_, rank_.rules = rules;
+    rank_.search = search_, rank_.rules = rules, rank_.draw = draw;
     rank_.logits = floats_of(logits_), rank_.bias = view_of(weights.b_readout);
     rank_.V = size_of(weights.readout, 0);
     rank_.path = ints(path_);
@@ -204,7 +205,10 @@ class Steps {
   void search() {
     constexpr int64_t scratch = 2 * kRankWarps;
     const bool greedy = search_.K == 1;
-    device_.launch(greedy ? rank<true> : rank<false>, M_, dim3(kRankThreads), scratch, rank_);
+    const auto kernel = !greedy                      ? rank<false>
+                        : rank_.draw.seed == nullptr ? rank<true>
+                                                     : rank<true, true>;
+    device_.launch(kernel, M_, dim3(kRankThreads), scratch, rank_);
     if (!greedy) device_.launch(join_rows, state_.B(), dim3(kWarp), search_.K, rank_);
   }
 
@@ -224,8 +228,9 @@ class Steps {
 // whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram, as of `decode`
 void decode_steps(std::vector<Tensor> state_, std::vector<Tensor> weights_, std::string cell_type,
                   bool query_after, std::vector<Tensor> source_, std::optional<Tensor> mask,
-                  Tensor limits, Tensor prefix, Tensor penalties, std::vector<int64_t> whole,
-                  double coverage_penalty, int64_t steps) {
+                  Tensor limits, Tensor prefix, Tensor penalties, std::optional<Tensor> seed,
+                  std::vector<int64_t> whole, double coverage_penalty, double temperature,
+                  int64_t top_k, double top_p, int64_t steps) {
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
   const State state(state_);
   const Device device(state.hidden);
@@ -240,7 +245,10 @@ void decode_steps(std::vector<Tensor> state_, std::vector<Tensor> weights_, std:
                              coverage_penalty,
                              data_of<int64_t>(limits, ScalarType::Long),
                              data_of<int64_t>(prefix, ScalarType::Long)};
-  Steps loop(device, state, weights, cell_of(cell_type), query_after, source, rules);
+  const Draw draw = {seed ? data_of<int64_t>(*seed, ScalarType::Long) : nullptr,
+                     static_cast<float>(1 / temperature), static_cast<int>(top_k), top_p};
+  STD_TORCH_CHECK(!seed || whole[4] == 1, "expected one hypothesis of each row that is drawn");
+  Steps loop(device, state, weights, cell_of(cell_type), query_after, source, rules, draw);
   for (int64_t i = 0; i < steps; ++i) loop.step();
 }
 
