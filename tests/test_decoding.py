@@ -596,7 +596,42 @@ def test_training_mode_warns_once_and_decodes_without_dropout(monkeypatch):
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.tokens, plain.tokens)
 
 
-def test_other_dtypes_decode_step_by_step():
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_models_of_16_bits_are_decoded_in_float32(dtype, kind):
+    model, src = make(kind, V=1100).to(dtype), sources(4, 6)
+    source, state = model.encode(src)
+    wide = copy.deepcopy(model).float()
+
+    def widen(x):
+        return torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, x
+        )
+
+    for prepared in (None, "float32", "bfloat16", "int8"):
+        if prepared is not None:
+            model.prepare_inference(prepared)
+            wide.prepare_inference(prepared)
+        for options in ({"return_weights": kind[1]}, {"beam_size": 3}, {"return_scores": False}):
+            options |= {"bos": BOS, "eos": EOS, "max_length": 9}
+            found = s2s.generate(model.decoder, source, state, **options)
+            want = s2s.generate(wide.decoder, widen(source), widen(state), **options)
+            assert torch.equal(found.tokens, want.tokens)
+            if found.scores is not None:
+                assert torch.equal(found.scores, want.scores)
+            if found.weights is not None:
+                assert found.weights.dtype == dtype
+                assert torch.equal(found.weights, want.weights.to(dtype))
+    hidden, cell, context = state
+    logits = model.decoder(src[:, 0] % 11, hidden, cell, source, context=context)[0]
+    assert logits.dtype == dtype  # a step alone is as it was
+    with torch.no_grad():
+        model.decoder.fc_out.bias[EOS] += 100
+    assert (model.generate(src, bos=BOS, eos=EOS, max_length=9).lengths == 1).all()
+
+
+def test_float64_is_decoded_step_by_step():
     model, src = make().double(), sources(3, 5)
     options = {"bos": BOS, "eos": EOS, "max_length": 8}
     found = model.generate(src, **options)

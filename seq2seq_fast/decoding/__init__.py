@@ -39,9 +39,9 @@ def generate(
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
         state: `DecoderState` before the first token.
-        backend: None for the best there is: one compiled call on the CPU in float32, which runs
-            without the GIL, and CUDA graphs of fused kernels on a GPU, which compute in float32;
-            anything else is PyTorch step by step. "native" for the former, else an error;
+        backend: None for the best there is: one compiled call on the CPU, which runs without the
+            GIL, and CUDA graphs of fused kernels on a GPU, both in float32, whatever the decoder
+            is; float64 is PyTorch step by step. "native" for the former, else an error;
             "reference" for plain PyTorch.
         options: of `DecodingOptions`; bos, eos and max_length must be given.
 
@@ -115,10 +115,10 @@ def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = Fal
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
     flag(project_values=project_values)
     weight = decoder.fc_out.weight
-    if weight.dtype not in native.DTYPES.get(weight.device.type, ()):
+    if weight.dtype not in native.DTYPES or weight.device.type not in native.OPS:
         raise ValueError(
-            f"decoder: is {weight.dtype} on {weight.device}, expected float32 on the CPU, or"
-            " float32, bfloat16 or float16 on a GPU"
+            f"decoder: is {weight.dtype} on {weight.device}, expected float32, bfloat16 or float16"
+            " on the CPU or a GPU"
         )
     if weight.is_cuda:
         if dtype != "float32":

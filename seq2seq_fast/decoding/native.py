@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 OPS = {"cpu": "decode", "cuda": "decode_steps"}
-# What decoders may be; a GPU computes in float32 all the same.
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of decoders; all is float32 all the same
 WIDEST = 4096  # attention that one block of a GPU has room for: kMostFeaturesInShared
 
 
@@ -31,7 +30,7 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the decoder is on {weight.device}"
     if not HAS_KERNEL[OPS[device], device]:
         return f"the compiled extension has none for {device}"
-    if weight.dtype not in DTYPES[device]:
+    if weight.dtype not in DTYPES:
         return f"the decoder is {weight.dtype}"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
@@ -145,9 +144,8 @@ def _decode(
         float(options.top_p),
     )
     tokens, lengths, log_probs, scores, finished, weights = found
-    return Generated(
-        tokens, lengths, log_probs, scores, finished, weights if options.return_weights else None
-    )
+    kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
+    return Generated(tokens, lengths, log_probs, scores, finished, kept)
 
 
 def step(

@@ -1,5 +1,6 @@
 """A decoder's weights as the compiled engine reads them: from one end to the other."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,10 +76,21 @@ def pack_decoder(
     check_fits(decoder)
     watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
-        weights = _side_by_side(_pack(decoder, DTYPES[dtype], seek, project_values))
+        wide = _in_float32(decoder)
+        weights = _side_by_side(_pack(wide, DTYPES[dtype], seek, project_values))
     A = 0 if decoder.attention is None else decoder.attention.Wa.weight.shape[0]
     widths = decoder.hidden_dim, decoder.context_dim, A
     return PackedDecoder(weights, dtype, watch, project_values, widths)
+
+
+def _in_float32(decoder: "Decoder") -> "Decoder":
+    """decoder, or one of the same numbers as far as packing looks."""
+    if decoder.fc_out.weight.dtype == torch.float32:
+        return decoder
+    wide = copy.copy(decoder)
+    names = [name for _, name in modules_of(decoder)]
+    wide._modules = {name: copy.deepcopy(decoder._modules.get(name)) for name in names}
+    return wide.float()
 
 
 def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:

@@ -222,9 +222,9 @@ class Seq2Seq(nn.Module):
             The model itself.
 
         Raises:
-            TypeError, ValueError: another dtype, or a decoder that is not float32 on the CPU, nor
-                float32, bfloat16 or float16 on a GPU; on a GPU any dtype but "float32"; "int8" of
-                more than 131,072 inputs; project_values on a GPU or without attention.
+            TypeError, ValueError: another dtype, or a decoder that is not float32, bfloat16 or
+                float16 on the CPU or a GPU; on a GPU any dtype but "float32"; "int8" of more than
+                131,072 inputs; project_values on a GPU or without attention.
         """
         self.decoder.prepare_inference(dtype, project_values=project_values)
         if isinstance(self.encoder, Encoder):
