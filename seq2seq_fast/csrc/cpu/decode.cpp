@@ -461,6 +461,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
 
 // n bytes, of the device that like is on, in large pages of their own where the system has them.
 Tensor weights_memory(Tensor like, int64_t n) {
+  keep_freed_memory();  // weights that were not prepared are packed call by call
   const auto page = static_cast<int64_t>(kHugePage);
   if (n < page / 2) return empty(like, {n}, ScalarType::Byte);
   const int64_t whole = round_up(n, page);
