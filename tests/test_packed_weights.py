@@ -1,0 +1,228 @@
+"""A decoder's packed weights: reduced, with values projected, and after the decoder has changed."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from decoding_models import BOS, EOS, KINDS, PROJECT, make, sources
+
+import seq2seq_fast as s2s
+from seq2seq_fast.decoding import packing
+from seq2seq_fast.decoding.packing import FEW_TOKENS, pack_decoder, pack_matrix
+
+
+@torch.no_grad()
+def reduced(model, dtype):
+    """A copy whose weights are the numbers that the engine has, in float64."""
+    model = copy.deepcopy(model).double()
+    for w in weights_of(model.decoder, whole=dtype == "int8"):
+        if dtype == "bfloat16":
+            w.copy_(w.bfloat16())
+        else:
+            scale = w.abs().amax(1, keepdim=True) / 127
+            w.copy_((w / scale).round() * scale)
+    if dtype == "int8":
+        split_back(model.decoder)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("V", [70, FEW_TOKENS + 18])
+def test_reduced_weights_decode_as_the_same_numbers_in_float32(V, dtype, kind):
+    """An engine with reduced weights is the float32 engine of a model that has those weights."""
+    model, src = make(kind, V=V, H=33), sources(30, 7)
+    rounded = reduced(model, dtype).float()
+    options = {"bos": BOS, "eos": EOS, "max_length": 10}
+    model.prepare_inference(dtype)
+    assert model.decoder.packed.dtype == dtype
+    ours, want = model.generate(src, **options), rounded.generate(src, **options)
+    same = [torch.equal(a, b) for a, b in zip(ours.tokens, want.tokens, strict=True)]
+    assert sum(same) >= 29  # a tie may be decided otherwise
+    rows = torch.tensor(same)
+    torch.testing.assert_close(ours.log_probs[rows], want.log_probs[rows], rtol=1e-4, atol=1e-3)
+
+
+def first_log_probs(model, source, state):
+    """(B, V) of the first token: as many beams as there are tokens."""
+    V = model.decoder.output_dim
+    found = s2s.generate(
+        model.decoder, source, state, bos=BOS, eos=EOS, max_length=1, beam_size=V, n_best=V
+    )
+    order = found.tokens.squeeze(2).argsort(1)
+    return found.log_probs.gather(1, order)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("H", [1, 18, 67])
+def test_int8_loses_accuracy_by_its_weights_alone(kind, H):
+    """What it multiplies them by is rounded to 14 bits, 64 times as finely as they are."""
+    model, src = make(kind, V=70, H=H, size=1.0), sources(30, 7)
+    (source, state), rounded = model.encode(src), reduced(model, "int8")
+    exact, whole = (
+        x.double().score(src[:, None].expand(-1, 70, -1).flatten(0, 1), trg).log_probs.view(30, 70)
+        for x in (copy.deepcopy(model), rounded)
+        for trg in [torch.tensor([[BOS, v] for v in range(70)]).repeat(30, 1)]
+    )
+    ours = first_log_probs(model.prepare_inference("int8"), source, state)
+    assert (ours - whole).norm() < 0.05 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_int8_and_a_row_that_is_not_finite(kind):
+    """It comes out as NaN, and those beside it as if it were not there."""
+    model, src = make(kind, V=70, H=33).prepare_inference("int8"), sources(9, 7)
+    source, state = model.encode(src)
+    options, others = {"bos": BOS, "eos": EOS, "max_length": 4}, torch.arange(9) != 4
+    want = s2s.generate(model.decoder, source, state, **options)
+    for value in (math.nan, math.inf, -math.inf):
+        hidden = state.hidden.clone()
+        hidden[:, 4, 3] = value
+        found = s2s.generate(model.decoder, source, state._replace(hidden=hidden), **options)
+        assert torch.equal(found.log_probs[others], want.log_probs[others])
+        assert found.log_probs[4].isnan()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-20, 1e20, 1e38])
+def test_int8_and_any_size_of_what_it_multiplies(size):
+    """A tanh RNN of nothing but its state, fed to it in all sizes."""
+    model = make(("rnn", False, False), V=70, H=33, layers=1, size=1.0)
+    with torch.no_grad():
+        model.decoder.embedding.weight.zero_()
+    state = s2s.DecoderState(torch.randn(1, 5, 33) * size, None)
+    exact = reduced(model, "int8")
+    want, _, _ = exact.decoder.step(
+        torch.full((5,), BOS),
+        state._replace(hidden=state.hidden.double()),
+        torch.zeros(5, 33).double(),
+    )
+    ours = first_log_probs(model.prepare_inference("int8"), torch.zeros(5, 33), state)
+    torch.testing.assert_close(ours, want.log_softmax(1).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", PROJECT, ids=str)
+@pytest.mark.parametrize("V", [70, FEW_TOKENS + 18])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_projected_values_are_another_order_of_sums(dtype, V, kind, monkeypatch):
+    """In float32; with reduced weights too, but for int8's scales, which then are others. Those of
+    the tokens' gates are not reduced where these are made beforehand: here of all."""
+    monkeypatch.setattr(packing, "FEW_TOKENS", V)
+    model, src = make(kind, V=V, H=33), sources(9, 7)
+    source, state = model.encode(src)
+    want = first_log_probs(model.prepare_inference(dtype), source, state)
+    ours = first_log_probs(model.prepare_inference(dtype, project_values=True), source, state)
+    nothing = dtype == "int8" and kind[2]  # neither gates nor int8's logits
+    assert torch.equal(ours, want) == nothing
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=0.1 if dtype == "int8" else 1e-3)
+
+
+def test_projecting_values_makes_the_gates_of_so_many_tokens(monkeypatch):
+    V = FEW_TOKENS + 1
+    decoder = make(V=V, H=5).decoder
+    panels = pack_decoder(decoder, "float32", project_values=True).weights.tensors()[0]
+    assert panels.shape == (V, 1, 4 * packing.UNIT)
+    for many in (V * 20, V * 20 - 1):
+        monkeypatch.setattr(packing, "MOST_GATES", many)
+        first = pack_decoder(decoder, "float32", project_values=True).weights.tensors()[0]
+        assert torch.equal(first, panels if many == V * 20 else decoder.embedding.weight)
+
+
+def reduced_layers(decoder):
+    """Weights of each layer, but for those of few tokens' embeddings, whose gates are float32."""
+    layers = [layer[:2] for layer in decoder.layers.all_weights]
+    if decoder.output_dim <= FEW_TOKENS:
+        layers[0] = layers[0][0][:, decoder.embedding.embedding_dim :], layers[0][1]
+    return layers
+
+
+def weights_of(decoder, whole):
+    """The matrices that are reduced. A scale belongs to a whole row of [input; hidden] of a cell
+    other than GRU: with `whole` those are joined, for split_back to part again."""
+    weights = [decoder.fc_out.weight]
+    if decoder.attention is not None:
+        weights.append(decoder.attention.Wa.weight)
+    decoder.joined = []
+    for w_input, w_hidden in reduced_layers(decoder):
+        if whole and decoder.cell_type != "gru":
+            decoder.joined.append(torch.cat([w_input, w_hidden], 1))
+            weights.append(decoder.joined[-1])
+        else:
+            weights += [w_input, w_hidden]
+    return weights
+
+
+def split_back(decoder):
+    for joined, (w_input, w_hidden) in zip(decoder.joined, reduced_layers(decoder), strict=False):
+        w_input.copy_(joined[:, : w_input.shape[1]])
+        w_hidden.copy_(joined[:, w_input.shape[1] :])
+
+
+def test_packed_panels_hold_the_matrix():
+    w = torch.randn(4 * 19, 7)
+    data, scale = pack_matrix(w, 4, torch.float32)
+    assert data.shape == (2, 7, 64) and scale.numel() == 0
+    for gate, unit in ((0, 0), (3, 18), (2, 16), (1, 15)):
+        panel, lane = divmod(unit, 16)
+        assert torch.equal(data[panel, :, gate * 16 + lane], w[gate * 19 + unit])
+    assert (data[1].view(7, 4, 16)[:, :, 3:] == 0).all()
+    data, scale = pack_matrix(w, 1, torch.int8)
+    assert data.shape == (2, 2, 64, 4)
+    whole = (data.float() - 128) * scale.view(2, 1, 64, 1)
+    restored = whole.transpose(1, 2).reshape(128, 8)[:76]
+    assert ((restored[:, :7] - w).abs() <= w.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert (restored[:, 7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_packed_weights_lie_side_by_side(dtype):
+    decoder = make(KINDS[2]).decoder
+    with torch.no_grad():
+        apart = packing._pack(decoder, packing.DTYPES[dtype], True, False)
+    together = pack_decoder(decoder, dtype).weights.tensors()
+    assert len({w.untyped_storage().data_ptr() for w in together}) == 1
+    end = 0
+    for a, b in zip(apart, together, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) and b.is_contiguous()
+        if b.numel():
+            assert b.data_ptr() % 64 == 0 and b.data_ptr() >= end
+            end = b.data_ptr() + b.nbytes
+
+
+@pytest.mark.parametrize("project_values", [False, True])
+def test_prepared_weights_follow_the_parameters(project_values):
+    model, src = make().prepare_inference(project_values=project_values), sources(5, 6)
+    names = set(model.state_dict())
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    before = model.generate(src, **options)
+    kept = model.decoder.packed
+    model.generate(src, **options)
+    assert model.decoder.packed is kept and set(model.state_dict()) == names
+    with torch.no_grad():
+        model.decoder.fc_out.weight.mul_(-1)
+    after = model.generate(src, **options)
+    assert model.decoder.packed is not kept
+    assert model.decoder.packed[1:4] == ("float32", model.decoder.packed.watch, project_values)
+    assert torch.equal(after.tokens, model.generate(src, backend="reference", **options).tokens)
+    model.load_state_dict(make().state_dict())
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.generate(src, **options).tokens, before.tokens)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+
+
+@torch.no_grad()
+def test_prepared_weights_follow_what_parameters_are_computed_from():
+    model, src = make().prepare_inference(), sources(5, 6)
+    options = {"bos": BOS, "eos": EOS, "max_length": 8}
+    torch.nn.utils.parametrizations.weight_norm(model.decoder.fc_out)
+    scale = model.eval().decoder.fc_out.parametrizations.weight.original0
+    for factor in (1, -1, 0.5):
+        scale.mul_(factor)
+        for _ in range(2):
+            want = model.generate(src, backend="reference", **options)
+            found = model.generate(src, **options)
+            assert torch.equal(found.tokens, want.tokens)
+            torch.testing.assert_close(found.log_probs, want.log_probs, rtol=1e-4, atol=1e-4)
