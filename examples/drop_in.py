@@ -123,6 +123,141 @@ class ESPnetAttention(_OfOneSource):
         return self.attend(q, self.mlp_enc, enc_hs_pad, enc_hs_len, v, scaling)
 
 
+class _OfPlaces(nn.Module):
+    """Location-aware attention: e = scale v tanh(W query + U key + F f), f a convolution of weights
+    of steps before. The keys of a step are those of the source with its F f."""
+
+    source: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        self.source = None
+
+    def begin(self, projection: nn.Linear, outputs: Tensor, lengths: Tensor) -> Tensor:
+        """Keeps the source's part, until `reset`; (B, S) the same weight all over each row."""
+        mask = within(torch.as_tensor(lengths, device=outputs.device), outputs.shape[1])
+        self.source = projection(outputs), outputs, mask
+        return mask.to(outputs.dtype) / mask.sum(1, keepdim=True)
+
+    def attend(
+        self, query: Tensor, places: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        assert self.source is not None
+        keys, values, mask = self.source
+        return s2s.additive_attention(query, keys + places, values, v, mask=mask, scale=scale)
+
+
+class SpeechBrainLocationAttention(_OfPlaces):
+    """SpeechBrain's LocationAwareAttention, whose weights of the step before have no gradient. One
+    step a call; `reset` before another source."""
+
+    def __init__(
+        self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, conv_channels: int,
+        kernel_size: int, scaling: float = 1.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.mlp_enc = nn.Linear(enc_dim, attn_dim)
+        self.mlp_dec = nn.Linear(dec_dim, attn_dim)
+        self.mlp_attn = nn.Linear(attn_dim, 1, bias=False)
+        width = 2 * kernel_size + 1
+        self.conv_loc = nn.Conv1d(1, conv_channels, width, padding=kernel_size, bias=False)
+        self.mlp_loc = nn.Linear(conv_channels, attn_dim)
+        self.mlp_out = nn.Linear(enc_dim, output_dim)
+        self.scaling = scaling
+        self.before: Tensor | None = None
+
+    def forward(
+        self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, enc_dim), (B,), (B, dec_dim) -> context (B, output_dim), weights (B, S)."""
+        if self.source is None:
+            self.before = self.begin(self.mlp_enc, enc_states, enc_len)
+        assert self.before is not None
+        places = self.mlp_loc(self.conv_loc(self.before[:, None]).transpose(1, 2))
+        q, v = self.mlp_dec(dec_states), self.mlp_attn.weight[0]
+        context, weights = self.attend(q, places, v, self.scaling)
+        self.before = weights.detach()
+        return self.mlp_out(context), weights
+
+
+class ESPnetLocationAttention(_OfPlaces):
+    """ESPnet's AttLoc, scaling 2. One step a call; `reset` before another source."""
+
+    def __init__(self, eprojs: int, dunits: int, att_dim: int, aconv_chans: int, aconv_filts: int):
+        super().__init__()
+        self.mlp_enc = nn.Linear(eprojs, att_dim)
+        self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
+        self.mlp_att = nn.Linear(aconv_chans, att_dim, bias=False)
+        width = (1, 2 * aconv_filts + 1)
+        self.loc_conv = nn.Conv2d(1, aconv_chans, width, padding=(0, aconv_filts), bias=False)
+        self.gvec = nn.Linear(att_dim, 1)
+
+    def forward(
+        self,
+        enc_hs_pad: Tensor,
+        enc_hs_len: Tensor,
+        dec_z: Tensor | None,
+        att_prev: Tensor | None,
+        scaling: float = 2.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, eprojs), (B,), (B, dunits) or None for zeros, the weights (B, S) of the step
+        before or None at first -> context (B, eprojs), weights (B, S)."""
+        if self.source is None:
+            uniform = self.begin(self.mlp_enc, enc_hs_pad, enc_hs_len)
+            att_prev = uniform if att_prev is None else att_prev
+        assert att_prev is not None
+        if dec_z is None:
+            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.mlp_dec.in_features)
+        places = self.mlp_att(self.loc_conv(att_prev[:, None, None])[:, :, 0].transpose(1, 2))
+        return self.attend(self.mlp_dec(dec_z), places, self.gvec.weight[0], scaling)
+
+
+def _named(**modules: nn.Module) -> nn.Module:
+    """A module that has these, for the names that parameters have elsewhere."""
+    holder = nn.Module()
+    for name, module in modules.items():
+        holder.add_module(name, module)
+    return holder
+
+
+class TacotronAttention(nn.Module):
+    """The location-sensitive attention of NVIDIA's Tacotron 2 (Shen et al. 2018), of the weights of
+    the step before and of the sum of all before. `processed_memory` is memory_layer's of memory."""
+
+    def __init__(
+        self, attention_rnn_dim: int, embedding_dim: int, attention_dim: int,
+        attention_location_n_filters: int, attention_location_kernel_size: int,
+    ):  # fmt: skip
+        super().__init__()
+
+        def linear(n: int, m: int) -> nn.Module:
+            return _named(linear_layer=nn.Linear(n, m, bias=False))
+
+        self.query_layer = linear(attention_rnn_dim, attention_dim)
+        self.memory_layer = linear(embedding_dim, attention_dim)
+        self.v = linear(attention_dim, 1)
+        filters, width = attention_location_n_filters, attention_location_kernel_size
+        conv = nn.Conv1d(2, filters, width, padding=width // 2, bias=False)
+        dense = linear(filters, attention_dim)
+        self.location_layer = _named(location_conv=_named(conv=conv), location_dense=dense)
+
+    def forward(
+        self,
+        attention_hidden_state: Tensor,
+        memory: Tensor,
+        processed_memory: Tensor,
+        attention_weights_cat: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, rnn_dim), (B, S, D), (B, S, A), (B, 2, S), (B, S) True = padding -> context (B, D),
+        weights (B, S)."""
+        query = self.query_layer.linear_layer(attention_hidden_state)
+        layer, v = self.location_layer, self.v.linear_layer.weight[0]
+        places = layer.location_conv.conv(attention_weights_cat).transpose(1, 2)
+        keys = processed_memory + layer.location_dense.linear_layer(places)
+        mask = None if mask is None else ~mask
+        return s2s.additive_attention(query, keys, memory, v, mask=mask)
+
+
 class OpenNMTAttention(nn.Module):
     """OpenNMT-py's GlobalAttention of type "mlp": e = v tanh(W query + b + U key), and the result
     is a linear layer of [context; query]. Any number of target positions."""
@@ -174,12 +309,12 @@ class TextRecognitionHead(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, num_classes: int):
         super().__init__()
-        cell = nn.Module()
-        cell.i2h = nn.Linear(input_size, hidden_size, bias=False)
-        cell.h2h = nn.Linear(hidden_size, hidden_size)
-        cell.score = nn.Linear(hidden_size, 1, bias=False)
-        cell.rnn = nn.LSTMCell(input_size + num_classes, hidden_size)
-        self.attention_cell = cell
+        self.attention_cell = _named(
+            i2h=nn.Linear(input_size, hidden_size, bias=False),
+            h2h=nn.Linear(hidden_size, hidden_size),
+            score=nn.Linear(hidden_size, 1, bias=False),
+            rnn=nn.LSTMCell(input_size + num_classes, hidden_size),
+        )
         self.generator = nn.Linear(hidden_size, num_classes)
 
     def forward(

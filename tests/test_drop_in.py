@@ -127,6 +127,91 @@ def test_espnet():
         torch.testing.assert_close(found, want)
 
 
+def plain_location(m, outputs, query, places, scale, scores):
+    """Weights and context of location-aware attention, in the names that two systems share."""
+    x = m.mlp_enc(outputs) + m.mlp_dec(query)[:, None] + places
+    w = softmax_of(scale * scores(x.tanh())[..., 0])
+    return (w[:, None] @ outputs)[:, 0], w
+
+
+def uniform():
+    there = (torch.arange(S) < LENGTHS[:, None]).double()
+    return there / LENGTHS[:, None]
+
+
+def test_speechbrain_location():
+    module = drop_in.SpeechBrainLocationAttention(N, N + 1, A, N + 2, 3, 2, scaling=1.5)
+
+    def plain(m, outputs, *queries):
+        found, before = [], uniform().to(outputs.dtype)
+        for query in queries:
+            features = F.conv1d(before[:, None], m.conv_loc.weight, padding=2).transpose(1, 2)
+            places = m.mlp_loc(features)
+            context, w = plain_location(m, outputs, query, places, 1.5, m.mlp_attn)
+            before = w.detach()
+            found += [m.mlp_out(context), w]
+        return tuple(found)
+
+    def ours(m, outputs, *queries):
+        m.reset()
+        return tuple(x for query in queries for x in m(outputs, LENGTHS, query))
+
+    queries = [torch.randn(B, N + 1) for _ in range(3)]
+    check(module, plain, torch.randn(B, S, N), *queries, ours=ours)
+
+
+def test_espnet_location():
+    module = drop_in.ESPnetLocationAttention(N, N + 1, A, 3, 2)
+
+    def plain(m, outputs, *queries):
+        found, before = [], uniform().to(outputs.dtype)
+        for query in queries:
+            kernel = m.loc_conv.weight[:, :, 0]
+            places = m.mlp_att(F.conv1d(before[:, None], kernel, padding=2).transpose(1, 2))
+            context, before = plain_location(m, outputs, query, places, 2, m.gvec)
+            found += [context, before]
+        return tuple(found)
+
+    def ours(m, outputs, *queries):
+        m.reset()
+        found, before = [], None
+        for query in queries:
+            context, before = m(outputs, LENGTHS.tolist(), query, before)
+            found += [context, before]
+        return tuple(found)
+
+    queries = [torch.randn(B, N + 1) for _ in range(3)]
+    check(module, plain, torch.randn(B, S, N), *queries, ours=ours)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tacotron(masked):
+    module = drop_in.TacotronAttention(N + 1, N, A, 3, 5)
+    assert module.state_dict().keys() == {
+        "query_layer.linear_layer.weight",
+        "memory_layer.linear_layer.weight",
+        "v.linear_layer.weight",
+        "location_layer.location_conv.conv.weight",
+        "location_layer.location_dense.linear_layer.weight",
+    }
+    lengths = LENGTHS if masked else torch.full((B,), S)
+    mask = torch.arange(S) >= lengths[:, None] if masked else None
+
+    def plain(m, query, memory, weights):
+        layer = m.location_layer
+        f = F.conv1d(weights, layer.location_conv.conv.weight, padding=2).transpose(1, 2)
+        x = m.memory_layer.linear_layer(memory) + layer.location_dense.linear_layer(f)
+        x = x + m.query_layer.linear_layer(query)[:, None]
+        w = softmax_of(m.v.linear_layer(x.tanh())[..., 0], lengths)
+        return (w[:, None] @ memory)[:, 0], w
+
+    def ours(m, query, memory, weights):
+        return m(query, memory, m.memory_layer.linear_layer(memory), weights, mask)
+
+    inputs = torch.randn(B, N + 1), torch.randn(B, S, N), torch.rand(B, 2, S)
+    check(module, plain, *inputs, ours=ours)
+
+
 def test_opennmt():
     def plain(m, query, memory, lengths):
         x = m.linear_query(query)[..., None, :] + m.linear_context(memory).view(B, 1, S, N)
