@@ -144,6 +144,15 @@ def _decoding(rows: list[dict]) -> str:
     return _table(head, lines)
 
 
+def _drop_in(rows: list[dict]) -> str:
+    head = ["module", "shape", "what", "library", "against plain PyTorch"]
+    lines = []
+    for row in rows:
+        time = _time(row["seconds"]["library"]) + _disturbed(row)
+        lines.append([row["name"], _shape(row), row["mode"], time, _ratio(ratios(row)["plain"])])
+    return _table(head, lines)
+
+
 def _growth(rows: list[dict]) -> str:
     """Of rows whose contenders are the library over each number of steps."""
     (row,) = rows
@@ -232,6 +241,11 @@ def markdown(results: dict) -> str:
         ("", _attention, _rows(results, "attention")),
         *_sections(results),
         ("The encoder, and a step of the decoder alone:", _decoding, _rows(results, "part")),
+        (
+            "Modules of examples/drop_in.py beside themselves in plain PyTorch:",
+            _drop_in,
+            _rows(results, "drop_in"),
+        ),
         (
             "The decoder of 100 tokens, forward and backward, as steps grow in number:",
             _growth,

@@ -48,6 +48,7 @@ GROWTH = {
 }
 DECODING = MODEL | {"kind": "decoding", "mode": "greedy", "steps": 10, "seconds": {"library": 0.5}}
 PART = DECODING | {"kind": "part", "mode": "one step", "steps": 1}
+DROP_IN = MODEL | {"kind": "drop_in", "name": "a head", "seconds": {"library": 1e-3, "plain": 4e-3}}
 RESULTS = {
     "machine": {
         "cpu": "AMD EPYC(tm) 7-Core @ 2.00GHz",
@@ -57,7 +58,7 @@ RESULTS = {
         "python": "3.10",
         "date": "2000-01-01",
     },
-    "rows": [ATTENTION, MODEL, DECODING, PART, GROWTH],
+    "rows": [ATTENTION, MODEL, DECODING, PART, DROP_IN, GROWTH],
     "accuracy": [
         {"name": "step", "output": "context", "library": 1e-7, "eager": 2e-7}
         | {"ratio_median": 0.5, "ratio_max": 0.75, "allowed_median": 0.25}
@@ -84,6 +85,7 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
     assert line_of(text, "small model", "3.00×")[-3:] == ["1000.00 ms", "3.00×", "–"]
     assert line_of(text, "greedy")[3:5] == ["float32", "50.00 ms"]
+    assert line_of(text, "a head")[2:] == ["forward", "1.00 ms", "4.00×"]
     assert line_of(text, "one step")[3:5] == ["float32", "500.00 ms"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
     assert line_of(text, "a step", "10.00 ms") == ["a step", "10.00 ms", "11.00 ms"]

@@ -69,9 +69,11 @@ class Rows:
         if len(x) == 0:  # which cannot be packed
             outputs, state = layers(x)
             return outputs, *(state if isinstance(state, tuple) else (state, None))
+        sizes = self.lengths.cpu()  # of a GPU's nobody has looked at the values yet
+        checks.lengths(sizes, len(x), x.shape[1], sizes.device)
         # A row of none is read as one of one, whose results are cleared.
-        sizes = self.lengths.clamp_min(1).cpu()
-        packed = pack_padded_sequence(x, sizes, batch_first=True, enforce_sorted=False)
+        rows = sizes.clamp_min(1)
+        packed = pack_padded_sequence(x, rows, batch_first=True, enforce_sorted=False)
         found, state = layers(packed)
         outputs, _ = pad_packed_sequence(found, batch_first=True, total_length=x.shape[1])
         none = (self.lengths == 0)[:, None]
