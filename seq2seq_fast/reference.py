@@ -125,7 +125,7 @@ def linear_cross_entropy(
         d_weight.addmm_(g.T, x[rows])
     d_input, d_bias, none = d_input.view_as(input), d_bias.to(x.dtype), x.new_empty
     return (
-        (loss * scale).to(x.dtype),
+        (loss * scale + 0 * scale).to(x.dtype),  # NaN, of no weight at all
         d_input if need_input else none(0),
         d_weight if need_weight else none(0),
         d_bias if need_bias else none(0),

@@ -150,6 +150,21 @@ def test_no_target_at_all(N, reduction):
     assert all((x == 0).all() for name, x in found.items() if name != "loss")
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_the_mean_over_no_weight_at_all_is_nan(smoothing):
+    args = cast(problem(weight=True), torch.float32)
+    args["weight"][:4] = 0
+    args["target"] %= 4
+    options = {"label_smoothing": smoothing, "ignore_index": IGNORED}
+    assert results(plain, args, **options)["loss"].isnan()
+    assert results(s2s.linear_cross_entropy, args, **options)["loss"].isnan()
+    x, w, b, of_class, target = (None if x is None else x.detach() for x in args.values())
+    fallback = reference.linear_cross_entropy(
+        x[None], w, b, target[None], of_class, None, [], smoothing, IGNORED, True, *3 * [False]
+    )
+    assert fallback[0].isnan()
+
+
 def test_logits_that_are_not_finite_are_seen():
     for bad in (float("nan"), float("inf")):
         args = cast(problem(), torch.float32)

@@ -129,7 +129,7 @@ class CrossEntropy {
       std::fill_n(row_of(d_.weight, 0), d_.weight.numel(), A(0));
       std::fill_n(row_of(d_.bias, 0), d_.bias.numel(), A(0));
     }
-    return options_.mean ? sum / total_ : sum;
+    return options_.mean ? sum / total_ + 0 / total_ : sum;  // NaN, of no weight at all
   }
 
  private:
