@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cases import BOTH, FORWARD
 from torch import Tensor, nn
 
 from seq2seq_fast import use_backend
@@ -13,8 +14,6 @@ from seq2seq_fast import use_backend
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import drop_in  # noqa: E402
-
-FORWARD, BOTH = "forward", "forward + backward"
 
 
 @dataclass(frozen=True)

@@ -63,20 +63,32 @@ class _OfOneSource(nn.Module):
     def reset(self) -> None:
         self.source = None
 
-    def attend(
-        self, query: Tensor, projection: nn.Linear, outputs: Tensor, lengths: Tensor, v: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def begin(self, projection: nn.Linear, outputs: Tensor, lengths: Tensor) -> None:
         if self.source is None:
             mask = within(torch.as_tensor(lengths, device=outputs.device), outputs.shape[1])
             self.source = s2s.prepare_keys(projection(outputs)), outputs, mask
-        keys, values, mask = self.source
+
+    def uniform(self) -> Tensor:
+        """(B, S): the same weight wherever a row may be attended to."""
+        assert self.source is not None
+        _, values, mask = self.source
+        return mask.to(values.dtype) / mask.sum(1, keepdim=True)
+
+    def attend(
+        self, query: Tensor, v: Tensor, scale: float, places: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """places (B, S, A) is what a step adds to the keys, if anything."""
+        assert self.source is not None
+        prepared, values, mask = self.source
+        keys = prepared if places is None else prepared.keys + places
         return s2s.additive_attention(query, keys, values, v, mask=mask, scale=scale)
 
 
 class SpeechBrainAttention(_OfOneSource):
     """SpeechBrain's ContentBasedAttention: e = scaling v tanh(W query + b + U key + c), and the
     context goes through a linear layer. One step a call; `reset` before another source."""
+
+    before: Tensor | None = None  # the weights of the step before
 
     def __init__(
         self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, scaling: float = 1.0
@@ -88,13 +100,41 @@ class SpeechBrainAttention(_OfOneSource):
         self.mlp_out = nn.Linear(enc_dim, output_dim)
         self.scaling = scaling
 
+    def reset(self) -> None:
+        super().reset()
+        self.before = None
+
+    def places(self) -> Tensor | None:
+        """What the weights of the step before add to the keys."""
+        return None
+
     def forward(
         self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B, S, enc_dim), (B,), (B, dec_dim) -> context (B, output_dim), weights (B, S)."""
+        self.begin(self.mlp_enc, enc_states, enc_len)
         q, v = self.mlp_dec(dec_states), self.mlp_attn.weight[0]
-        context, weights = self.attend(q, self.mlp_enc, enc_states, enc_len, v, self.scaling)
+        context, weights = self.attend(q, v, self.scaling, self.places())
+        self.before = weights.detach()
         return self.mlp_out(context), weights
+
+
+class SpeechBrainLocationAttention(SpeechBrainAttention):
+    """SpeechBrain's LocationAwareAttention: e = scaling v tanh(W query + b + U key + c + F f), f a
+    convolution of the weights of the step before, which have no gradient."""
+
+    def __init__(
+        self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, conv_channels: int,
+        kernel_size: int, scaling: float = 1.0,
+    ):  # fmt: skip
+        super().__init__(enc_dim, dec_dim, attn_dim, output_dim, scaling)
+        width = 2 * kernel_size + 1
+        self.conv_loc = nn.Conv1d(1, conv_channels, width, padding=kernel_size, bias=False)
+        self.mlp_loc = nn.Linear(conv_channels, attn_dim)
+
+    def places(self) -> Tensor:
+        before = self.uniform() if self.before is None else self.before
+        return self.mlp_loc(self.conv_loc(before[:, None]).transpose(1, 2))
 
 
 class ESPnetAttention(_OfOneSource):
@@ -107,6 +147,10 @@ class ESPnetAttention(_OfOneSource):
         self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
         self.gvec = nn.Linear(att_dim, 1)
 
+    def places(self, att_prev: Tensor | None) -> Tensor | None:
+        """What the weights of the step before add to the keys."""
+        return None
+
     def forward(
         self,
         enc_hs_pad: Tensor,
@@ -115,100 +159,28 @@ class ESPnetAttention(_OfOneSource):
         att_prev: Tensor | None = None,
         scaling: float = 2.0,
     ) -> tuple[Tensor, Tensor]:
-        """(B, S, eprojs), (B,), (B, dunits) or None for zeros -> context (B, eprojs), weights
-        (B, S). att_prev plays no part."""
+        """(B, S, eprojs), (B,), (B, dunits) or None for zeros, the weights (B, S) of the step
+        before or None at first -> context (B, eprojs), weights (B, S)."""
+        self.begin(self.mlp_enc, enc_hs_pad, enc_hs_len)
         if dec_z is None:
             dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.mlp_dec.in_features)
-        q, v = self.mlp_dec(dec_z), self.gvec.weight[0]
-        return self.attend(q, self.mlp_enc, enc_hs_pad, enc_hs_len, v, scaling)
+        v, places = self.gvec.weight[0], self.places(att_prev)
+        return self.attend(self.mlp_dec(dec_z), v, scaling, places)
 
 
-class _OfPlaces(nn.Module):
-    """Location-aware attention: e = scale v tanh(W query + U key + F f), f a convolution of weights
-    of steps before. The keys of a step are those of the source with its F f."""
-
-    source: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def reset(self) -> None:
-        self.source = None
-
-    def begin(self, projection: nn.Linear, outputs: Tensor, lengths: Tensor) -> Tensor:
-        """Keeps the source's part, until `reset`; (B, S) the same weight all over each row."""
-        mask = within(torch.as_tensor(lengths, device=outputs.device), outputs.shape[1])
-        self.source = projection(outputs), outputs, mask
-        return mask.to(outputs.dtype) / mask.sum(1, keepdim=True)
-
-    def attend(
-        self, query: Tensor, places: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        assert self.source is not None
-        keys, values, mask = self.source
-        return s2s.additive_attention(query, keys + places, values, v, mask=mask, scale=scale)
-
-
-class SpeechBrainLocationAttention(_OfPlaces):
-    """SpeechBrain's LocationAwareAttention, whose weights of the step before have no gradient. One
-    step a call; `reset` before another source."""
-
-    def __init__(
-        self, enc_dim: int, dec_dim: int, attn_dim: int, output_dim: int, conv_channels: int,
-        kernel_size: int, scaling: float = 1.0,
-    ):  # fmt: skip
-        super().__init__()
-        self.mlp_enc = nn.Linear(enc_dim, attn_dim)
-        self.mlp_dec = nn.Linear(dec_dim, attn_dim)
-        self.mlp_attn = nn.Linear(attn_dim, 1, bias=False)
-        width = 2 * kernel_size + 1
-        self.conv_loc = nn.Conv1d(1, conv_channels, width, padding=kernel_size, bias=False)
-        self.mlp_loc = nn.Linear(conv_channels, attn_dim)
-        self.mlp_out = nn.Linear(enc_dim, output_dim)
-        self.scaling = scaling
-        self.before: Tensor | None = None
-
-    def forward(
-        self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(B, S, enc_dim), (B,), (B, dec_dim) -> context (B, output_dim), weights (B, S)."""
-        if self.source is None:
-            self.before = self.begin(self.mlp_enc, enc_states, enc_len)
-        assert self.before is not None
-        places = self.mlp_loc(self.conv_loc(self.before[:, None]).transpose(1, 2))
-        q, v = self.mlp_dec(dec_states), self.mlp_attn.weight[0]
-        context, weights = self.attend(q, places, v, self.scaling)
-        self.before = weights.detach()
-        return self.mlp_out(context), weights
-
-
-class ESPnetLocationAttention(_OfPlaces):
-    """ESPnet's AttLoc, scaling 2. One step a call; `reset` before another source."""
+class ESPnetLocationAttention(ESPnetAttention):
+    """ESPnet's AttLoc: e = scaling (v tanh(W query + U key + b + F f) + c), f a convolution of the
+    weights of the step before."""
 
     def __init__(self, eprojs: int, dunits: int, att_dim: int, aconv_chans: int, aconv_filts: int):
-        super().__init__()
-        self.mlp_enc = nn.Linear(eprojs, att_dim)
-        self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
+        super().__init__(eprojs, dunits, att_dim)
         self.mlp_att = nn.Linear(aconv_chans, att_dim, bias=False)
         width = (1, 2 * aconv_filts + 1)
         self.loc_conv = nn.Conv2d(1, aconv_chans, width, padding=(0, aconv_filts), bias=False)
-        self.gvec = nn.Linear(att_dim, 1)
 
-    def forward(
-        self,
-        enc_hs_pad: Tensor,
-        enc_hs_len: Tensor,
-        dec_z: Tensor | None,
-        att_prev: Tensor | None,
-        scaling: float = 2.0,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, S, eprojs), (B,), (B, dunits) or None for zeros, the weights (B, S) of the step
-        before or None at first -> context (B, eprojs), weights (B, S)."""
-        if self.source is None:
-            uniform = self.begin(self.mlp_enc, enc_hs_pad, enc_hs_len)
-            att_prev = uniform if att_prev is None else att_prev
-        assert att_prev is not None
-        if dec_z is None:
-            dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.mlp_dec.in_features)
-        places = self.mlp_att(self.loc_conv(att_prev[:, None, None])[:, :, 0].transpose(1, 2))
-        return self.attend(self.mlp_dec(dec_z), places, self.gvec.weight[0], scaling)
+    def places(self, att_prev: Tensor | None) -> Tensor:
+        before = self.uniform() if att_prev is None else att_prev
+        return self.mlp_att(self.loc_conv(before[:, None, None])[:, :, 0].transpose(1, 2))
 
 
 def _named(**modules: nn.Module) -> nn.Module:
