@@ -4,10 +4,38 @@
 
 namespace seq2seq_fast {
 
-__device__ __forceinline__ int shuffle(int x, int lanes) {
-  return static_cast<int>(
-      __float_as_uint(__shfl_xor_sync(kAll, __uint_as_float(static_cast<unsigned>(x)), lanes)));
+// What the lane has that is so many lanes away, of any type made of one word or two. (Not an array
+// of words, which ptxas keeps on the stack.)
+template <typename T>
+__device__ __forceinline__ T shuffle(T x, int lanes) {
+  struct Words {
+    float first, second;
+  };
+  union {
+    T whole;
+    Words words;
+  } bits;
+  static_assert(sizeof(T) == 4 || sizeof(T) == sizeof(Words));
+  bits.whole = x;
+  bits.words.first = __shfl_xor_sync(kAll, bits.words.first, lanes);
+  if constexpr (sizeof(T) == sizeof(Words))
+    bits.words.second = __shfl_xor_sync(kAll, bits.words.second, lanes);
+  return bits.whole;
 }
+
+// All threads' numbers joined, the same in each; scratch has room for one of each warp.
+template <int kWarps, typename T, typename Join>
+__device__ __forceinline__ T join_block(T mine, float* scratch, Join join) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) mine = join(mine, shuffle(mine, lanes));
+  T* const of_warps = reinterpret_cast<T*>(scratch);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  T all = of_warps[0];
+  for (int w = 1; w < kWarps; ++w) all = join(all, of_warps[w]);
+  return all;
+}
+
 // A place among values; NaN comes before all, as torch.argmax has it, and of equals the first.
 struct Best {
   float value;

@@ -115,31 +115,16 @@ struct Choice {
   }
 };
 
-// The first of what the block's threads have; scratch holds two numbers a warp.
 __device__ __forceinline__ Choice first_of_block(Choice mine, float* scratch) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const Choice other = {__shfl_xor_sync(kAll, mine.value, lanes), shuffle(mine.at, lanes)};
-    if (other.before(mine)) mine = other;
-  }
-  Choice* const of_warps = reinterpret_cast<Choice*>(scratch);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  for (int w = 0; w < kRankWarps; ++w)
-    if (of_warps[w].before(mine)) mine = of_warps[w];
-  return mine;
+  return join_block<kRankWarps>(
+      mine, scratch, [](const Choice& a, const Choice& b) { return b.before(a) ? b : a; });
 }
 
 __device__ __forceinline__ Peak peak_of_block(Peak mine, float* scratch) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-    mine.join({__shfl_xor_sync(kAll, mine.top, lanes), __shfl_xor_sync(kAll, mine.sum, lanes)});
-  Peak* const of_warps = reinterpret_cast<Peak*>(scratch);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  Peak all = of_warps[0];
-  for (int w = 1; w < kRankWarps; ++w) all.join(of_warps[w]);
-  return all;
+  return join_block<kRankWarps>(mine, scratch, [](Peak a, const Peak& b) {
+    a.join(b);
+    return a;
+  });
 }
 
 // A hypothesis has ended with this step. Among equals those that were there come first, and
@@ -215,14 +200,8 @@ __device__ __forceinline__ void keep_weights(const RankArguments& a, int m, floa
       sum += log(static_cast<double>(fminf(fmaxf(covered, 1.17549435e-38f), 1.f)));
   }
   if (a.covered == nullptr) return;
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sum += shuffle(sum, lanes);
-  double* const of_warps = reinterpret_cast<double*>(scratch);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  sum = 0;
-  for (int w = 0; w < kRankWarps; ++w) sum += of_warps[w];
-  a.coverage[m] = a.rules.coverage_penalty * sum;
+  sum = join_block<kRankWarps>(sum, scratch, [](double x, double y) { return x + y; });
+  if (threadIdx.x == 0) a.coverage[m] = a.rules.coverage_penalty * sum;
 }
 
 // Sets the logits of what must not follow to -inf.
@@ -292,7 +271,7 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
     bar(a, m, logits);
     __syncthreads();
     if constexpr (draws) {
-      Cut<kRankThreads> cut(logits, V, scratch);
+      Cut<kRankWarps> cut(logits, V, scratch);
       if (a.draw.top_k > 0 && a.draw.top_k < V) cut.keep_largest(a.draw.top_k);
       if (a.draw.top_p < 1) cut.keep_share(a.draw.top_p, a.draw.scale);
     }

@@ -1,6 +1,5 @@
-// Draws of tokens as seq2seq_fast/decoding/sampling.py has them: what may be drawn is cut to the
-// top_k and to the share top_p, and the largest of what is left, perturbed by Gumbel's noise, is
-// it.
+// Draws of tokens as seq2seq_fast/decoding/sampling.py has them: logits are cut to the top_k and to
+// the share top_p, and the largest of what is left, perturbed by Gumbel's noise, is the token.
 //
 // A block of threads has a row of logits in global memory, of which thread i looks at the i-th and
 // every kThreads-th behind it.
@@ -35,8 +34,8 @@ __device__ __forceinline__ float gumbel(int64_t seed, int row, int step, int tok
   const int block = token / 256, at = token % 256;
   const uint32_t word =
       philox(static_cast<uint64_t>(seed), block * 64 + at % 64, row, step, at / 64);
-  const float v = static_cast<float>(word) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  return -logf(-log1pf(-fminf(v, 0.99999994f)));  // 1 - u, which must not round to 1
+  const float v = static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
+  return -logf(-log1pf(-fminf(v, 1 - 0x1p-24f)));  // 1 - u, which must not round to 1
 }
 
 // Whole numbers in the order of floats.
@@ -45,33 +44,7 @@ __device__ __forceinline__ uint32_t ordered(float x) {
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
-__device__ __forceinline__ double shuffle(double x, int lanes) {
-  struct Halves {
-    float low, high;
-  };
-  union {
-    double whole;
-    Halves halves;
-  } bits = {x};
-  bits.halves.low = __shfl_xor_sync(kAll, bits.halves.low, lanes);
-  bits.halves.high = __shfl_xor_sync(kAll, bits.halves.high, lanes);
-  return bits.whole;
-}
-
-// The sum of what all threads have, the same in each; scratch holds two numbers a warp.
-template <int kThreads>
-__device__ __forceinline__ double sum_of_block(double mine, float* scratch) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) mine += shuffle(mine, lanes);
-  double* const of_warps = reinterpret_cast<double*>(scratch);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kThreads / kWarp; ++w) sum += of_warps[w];
-  return sum;
-}
-
-template <int kThreads>
+template <int kWarps>
 class Cut {
  public:
   __device__ __forceinline__ Cut(float* x, int V, float* scratch)
@@ -90,7 +63,7 @@ class Cut {
   __device__ __forceinline__ void keep_share(double share, float scale) {
     float top = -INFINITY;
     for (int i = threadIdx.x; i < V_; i += kThreads) top = fmaxf(top, x_[i]);
-    top = peak(top);
+    top = join_block<kWarps>(top, scratch_, [](float a, float b) { return fmaxf(a, b); });
     if (top == -INFINITY || top == INFINITY) return;
     const auto e = [&](float x) { return static_cast<double>(expf(scale * (x - top))); };
     const double wanted = share * sum(e);
@@ -113,20 +86,13 @@ class Cut {
   }
 
  private:
+  static constexpr int kThreads = kWarp * kWarps;
+
   template <typename F>
   __device__ __forceinline__ double sum(F f) {
     double mine = 0;
     for (int i = threadIdx.x; i < V_; i += kThreads) mine += f(x_[i]);
-    return sum_of_block<kThreads>(mine, scratch_);
-  }
-  __device__ __forceinline__ float peak(float mine) {
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
-      mine = fmaxf(mine, __shfl_xor_sync(kAll, mine, lanes));
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) scratch_[threadIdx.x / kWarp] = mine;
-    __syncthreads();
-    for (int w = 0; w < kThreads / kWarp; ++w) mine = fmaxf(mine, scratch_[w]);
-    return mine;
+    return join_block<kWarps>(mine, scratch_, [](double a, double b) { return a + b; });
   }
   // The largest number that `reached` is true of, which is true of all below it; 0 if of none.
   template <typename F>
