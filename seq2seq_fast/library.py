@@ -32,6 +32,18 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after, bool need_state)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # The same with location: conv, projection, and the state before the first step or all of them.
+    "location_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
+    " Tensor[] attention, Tensor? mask, Tensor? context, Tensor? dropout, str cell_type,"
+    " bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
+    " Tensor[] location, int[] accumulates)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "location_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
+    " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
+    " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? dropout,"
+    " str cell_type, bool query_after, bool need_state, Tensor grad_location, Tensor[] location,"
+    " int[] accumulates, bool detach) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
     # a with each of b in turn, and then, if they are wanted, the sums of its rows
@@ -98,6 +110,10 @@ def _attention_backward(
     return _needed(grads, needs)
 
 
+def _decoder(*args):
+    return reference_decoder.attention_decoder(*args)[:-1]  # there is no location
+
+
 def _product(a, b, blas=None):
     return a @ b
 
@@ -127,7 +143,7 @@ _FALLBACKS = {
     "additive_scores_backward": _scores_backward,
     "additive_attention": _attention,
     "additive_attention_backward": _attention_backward,
-    "attention_decoder": reference_decoder.attention_decoder,
+    "attention_decoder": _decoder,
     "attention_decoder_backward": reference_decoder.attention_decoder_backward,
     "product": _product,
     "products": _products,

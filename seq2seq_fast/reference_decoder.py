@@ -10,6 +10,7 @@ w_input (I, its input's width), w_hidden (J, H) and bias (G,) or (B, G), over th
 where GRU's m is the hidden state's part of n, which r multiplies: that is why it stands alone.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     weights: Tensor  # (T, B, S)
     tokens: Tensor  # (F, B), what was fed back in each of F steps
     logits: Tensor  # (B, T + 1, V); [:, t] is written for the steps t that were fed its argmax
+    locations: Tensor  # (T + 1, B, C, S), where was attended before each step
 
 
 def activate(cell_type: str, gates: Tensor) -> Tensor:
@@ -77,6 +79,21 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, v: Tensor, mask
     return context.squeeze(1), weights.squeeze(1)
 
 
+def location_features(state: Tensor, conv: Tensor) -> Tensor:
+    """(B, S, N) of where was attended before (B, C, S) and filters (N, C, K), K odd, with zeros
+    beyond the ends (Chorowski et al., "Attention-based models for speech recognition", 2015)."""
+    return F.conv1d(state, conv, padding=conv.shape[2] // 2).transpose(1, 2)
+
+
+def next_location(
+    state: Tensor, weights: Tensor, accumulates: Sequence[int], detach: bool
+) -> Tensor:
+    """state (B, C, S) after a step with weights (B, S), which its channels take or add up."""
+    weights = weights.detach() if detach else weights
+    channels = zip(state.unbind(1), accumulates, strict=True)
+    return torch.stack([x + weights if adds else weights for x, adds in channels], 1)
+
+
 def attention_decoder(
     inputs: Tensor,
     hidden: Tensor,
@@ -92,6 +109,9 @@ def attention_decoder(
     feedback: list[int],
     readout: list[Tensor],
     input_dropout: Tensor | None,
+    location: Sequence[Tensor] = (),
+    accumulates: Sequence[int] = (),
+    detach: bool = False,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -110,6 +130,12 @@ def attention_decoder(
         feedback: the steps whose input is the argmax of the step before, read out by
             readout = [embedding (V, E), weight (V, H + D), bias (V,)] and multiplied by
             input_dropout (T, B, E).
+        location: nothing, or filters (N, C, K), their projection (A, N), and where was attended
+            before the first step (B, C, S). What the projection makes of `location_features`
+            is added to the keys of a step.
+        accumulates: of each channel whether it is the sum of all weights before, and not those of
+            the step before.
+        detach: no gradient flows from a step to the weights of those before by the location.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -125,12 +151,18 @@ def attention_decoder(
             context = values.new_zeros(B, values.shape[2])
     if context is not None:
         contexts.append(context)
+    conv, projection, *locations = location or (None, None)
 
     def attend():
         queries.append(F.linear(hiddens[-1][-1], w_query, b_query))
-        c, w = plain_attention(queries[-1], keys, values, v, mask)
+        placed = keys
+        if locations:
+            placed = keys + location_features(locations[-1], conv) @ projection.T
+        c, w = plain_attention(queries[-1], placed, values, v, mask)
         contexts.append(c)
         weights.append(w)
+        if locations:
+            locations.append(next_location(locations[-1], w, accumulates, detach))
 
     if feedback:
         embedding, w_out, b_out = readout
@@ -175,6 +207,7 @@ def attention_decoder(
         stack(weights, 0, B, S),
         torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=inputs.device),
         logits,
+        torch.stack(locations) if locations else inputs.new_empty(0),
     )
 
 

@@ -1,6 +1,9 @@
 """Arguments of the attention decoder, and what comes of them: for its tests on any device."""
 
+import statistics
+
 import torch
+from hypothesis import strategies as st
 from torch import nn
 
 import seq2seq_fast as s2s
@@ -11,7 +14,8 @@ ORDERS = [(c, after) for c in MODULES for after in (False, True)]
 
 def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
-    dropout=False, feedback=(), strided=False, seed=0, V=9,
+    dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
+    detach=False,
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -40,6 +44,11 @@ def problem(
         mask = torch.rand(B, S, generator=g) < 0.7
         mask[0] = False  # a source that is masked everywhere
         args |= {"v": draw(A), "mask": mask}
+    if channels:
+        C = len(channels)
+        conv, projection = draw(N, C, K, size=(C * K) ** -0.5), draw(A, N)
+        state = draw(B, C, S) if start else None
+        args["location"] = s2s.Location(conv, projection, channels, state, detach)
     if after or not attention:
         args["context"] = draw(B, D)
     if dropout:
@@ -50,12 +59,37 @@ def problem(
     return args
 
 
+@st.composite
+def problems(draw, attention=None):
+    """Arguments of `problem`: a failing draw is printed, so it had better be short."""
+    largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
+    sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
+    if attention is None:
+        attention = draw(st.booleans()) or draw(st.booleans())
+    T = sizes["T"]
+    fed_back = draw(st.sets(st.integers(1, T - 1))) if T > 1 else ()
+    return sizes | {
+        "cell_type": draw(st.sampled_from([*MODULES])),
+        "L": draw(st.integers(1, 3)),
+        "attention": attention,
+        "after": attention and draw(st.booleans()),
+        "dropout": draw(st.booleans()),
+        "feedback": sorted(fed_back),
+        "strided": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
 def tensors(args):
     """Every tensor of a problem that has a gradient, {name: tensor}."""
     named = {k: x for k, x in args.items() if isinstance(x, torch.Tensor)}
     named |= {f"query[{i}]": x for i, x in enumerate(args.get("query", ()))}
     for i, layer in enumerate(args["layers"]):
         named |= {f"layers[{i}][{j}]": x for j, x in enumerate(layer)}
+    if "location" in args:
+        conv, projection, _, state, _ = args["location"]
+        named |= {"conv": conv, "projection": projection}
+        named |= {} if state is None else {"location": state}
     if "feedback" in args:
         named["embedding"] = args["feedback"].embedding
     return {k: x for k, x in named.items() if x.requires_grad}
@@ -65,8 +99,8 @@ def cast(x, dtype):
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         grad = x.requires_grad
         return x.detach().to(dtype).requires_grad_(grad)
-    if isinstance(x, s2s.Feedback):
-        return s2s.Feedback(*(cast(y, dtype) for y in x))
+    if isinstance(x, (s2s.Feedback, s2s.Location)):
+        return type(x)(*(cast(y, dtype) for y in x))
     if isinstance(x, (list, tuple)):
         return type(x)(cast(y, dtype) for y in x)
     return {k: cast(y, dtype) for k, y in x.items()} if isinstance(x, dict) else x
@@ -87,3 +121,30 @@ def results(args, **options):
     zeros = {n: torch.zeros_like(x) for n, x in leaves.items()}
     found = {f"d{n}": zeros[n] if g is None else g for n, g in zip(leaves, grads, strict=True)}
     return {n: x.detach() for n, x in (out | found).items()}, tokens
+
+
+def accuracy(drawn, **options):
+    """{name: what of the accuracy rule's room is used} by outputs and gradients of the problem that
+    was drawn. Errors are against float64, ours at most twice plain PyTorch's in float32 plus
+    rounding: the median of five draws, as gradients of attention nearly cancel and one draw's are
+    luck. None of a tie that rounding decides, which is another problem."""
+    used: dict[str, list[float]] = {}
+    for seed in range(5):
+        args = problem(**drawn | {"seed": drawn["seed"] + seed})
+        args32 = cast(args, torch.float32)
+        exact, tokens = results(args, backend="reference")
+        ours, our_tokens = results(args32, **options)
+        theirs, their_tokens = results(args32, backend="reference")
+        if tokens is not None:
+            if not (torch.equal(tokens, our_tokens) and torch.equal(tokens, their_tokens)):
+                return None
+        assert ours.keys() == theirs.keys() == exact.keys()
+        eps, T = torch.finfo(torch.float32).eps, args["inputs"].shape[1]
+        for name, want in exact.items():
+            if want.numel() == 0:
+                continue
+            error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
+            # Terms are of size 1, and may cancel; a sum over steps is rounded at each of them.
+            rounding = 4 * eps * T * max(want.abs().max().item(), 1)
+            used.setdefault(name, []).append(error / (2 * allowed + rounding))
+    return {name: statistics.median(ratios) for name, ratios in used.items()}

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,16 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
-from decoder_problems import MODULES, ORDERS, cast, problem, results, tensors
+from decoder_problems import (
+    MODULES,
+    ORDERS,
+    accuracy,
+    cast,
+    problem,
+    problems,
+    results,
+    tensors,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,50 +28,12 @@ import seq2seq_fast as s2s
 from seq2seq_fast.training import train
 
 
-@st.composite
-def problems(draw):
-    """Arguments of `problem`: a failing draw is printed, so it had better be short."""
-    largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
-    sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
-    T, attention = sizes["T"], draw(st.booleans()) or draw(st.booleans())
-    fed_back = draw(st.sets(st.integers(1, T - 1))) if T > 1 else ()
-    return sizes | {
-        "cell_type": draw(st.sampled_from([*MODULES])),
-        "L": draw(st.integers(1, 3)),
-        "attention": attention,
-        "after": attention and draw(st.booleans()),
-        "dropout": draw(st.booleans()),
-        "feedback": sorted(fed_back),
-        "strided": draw(st.booleans()),
-        "seed": draw(st.integers(0, 2**31)),
-    }
-
-
 @settings(max_examples=25, deadline=None)
 @given(problems(), st.booleans())
 def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
-    """Errors against float64, ours at most twice plain PyTorch's in float32 plus rounding: the
-    median of five draws, as gradients of attention nearly cancel and one draw's are luck."""
-    used: dict[str, list[float]] = {}
-    for seed in range(5):
-        args = problem(**drawn | {"seed": drawn["seed"] + seed})
-        args32 = cast(args, torch.float32)
-        exact, tokens = results(args, backend="reference")
-        ours, our_tokens = results(args32, recompute=recompute)
-        theirs, their_tokens = results(args32, backend="reference")
-        if tokens is not None:  # a tie that rounding decides is another problem
-            assume(torch.equal(tokens, our_tokens) and torch.equal(tokens, their_tokens))
-        assert ours.keys() == theirs.keys() == exact.keys()
-        eps, T = torch.finfo(torch.float32).eps, args["inputs"].shape[1]
-        for name, want in exact.items():
-            if want.numel() == 0:
-                continue
-            error, allowed = ((x[name] - want).abs().max().item() for x in (ours, theirs))
-            # Terms are of size 1, and may cancel; a sum over steps is rounded at each of them.
-            rounding = 4 * eps * T * max(want.abs().max().item(), 1)
-            used.setdefault(name, []).append(error / (2 * allowed + rounding))
-    medians = {name: statistics.median(ratios) for name, ratios in used.items()}
-    assert max(medians.values()) <= 1, medians
+    used = accuracy(drawn, recompute=recompute)
+    assume(used is not None)
+    assert max(used.values()) <= 1, used
 
 
 @pytest.mark.parametrize("x", [float("nan"), float("inf"), 1e4, -1e4, 1e-30])

@@ -79,8 +79,8 @@ def test_every_instruction_set_keeps_the_accuracy_rule(capability, selected):
     if ran.stdout.strip() != capability:
         assert capability != "default"
         pytest.skip(f"not on this processor, which has {ran.stdout.strip()}")
-    names = [f"test_{x}.py" for x in ("additive_attention", "attention_decoder", "decoding")]
-    names += ["test_product.py", "test_dropout.py", "test_seeking.py"]
+    names = [f"test_{x}.py" for x in ("additive_attention", "attention_decoder", "location")]
+    names += [f"test_{x}.py" for x in ("decoding", "product", "dropout", "seeking")]
     tests = [str(Path(__file__).with_name(name)) for name in names]
     command = [
         sys.executable,

@@ -25,10 +25,11 @@ from .additive_attention import (
 from .checks import instance
 from .dropout import dropout_factors
 from .kernels import OPS, fake, product, products
+from .location import Location, accumulates
 
 
 @fake("attention_decoder")
-def _(
+def _shapes(
     inputs,
     hidden,
     cell,
@@ -64,8 +65,18 @@ def _(
     )
 
 
-@fake("attention_decoder_backward")
+@fake("location_decoder")
 def _(
+    inputs, hidden, cell, layers, attention, mask, context, dropout, cell_type, query_after,
+    feedback, readout, input_dropout, location, accumulates,
+):  # fmt: skip
+    others = (dropout, cell_type, query_after, feedback, readout, input_dropout)
+    found = _shapes(inputs, hidden, cell, layers, attention, mask, None, context, *others)
+    return *found, inputs.new_empty(inputs.shape[0] + 1, *location[2].shape)
+
+
+@fake("attention_decoder_backward")
+def _shapes_backward(
     grad_outputs,
     grad_contexts,
     grad_weights,
@@ -78,11 +89,19 @@ def _(
     weights,
     *others,
 ):
-    need_state = others[-1]
+    need_state = others[6]
     first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
     same = (gates, queries, weights, grad_contexts)
     state = (x.new_empty(x.shape if need_state else 0) for x in (grad_hidden, grad_cell))
     return *(x.new_empty(x.shape) for x in same), *state, first
+
+
+@fake("location_decoder_backward")
+def _(*args):
+    *of_decoder, grad_location, location, _, _ = args
+    *_, keys, _, v = of_decoder[11]
+    found = _shapes_backward(*of_decoder[:12], None, *of_decoder[12:])
+    return *found, *(x.new_empty(x.shape) for x in (keys, v, *location[:2], grad_location))
 
 
 class Feedback(NamedTuple):
@@ -105,6 +124,7 @@ class DecoderOutput(NamedTuple):
     cell: Tensor | None  # the same of an LSTM, else None
     tokens: Tensor | None  # (B, F) what was fed back, at each of feedback's steps
     logits: Tensor | None  # (B, T + 1, V); [:, t] has been made for feedback's steps t
+    location: Tensor | None  # (B, C, S), the location's state after the last step
 
 
 class _Decoder(torch.autograd.Function):
@@ -112,14 +132,12 @@ class _Decoder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, hidden, cell, context, mask, powers, dropout, options, run, *weights):
-        layers, attention = _split(weights, inputs, hidden)
         if run is None:
-            run = _run(options.backend, inputs, hidden, cell, layers, attention, mask, powers,
-                       context, dropout, *options[:2], [], [], None)  # fmt: skip
+            run = _run(options, inputs, hidden, cell, weights, mask, powers, context, dropout)
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
-            powers, dropout, *weights,
+            run.locations, powers, dropout, *weights,
         )  # fmt: skip
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -143,21 +161,37 @@ class _Options(NamedTuple):
     query_after: bool
     recompute: bool
     backend: str
+    accumulates: tuple[int, ...] = ()  # of each channel of a location; none where there is none
+    detach: bool = False
 
 
-def _run(backend: str, *args) -> Run:
-    return Run(*OPS["attention_decoder", backend](*args))
+def _run(
+    options, inputs, hidden, cell, weights, mask, powers, context, dropout, feedback=([], [], None)
+):  # fmt: skip
+    """`Run` of the backend's op."""
+    layers, attention, location = _split(weights, inputs, hidden)
+    first, others = (inputs, hidden, cell, layers, attention, mask), (context, dropout)
+    others = (*others, *options[:2], *feedback)
+    if options.backend == "reference":
+        return reference.attention_decoder(
+            *first, powers, *others, location, options.accumulates, options.detach
+        )
+    if location:
+        op = OPS["location_decoder", options.backend]
+        return Run(*op(*first, *others, location, options.accumulates))
+    op = OPS["attention_decoder", options.backend]
+    return Run(*op(*first, powers, *others), inputs.new_empty(0))
 
 
 def _split(weights, inputs, hidden):
-    """The ops' layers and attention, of weights of which the first is over [input; context]: a
-    gradient of its parts would be put together in passes over all of it."""
+    """The ops' layers, attention and location, of weights of which the first is over [input;
+    context]: a gradient of its parts would be put together in passes over all of it."""
     n, E = 3 * hidden.shape[0], inputs.shape[2]
-    layers, attention = list(weights[:n]), list(weights[n:])
+    layers, attention, location = list(weights[:n]), list(weights[n : n + 5]), weights[n + 5 :]
     if attention:
         attention = [layers[0][:, E:], *attention]
         layers[0] = layers[0][:, :E]
-    return layers, attention
+    return layers, attention, list(location)
 
 
 def _results(run: Run):
@@ -170,6 +204,7 @@ def _results(run: Run):
         run.weights,
         run.hiddens[:, -1].clone(),  # not a part of the outputs' memory, which callers may change
         run.cells[:, -1] if has_cells else run.cells,
+        run.locations[-1].clone() if len(run.locations) else run.locations,
     )
 
 
@@ -198,11 +233,11 @@ def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
 
 
 def _backward(
-    options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, powers, dropout,
-    *weights,
+    options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, powers,
+    dropout, *weights,
 ):  # fmt: skip
-    cell_type, query_after, _, backend = options
-    layers, attention = _split(weights, inputs, hiddens)
+    cell_type, query_after, _, backend, accumulates, detach = options
+    layers, attention, location = _split(weights, inputs, hiddens)
     L = hiddens.shape[0]
     fed = contexts[:-1] if query_after else contexts[1:]
     if gates is None:
@@ -215,17 +250,26 @@ def _backward(
         in_place = backend == "native" and grad is not None and grad.stride(-1) == 1
         return grad if in_place else dense(grad, like)
 
-    outputs, steps, rows, last, last_cell = grads
-    backward = OPS["attention_decoder_backward", backend]
-    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = backward(
+    outputs, steps, rows, last, last_cell, last_location = grads
+    args = (
         rows_of(outputs, hiddens[-1, 1:]),
         rows_of(steps, contexts[1:]),
         dense(rows, w),
         dense(last, hiddens[:, -1]),
         dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
-        hiddens, cells, gates, queries, w, layers, attention, powers, dropout,
-        cell_type, query_after, needs["hidden"] or needs["cell"],
+        hiddens, cells, gates, queries, w, layers, attention,
     )  # fmt: skip
+    kind = (dropout, cell_type, query_after, needs["hidden"] or needs["cell"])
+    of_location: tuple[Tensor, ...] = ()
+    if location:
+        backward = OPS["location_decoder_backward", backend]
+        last_location, location = dense(last_location, locations[-1]), [*location[:2], locations]
+        every = backward(*args, *kind, last_location, location, accumulates, detach)
+        *found, dkeys, dv = every[:9]
+        of_location = every[9:]
+    else:
+        found = OPS["attention_decoder_backward", backend](*args, powers, *kind)
+    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = found
     n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
     dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]
     found = []
@@ -243,16 +287,17 @@ def _backward(
         found.append(dgates[i].sum((0, 1) if one_bias else 0) if need_bias else None)
     if attention:
         *_, keys, values, v = attention
-        need_query, need_bias, need_keys, _, need_v = needs["weights"][3 * L :]
+        need_query, need_bias, need_keys, _, need_v = needs["weights"][3 * L : 3 * L + 5]
         state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
         need = need_query or need_bias
         found += _products(dq, state, sums=True) if need else [None, None]
-        _, dkeys, dv = OPS["additive_scores_backward", backend](
-            ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
-        )
+        if not location:
+            _, dkeys, dv = OPS["additive_scores_backward", backend](
+                ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
+            )
         found.append(dkeys)
         found.append(torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1)))
-        found.append(dv)
+        found += [dv, *of_location]
     dinputs = None
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
@@ -290,6 +335,7 @@ def attention_decoder(
     query_after: bool = False,
     dropout: float | Tensor = 0.0,
     feedback: Feedback | None = None,
+    location: Location | None = None,
     recompute: bool = False,
     backend: str | None = None,
 ) -> DecoderOutput:
@@ -317,6 +363,8 @@ def attention_decoder(
             the step, and the first layer reads the step's own context.
         dropout: between layers; the probability, or factors (L - 1, B, T, H).
         feedback: the steps whose input is the argmax of the step before in place of inputs.
+        location: what makes the scores see where was attended before; see `Location`. Its loop is
+            compiled for the CPU, and plain PyTorch on a GPU.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
         backend: None for the best there is, "native", "triton" or "reference".
 
@@ -338,12 +386,14 @@ def attention_decoder(
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, feedback, recompute, autocast,
+        dropout, feedback, recompute, location, autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
-    backend = choose("attention_decoder", inputs, backend)
+    op = "attention_decoder" if location is None else "location_decoder"
+    backend = choose(op, inputs, backend)
+    of_location = () if location is None else (accumulates(location), location.detach)
 
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
@@ -360,12 +410,21 @@ def attention_decoder(
             powers,
             cast(context),
             _factors(dropout, steps, first),
-            _Options(cell_type, query_after, recompute, backend),
+            _Options(cell_type, query_after, recompute, backend, *of_location),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
+            [] if location is None else _place(location, attention[2], cast),
         )
     return DecoderOutput(
         *(x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in found)
     )
+
+
+def _place(location: Location, keys: Tensor, cast) -> list[Tensor]:
+    """Filters, projection and first state, as the ops have them."""
+    state = location.state
+    if state is None:
+        state = keys.new_zeros(keys.shape[0], len(location.channels), keys.shape[1])
+    return [cast(x) for x in (location.conv, location.projection, state)]
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor):
@@ -390,34 +449,31 @@ def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
 
 
 def _decode(
-    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback
+    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback,
+    location,
 ):  # fmt: skip
-    weights = [*_weights_of(layers, options.cell_type), *attention]
+    weights = [*_weights_of(layers, options.cell_type), *attention, *location]
     E = inputs.shape[2]
     if not attention and weights[0].shape[1] > E:  # the same at every step: a part of the bias
         from_context, bias = context @ weights[0][:, E:].T, weights[2]
         weights[0] = weights[0][:, :E]
         weights[2] = bias + F.pad(from_context, (0, len(bias) - from_context.shape[1]))
-    layers, attention = _split(weights, inputs, hidden)
     steps, readout, input_dropout = [], [], None
     if feedback:
         steps, *readout, input_dropout = feedback
         if input_dropout is not None:
             input_dropout = input_dropout.transpose(0, 1).contiguous()
-    source = (mask, powers, context, dropout)
-    args = (*source, *options[:2], steps, readout, input_dropout)
+    args = (hidden, cell, weights, mask, powers, context, dropout)
+    fed_back = (steps, readout, input_dropout)
     grad = _needs_grad(inputs, hidden, cell, context, *weights, *readout)
-    if options.backend == "reference":
-        run = reference.attention_decoder(inputs, hidden, cell, layers, attention, *args)
-        results = _results(run)
-    elif not grad:
-        run = _run(options.backend, inputs, hidden, cell, layers, attention, *args)
+    if options.backend == "reference" or not grad:
+        run = _run(options, inputs, *args, fed_back)
         results = _results(run)
     else:
         run = None
         if steps:
             with torch.no_grad():
-                run = _run(options.backend, inputs, hidden, cell, layers, attention, *args)
+                run = _run(options, inputs, *args, fed_back)
             fed = F.embedding(run.tokens, readout[0])
             if input_dropout is not None:
                 factors = input_dropout.unbind()
@@ -427,7 +483,7 @@ def _decode(
             inputs, hidden, cell, context if attention else None, mask, powers, dropout, options,
             run, *weights,
         )  # fmt: skip
-    outputs, contexts, weights, hidden, cell = results
+    outputs, contexts, weights, hidden, cell, where = results
     if options.cell_type != "lstm":
         cell = None
     if not attention:
@@ -435,4 +491,5 @@ def _decode(
     else:
         contexts, weights = contexts.transpose(0, 1), weights.transpose(0, 1)
     tokens, logits = (run.tokens.T, run.logits) if steps else (None, None)
-    return outputs.transpose(0, 1), contexts, weights, hidden, cell, tokens, logits
+    where = where if location else None
+    return outputs.transpose(0, 1), contexts, weights, hidden, cell, tokens, logits, where

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..reference_decoder import BLOCKS
 from .checks import DTYPES, STRIDED, bools, flag, powers, probability
 from .checks import tensor as check_tensor
+from .location import check as check_location
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
@@ -54,6 +55,7 @@ def decoder(
     dropout: float | Tensor,
     feedback: Sequence | None,
     recompute: bool,
+    location: object,
     autocast: bool,
 ) -> None:
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
@@ -79,6 +81,11 @@ def decoder(
     elif cell is not None:
         raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
     D = _source(tensor, attention, key_powers, mask, context, B, H)
+    if location is not None:
+        keys = attention[2]
+        if keys is None:
+            raise ValueError("location: got a Location, expected None without keys and values")
+        check_location(location, tensor, *keys.shape)
     G = GATES[kind] * H
     for i, layer in enumerate(layers):
         if type(layer) is not list or len(layer) != 4:

@@ -16,6 +16,8 @@ OPS = {
         "additive_attention_backward",
         "attention_decoder",
         "attention_decoder_backward",
+        "location_decoder",
+        "location_decoder_backward",
     )
     for backend, op in (("native", name), ("triton", TRITON_OPS.get(name)))
     if op

@@ -10,6 +10,7 @@
 
 #include "cells.h"
 #include "decoder.h"
+#include "location.h"
 
 namespace seq2seq_fast::decoder {
 namespace {
@@ -83,7 +84,8 @@ class Forward {
   Forward(const Tensor& inputs, const std::vector<Layer>& layers,
           const std::optional<Source>& source, const std::optional<Tensor>& fixed,
           const std::optional<Tensor>& dropout, Cell cell, bool query_after,
-          const Feedback<A>& feedback, const Run& run)
+          const Feedback<A>& feedback, const Run& run, const Location<A>* location,
+          const Tensor& locations)
       : inputs_(inputs),
         layers_(layers),
         source_(source),
@@ -93,6 +95,8 @@ class Forward {
         query_after_(query_after),
         feedback_(feedback),
         run_(run),
+        location_(location),
+        locations_(locations),
         T_(inputs.size(0)),
         B_(inputs.size(1)),
         L_(run.hiddens.size(0)),
@@ -162,7 +166,17 @@ class Forward {
                   w_query_->product(p, top + b * H_, H_, n, data<A>(source_->b_query), 0,
                                     queries + b * A_, A_);
                 });
-    source_->attend(at(run_.queries, t), at(run_.contexts, t + 1), at(run_.weights, t));
+    if (location_ == nullptr)
+      return source_->attend(at(run_.queries, t), at(run_.contexts, t + 1), at(run_.weights, t));
+    std::vector<typename Location<A>::Row> rows;
+    for (int64_t b = 0; b < B_; ++b) {
+      const auto row = [b](const Tensor& x, int64_t i) {
+        return data<A>(x) + i * x.stride(0) + b * x.stride(1);
+      };
+      rows.push_back({b, row(run_.queries, t), row(locations_, t), row(run_.contexts, t + 1),
+                      row(run_.weights, t), row(locations_, t + 1)});
+    }
+    location_->attend(rows);
   }
 
   void advance_layer(int64_t l, int64_t t) {
@@ -219,11 +233,48 @@ class Forward {
   const bool query_after_;
   const Feedback<A>& feedback_;
   const Run& run_;
+  const Location<A>* const location_;
+  const Tensor& locations_;  // (T + 1, B, C, S)
   const int64_t T_, B_, L_, H_, G_;
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
 };
+
+// Where there is no location, it and `accumulates` are empty; `locations` are what it is at each
+// step, in which the first is there already.
+Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
+           const std::vector<Tensor>& layers, const std::vector<Tensor>& attention,
+           const std::optional<Tensor>& mask, const std::optional<Tensor>& powers,
+           const std::optional<Tensor>& context, const std::optional<Tensor>& dropout,
+           const std::string& cell_type, bool query_after, const std::vector<int64_t>& feedback,
+           std::vector<Tensor> readout, const std::optional<Tensor>& input_dropout,
+           const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
+           const Tensor& locations) {
+  const Cell kind = cell_of(cell_type);
+  keep_freed_memory();
+  Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
+  for (const Tensor& x : {run.hiddens, run.cells, run.gates})
+    ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size());
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, mask, powers, location.empty());
+  const std::vector<Layer> weights = layers_of(layers);
+  if (!readout.empty()) readout[2] = torch::stable::contiguous(readout[2]);
+  const auto go = [&]<typename A>() {
+    const Feedback<A> steps = {feedback, readout, input_dropout, run.tokens, run.logits};
+    std::optional<Location<A>> place;
+    if (!location.empty())
+      place.emplace(location, accumulates, source->keys, source->values, source->v, mask);
+    Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run,
+               place ? &*place : nullptr, locations)
+        .run();
+  };
+  if (inputs.scalar_type() == ScalarType::Double)
+    go.template operator()<double>();
+  else
+    go.template operator()<float>();
+  return run;
+}
 
 auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                        std::vector<Tensor> attention, std::optional<Tensor> mask,
@@ -231,24 +282,29 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
                        std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout) {
-  const Cell kind = cell_of(cell_type);
-  keep_freed_memory();
-  const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
-  for (const Tensor& x : {run.hiddens, run.cells, run.gates})
-    ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size());
-  std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, mask, powers);
-  const std::vector<Layer> weights = layers_of(layers);
-  if (!readout.empty()) readout[2] = torch::stable::contiguous(readout[2]);
-  const auto go = [&]<typename A>() {
-    const Feedback<A> steps = {feedback, readout, input_dropout, run.tokens, run.logits};
-    Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run).run();
-  };
-  if (inputs.scalar_type() == ScalarType::Double)
-    go.template operator()<double>();
-  else
-    go.template operator()<float>();
-  return run.results();
+  return decode(inputs, hidden, cell, layers, attention, mask, powers, context, dropout, cell_type,
+                query_after, feedback, readout, input_dropout, {}, {}, inputs)
+      .results();
+}
+
+auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                      std::vector<Tensor> attention, std::optional<Tensor> mask,
+                      std::optional<Tensor> context, std::optional<Tensor> dropout,
+                      std::string cell_type, bool query_after, std::vector<int64_t> feedback,
+                      std::vector<Tensor> readout, std::optional<Tensor> input_dropout,
+                      std::vector<Tensor> location, std::vector<int64_t> accumulates) {
+  STD_TORCH_CHECK(attention.size() == 6 && location.size() == 3,
+                  "expected six tensors of attention, and conv, projection and state");
+  const Tensor& state = location[2];
+  const int64_t B = state.size(0), C = state.size(1), S = state.size(2);
+  STD_TORCH_CHECK(B == inputs.size(1) && S == attention[3].size(1), "expected state (B, C, S)");
+  const Tensor locations = empty(inputs, {inputs.size(0) + 1, B, C, S});
+  copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
+  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, std::nullopt, context,
+                               dropout, cell_type, query_after, feedback, readout, input_dropout,
+                               location, accumulates, locations)
+                            .results(),
+                        std::tuple(locations));
 }
 
 }  // namespace
@@ -256,4 +312,5 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::decoder::attention_decoder));
+  m.impl("location_decoder", TORCH_BOX(&seq2seq_fast::decoder::location_decoder));
 }

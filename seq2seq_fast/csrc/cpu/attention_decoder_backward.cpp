@@ -7,6 +7,7 @@
 
 #include "cells.h"
 #include "decoder.h"
+#include "location.h"
 
 namespace seq2seq_fast::decoder {
 namespace {
@@ -37,7 +38,8 @@ class Backward {
  public:
   Backward(const Given& given, const States& run, const std::vector<Layer>& layers,
            const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
-           bool query_after, bool need_state, const Gradients& d)
+           bool query_after, bool need_state, const Gradients& d, Location<A>* location,
+           const Tensor& locations)
       : given_(given),
         run_(run),
         source_(source),
@@ -46,6 +48,8 @@ class Backward {
         query_after_(query_after),
         need_state_(need_state),
         d_(d),
+        location_(location),
+        locations_(locations),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
         B_(run.gates.size(2)),
@@ -81,8 +85,15 @@ class Backward {
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
-    source_->attend_backward(at(d_.contexts, t), at(given_.weights, t), at(run_.queries, t),
-                             at(run_.weights, t), at(d_.scores, t), at(d_.queries, t));
+    if (location_ == nullptr) {
+      source_->attend_backward(at(d_.contexts, t), at(given_.weights, t), at(run_.queries, t),
+                               at(run_.weights, t), at(d_.scores, t), at(d_.queries, t));
+    } else {
+      const auto step = [&](const Tensor& x) { return data<A>(x) + t * x.stride(0); };
+      location_->attend_backward(step(d_.contexts), step(given_.weights), step(run_.queries),
+                                 step(locations_), step(run_.weights), step(d_.scores),
+                                 step(d_.queries));
+    }
     const int64_t width = source_->v.size(0);
     const A* queries = data<A>(d_.queries) + t * B_ * width;
     A* top = hidden(L_ - 1);
@@ -166,11 +177,50 @@ class Backward {
   const Cell cell_;
   const bool query_after_, need_state_;
   const Gradients& d_;
+  Location<A>* const location_;
+  const Tensor& locations_;  // (T + 1, B, C, S)
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
 };
+
+// What a location gives beside: gradients of keys, v, conv, projection and the state before the
+// first step.
+using OfLocation = std::array<Tensor, 5>;
+
+// Where there is no location, what is of it is empty.
+std::pair<Gradients, OfLocation> retreat(
+    const Given& given, const Tensor& grad_hidden, const Tensor& grad_cell, const States& run,
+    const std::vector<Tensor>& layers, const std::vector<Tensor>& attention,
+    const std::optional<Tensor>& powers, const std::optional<Tensor>& dropout,
+    const std::string& cell_type, bool query_after, bool need_state,
+    const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
+    const Tensor& grad_location, bool detach) {
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, std::nullopt, powers, location.empty());
+  const Gradients d =
+      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
+  ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
+  const std::vector<Layer> all = layers_of(layers);
+  OfLocation of_location;
+  const auto go = [&]<typename A>() {
+    std::optional<Location<A>> place;
+    if (!location.empty()) {
+      place.emplace(location, accumulates, source->keys, source->values, source->v, std::nullopt);
+      place->begin_backward(grad_location, detach);
+    }
+    Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, need_state, d,
+                place ? &*place : nullptr, place ? location[2] : run.weights)
+        .run();
+    if (place) of_location = place->results();
+  };
+  if (run.gates.scalar_type() == ScalarType::Double)
+    go.template operator()<double>();
+  else
+    go.template operator()<float>();
+  return {d, of_location};
+}
 
 auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                                 Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
@@ -178,23 +228,26 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
                                 std::vector<Tensor> layers, std::vector<Tensor> attention,
                                 std::optional<Tensor> powers, std::optional<Tensor> dropout,
                                 std::string cell_type, bool query_after, bool need_state) {
-  std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
-  const Given given = {grad_outputs, grad_contexts, grad_weights};
-  const States run = {hiddens, cells, gates, queries, weights};
-  const Gradients d =
-      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
-  ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
-  const std::vector<Layer> all = layers_of(layers);
-  const auto go = [&]<typename A>() {
-    Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, need_state, d)
-        .run();
-  };
-  if (gates.scalar_type() == ScalarType::Double)
-    go.template operator()<double>();
-  else
-    go.template operator()<float>();
-  return d.results(need_state);
+  return retreat({grad_outputs, grad_contexts, grad_weights}, grad_hidden, grad_cell,
+                 {hiddens, cells, gates, queries, weights}, layers, attention, powers, dropout,
+                 cell_type, query_after, need_state, {}, {}, grad_hidden, false)
+      .first.results(need_state);
+}
+
+auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                               Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                               Tensor gates, Tensor queries, Tensor weights,
+                               std::vector<Tensor> layers, std::vector<Tensor> attention,
+                               std::optional<Tensor> dropout, std::string cell_type,
+                               bool query_after, bool need_state, Tensor grad_location,
+                               std::vector<Tensor> location, std::vector<int64_t> accumulates,
+                               bool detach) {
+  const auto [d, of_location] =
+      retreat({grad_outputs, grad_contexts, grad_weights}, grad_hidden, grad_cell,
+              {hiddens, cells, gates, queries, weights}, layers, attention, std::nullopt, dropout,
+              cell_type, query_after, need_state, location, accumulates, grad_location, detach);
+  const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
+  return std::tuple_cat(d.results(need_state), std::tuple(dkeys, dv, dconv, dprojection, dstate));
 }
 
 }  // namespace
@@ -203,4 +256,5 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("attention_decoder_backward",
          TORCH_BOX(&seq2seq_fast::decoder::attention_decoder_backward));
+  m.impl("location_decoder_backward", TORCH_BOX(&seq2seq_fast::decoder::location_decoder_backward));
 }

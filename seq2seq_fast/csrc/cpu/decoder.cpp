@@ -25,14 +25,14 @@ std::vector<Layer> layers_of(const std::vector<Tensor>& x) {
 }
 
 Source::Source(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
-               const std::optional<Tensor>& powers)
+               const std::optional<Tensor>& powers, bool prepare)
     : w_context(x[0]),
       w_query(x[1]),
       b_query(torch::stable::contiguous(x[2])),
       keys(x[3]),
       values(x[4]),
       v(x[5]) {
-  if (keys.scalar_type() == ScalarType::Float) prepared.emplace(keys, powers);
+  if (prepare && keys.scalar_type() == ScalarType::Float) prepared.emplace(keys, powers);
   if (mask_)
     mask =
         view(*mask_, {mask_->size(0), 1, mask_->size(1)}, {mask_->stride(0), 0, mask_->stride(1)});

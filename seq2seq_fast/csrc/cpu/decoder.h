@@ -187,8 +187,9 @@ struct Source {
   std::optional<Keys> prepared;  // in float32
   std::optional<Tensor> mask;
 
+  // Keys are not prepared where the scores are not of query and keys alone.
   Source(const std::vector<Tensor>& attention, const std::optional<Tensor>& mask,
-         const std::optional<Tensor>& powers);
+         const std::optional<Tensor>& powers, bool prepare = true);
   // query (B, A) to context (B, D) and weights (B, S)
   void attend(const Tensor& query, const Tensor& context, const Tensor& weights) const;
   // Gradients of the scores (B, S) and the query, from those of context and weights.

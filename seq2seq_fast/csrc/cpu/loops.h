@@ -100,6 +100,34 @@ struct Soon {
   int64_t bytes = 0;
 };
 
+// Places of a source, of which the scores are v tanh(query + key + projection features). All rows
+// of features are padded with zeros to `width`, a multiple of kPadPlaces.
+constexpr int64_t kPadPlaces = 2 * kPad;
+template <typename A>
+struct PlacesOf {
+  int64_t count, width, N;
+  const A* query;  // (width,)
+  const A* keys;   // (count, width), rows ld apart
+  int64_t ld;
+  const A* features;  // (N, count filled up to a multiple of kPad)
+  int64_t ld_features;
+  const A *projection, *v;  // (N, width), (width,)
+};
+using Places = PlacesOf<float>;
+// What gradients of the scores, filled up with zeros, come to: all of it is added to but for
+// `features`.
+template <typename A>
+struct PlaceGradientsOf {
+  A *query, *v, *projection;  // (width,), (width,), (N, width)
+  A* keys;                    // as the keys lie
+  A* features;                // (N, as many as there are features)
+  int64_t ld_features;
+  const A* projected;  // the projection again, (width, N) with rows of whole kPad
+  int64_t ld_projected;
+  A* before;  // room for kPad rows of the width
+};
+using PlaceGradients = PlaceGradientsOf<float>;
+
 // Where sums go: out = init + sum, rows of them. init may be out, or one row with an ld_init of 0.
 struct Sums {
   const float* init;
@@ -189,6 +217,16 @@ struct Loops {
   void (*sum_rows)(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, float* out);
   // to (N, M), ld_to apart, = from (M, N) transposed
   void (*transpose)(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to);
+
+  // out[i][s] = sum_{c,j} w[i][c][j] x[c][s + j], i < N, s < n, a multiple of kPad
+  void (*convolve)(const float* x, int64_t ldx, int64_t C, int64_t K, const float* w, int64_t N,
+                   int64_t n, float* out, int64_t ldo);
+  // out[i][j] += sum_s d[i][s] x[s + j], i < N, j < K, s < n, a multiple of kPad; x is read to
+  // three numbers behind what it takes.
+  void (*correlate)(const float* d, int64_t ld, int64_t N, const float* x, int64_t K, int64_t n,
+                    float* out, int64_t ldo);
+  void (*place_scores)(const Places& places, float* out);
+  void (*place_gradients)(const Places& places, const float* g, const PlaceGradients& d);
 
   // n factors of dropout from a block of them on: `kept`, or zero where the random number, 32 bits,
   // is below the threshold.

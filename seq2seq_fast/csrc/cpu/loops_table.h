@@ -2,6 +2,7 @@
 #include "attention_loops.h"
 #include "cell_loops.h"
 #include "cross_entropy_loops.h"
+#include "location_loops.h"
 #include "packed_loops.h"
 #include "panel_loops.h"
 #include "product_loops.h"
@@ -31,6 +32,10 @@ const Loops S2S_LOOPS = {S2S_NAME,
                          product_panel,
                          sum_rows,
                          transpose,
+                         convolve,
+                         correlate,
+                         place_scores,
+                         place_gradients,
                          dropout,
                          perturb,
                          perturb_some,
