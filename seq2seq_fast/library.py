@@ -57,12 +57,12 @@ SCHEMAS = {
     " Tensor cell, Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values, Tensor? seed,"
-    " float temperature, int top_k, float top_p)"
+    " float temperature, int top_k, float top_p, int[] accumulates)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One step of it, with all logits.
     "decoder_step": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor tokens,"
-    " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask,"
+    " int[] accumulates) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # An encoder's layers, with weights packed as decoding has them.
     "recurrent_layers": "(Tensor x, Tensor? lengths, Tensor packed, Tensor layout, str cell_type,"
     " int hidden_dim, bool bidirectional) -> (Tensor, Tensor, Tensor)",

@@ -8,7 +8,18 @@ import warnings
 
 import pytest
 import torch
-from decoding_models import BOS, EOS, KINDS, PROJECT, V_SRC, check_same, make, rescored, sources
+from decoding_models import (
+    BOS,
+    EOS,
+    KINDS,
+    LOCATIONS,
+    PROJECT,
+    V_SRC,
+    check_same,
+    make,
+    rescored,
+    sources,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,11 +55,13 @@ OPTIONS = st.fixed_dictionaries(
     V=st.sampled_from([5, 11, 64, 130, FEW_TOKENS, FEW_TOKENS + 1, 1040]),
     seed=st.integers(0, 100),
     project_values=st.booleans(),
+    location=st.sampled_from([(), (), *LOCATIONS]),
 )
 def test_the_engine_decodes_as_plain_pytorch_does(
-    kind, options, coverage_penalty, P, B, S, H, layers, V, seed, project_values
+    kind, options, coverage_penalty, P, B, S, H, layers, V, seed, project_values, location
 ):
-    model, src = make(kind, V, H, layers, seed), sources(B, S, seed)
+    location = location if kind[1] else ()
+    model, src = make(kind, V, H, layers, seed, location=location), sources(B, S, seed)
     if project_values and kind in PROJECT:
         model.prepare_inference(project_values=True)
     if not kind[1]:
@@ -87,13 +100,15 @@ def test_ten_thousand_rows_have_the_reference_s_tokens():
 
 
 @pytest.mark.parametrize(
-    ("kind", "project_values"),
-    [(kind, False) for kind in KINDS] + [(kind, True) for kind in PROJECT],
+    ("kind", "project_values", "location"),
+    [(kind, False, ()) for kind in KINDS]
+    + [(kind, True, ()) for kind in PROJECT]
+    + [(kind, False, where) for kind in PROJECT[:2] for where in LOCATIONS],
     ids=str,
 )
-def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values):
+def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values, location):
     """Bit for bit, from what an encoder made of it."""
-    model, src = make(kind, V=70, H=40), sources(67, 7)
+    model, src = make(kind, V=70, H=40, location=location), sources(67, 70 if location else 7)
     model.prepare_inference(project_values=project_values)
     source, state = model.encode(src)
     for options in ({}, {"beam_size": 4, "n_best": 4, "length_penalty": 1.0}):
@@ -112,8 +127,9 @@ def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values):
             assert torch.equal(alone.tokens[0], together.tokens[b, ..., :n])
 
 
-def test_threads_do_not_change_the_result():
-    model, src = make(V=700, H=64), sources(9, 7)
+@pytest.mark.parametrize("location", [(), LOCATIONS[1]], ids=str)
+def test_threads_do_not_change_the_result(location):
+    model, src = make(V=700, H=64, location=location), sources(9, 140 if location else 7)
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -407,7 +423,7 @@ def test_models_of_16_bits_are_decoded_in_float32(dtype, kind):
             if found.weights is not None:
                 assert found.weights.dtype == dtype
                 assert torch.equal(found.weights, want.weights.to(dtype))
-    hidden, cell, context = state
+    hidden, cell, context, _ = state
     logits = model.decoder(src[:, 0] % 11, hidden, cell, source, context=context)[0]
     assert logits.dtype == dtype  # a step alone is as it was
     with torch.no_grad():

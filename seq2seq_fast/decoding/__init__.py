@@ -94,7 +94,7 @@ def _at_once(
         packed = _ready(decoder, backend)
         if packed is None or decoder.training:
             return None
-        if state.context is not None and not decoder.query_after:
+        if state.location is not None or (state.context is not None and not decoder.query_after):
             return None
         widths = state.hidden.shape[2], source.values.shape[2], source.v.shape[0]
         if widths != packed.widths:
@@ -121,6 +121,9 @@ def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = Fal
             " on the CPU or a GPU"
         )
     if weight.is_cuda:
+        why = native.refusal(decoder)
+        if why is not None:
+            raise ValueError(f"decoder: cannot be prepared: {why}")
         if dtype != "float32":
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' on {weight.device}")
         if project_values:
@@ -268,8 +271,7 @@ def _rows(decoder: "Decoder", state: "DecoderState") -> int:
 
 
 def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:
-    values = source if isinstance(source, Tensor) else source.values
-    decoder.check_state(state, len(values))
+    decoder.check_state(state, source)
 
 
 def _nothing(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..library import HAS_KERNEL, is_reference
+from ..ops.location import accumulates
 from . import sampling, stepwise
 from .options import DecodingOptions
 from .packing import PackedDecoder
@@ -32,6 +33,8 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the compiled extension has none for {device}"
     if weight.dtype not in DTYPES:
         return f"the decoder is {weight.dtype}"
+    if device == "cuda" and getattr(attention, "location", ()):
+        return "the attention sees its location, which is for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
     return None
@@ -58,9 +61,10 @@ def _states(state: "DecoderState") -> tuple[Tensor, Tensor]:
 
 
 def _source(
-    source: "stepwise.Source", state: "DecoderState"
+    decoder: "Decoder", source: "stepwise.Source", state: "DecoderState"
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-    """Context before the first step, what the source is made of, and its mask."""
+    """Context before the first step, what the source is made of and how location is seen in it, and
+    its mask."""
     if isinstance(source, Tensor):
         return _floats(source), [], None
     keys, powers = source.keys
@@ -68,7 +72,24 @@ def _source(
     powers = keys.new_empty(0) if powers is None else powers
     context = None if state.context is None else _floats(state.context)
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
-    return context, parts, source.mask
+    return context, parts + _located(decoder, source, state), source.mask
+
+
+def _channels(decoder: "Decoder") -> tuple[str, ...]:
+    return getattr(decoder.attention, "location", ())
+
+
+def _located(decoder: "Decoder", source: "PreparedSource", state: "DecoderState") -> list[Tensor]:
+    """Filters, their projection, and the state before the first step, if there are any."""
+    channels, attention = _channels(decoder), decoder.attention
+    if attention is None or not channels:
+        return []
+    place = state.location
+    if place is None:
+        B, S, _ = source.values.shape
+        place = source.values.new_zeros(B, len(channels), S)
+    weights = attention.location_conv.weight, attention.location_dense.weight
+    return [_floats(x) for x in (*weights, place)]
 
 
 def generate(
@@ -86,7 +107,7 @@ def generate(
     if options.prefix is not None:
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
     hidden, cell = _states(state)
-    context, parts, mask = _source(source, state)
+    context, parts, mask = _source(decoder, source, state)
     return _decode(decoder, packed, hidden, cell, context, parts, mask, limits, prefix, options)
 
 
@@ -99,12 +120,13 @@ def generate_as_is(
 ) -> Generated:
     """`generate` of arguments that nobody has checked: the engine does, and raises a RuntimeError
     of those that are wrong or not in float32. Options have no prefix and no max_length_ratio."""
-    hidden, cell, context = state
+    hidden, cell, context, _ = state
     hidden = hidden.contiguous()
     cell = hidden.new_empty(0) if cell is None else cell.contiguous()
     keys, powers = source.keys
     powers = keys.new_empty(0) if powers is None else powers
     parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
+    parts += _located(decoder, source, state)
     return _decode(decoder, packed, hidden, cell, context, parts, source.mask, None, None, options)
 
 
@@ -142,6 +164,7 @@ def _decode(
         float(options.temperature),
         min(options.top_k, decoder.output_dim),
         float(options.top_p),
+        accumulates(_channels(decoder)),
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
@@ -156,8 +179,8 @@ def step(
     source: "stepwise.Source",
 ) -> tuple[Tensor, "DecoderState", Tensor | None]:
     """`Decoder.step` from packed weights."""
-    context, from_source, mask = _source(source, state)
-    logits, hidden, cell, after, weights = torch.ops.seq2seq_fast.decoder_step.default(
+    context, from_source, mask = _source(decoder, source, state)
+    logits, hidden, cell, after, weights, place = torch.ops.seq2seq_fast.decoder_step.default(
         *packed.weights,
         decoder.cell_type,
         decoder.query_after,
@@ -166,8 +189,12 @@ def step(
         context,
         from_source,
         mask,
+        accumulates(_channels(decoder)),
     )
     state = type(state)(
-        hidden, None if state.cell is None else cell, after if decoder.query_after else None
+        hidden,
+        None if state.cell is None else cell,
+        after if decoder.query_after else None,
+        place if _channels(decoder) else None,
     )
     return logits, state, None if isinstance(source, Tensor) else weights

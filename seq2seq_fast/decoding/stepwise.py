@@ -46,6 +46,7 @@ def take_state(state: "DecoderState", rows: Tensor) -> "DecoderState":
         state.hidden[:, rows],
         None if state.cell is None else state.cell[:, rows],
         None if state.context is None else state.context[rows],
+        None if state.location is None else state.location[rows],
     )
 
 

@@ -1,5 +1,6 @@
 """Additive attention with its projections."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
 from ..ops.linear import linear
+from ..ops.location import Location, check_channels
+from ..reference_decoder import location_features
 from . import checks
 
 
@@ -27,10 +30,24 @@ class Attention(nn.Module):
     Args:
         hidden_dim: width that the scores are summed over (H).
         query_dim, key_dim: widths of hidden (Q) and of encoder_outputs (D); None for hidden_dim.
+        location: "previous", "cumulative" or both: what the scores see of where was attended
+            before, by location_dense(location_conv(...)) that is added to Ua encoder_outputs. See
+            `Location`.
+        location_filters, location_kernel_size: how many filters, and how wide; odd.
     """
 
+    location_conv: nn.Conv1d
+    location_dense: nn.Linear
+
     def __init__(
-        self, hidden_dim: int, *, query_dim: int | None = None, key_dim: int | None = None
+        self,
+        hidden_dim: int,
+        *,
+        query_dim: int | None = None,
+        key_dim: int | None = None,
+        location: Sequence[str] = (),
+        location_filters: int = 32,
+        location_kernel_size: int = 31,
     ):
         super().__init__()
         query_dim = hidden_dim if query_dim is None else query_dim
@@ -39,6 +56,23 @@ class Attention(nn.Module):
         self.Wa = nn.Linear(query_dim, hidden_dim)
         self.Ua = nn.Linear(key_dim, hidden_dim)
         self.Va = nn.Linear(hidden_dim, 1)
+        check_channels("location", location)
+        self.location = tuple(location)
+        if self.location:
+            n, width = location_filters, location_kernel_size
+            checks.at_least_one(location_filters=n, location_kernel_size=width)
+            if width % 2 == 0:
+                raise ValueError(f"location_kernel_size: got {width}, expected an odd number")
+            self.location_conv = nn.Conv1d(len(location), n, width, padding=width // 2, bias=False)
+            self.location_dense = nn.Linear(n, hidden_dim, bias=False)
+
+    def located(self, state: Tensor | None) -> Location | None:
+        """What `attention_decoder` takes, with the state before the first step; None where the
+        scores see no location."""
+        if not self.location:
+            return None
+        weights = self.location_conv.weight, self.location_dense.weight
+        return Location(*weights, self.location, state)
 
     def precompute(self, encoder_outputs: Tensor, mask: Tensor | None = None) -> PreparedSource:
         """Projects encoder_outputs (B, S, D) once for all the queries of a source.
@@ -65,6 +99,7 @@ class Attention(nn.Module):
         hidden: Tensor,
         encoder_outputs: Tensor | PreparedSource,
         mask: Tensor | None = None,
+        location: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One query per source.
 
@@ -72,6 +107,8 @@ class Attention(nn.Module):
             hidden: (B, Q).
             encoder_outputs: (B, S, D), or what `precompute` made of them.
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
+            location: (B, C, S), the weights of the step before or the sum of all before, for each
+                of the C channels; zeros if None.
 
         Returns:
             context (B, 1, D) and weights (B, S).
@@ -82,8 +119,13 @@ class Attention(nn.Module):
         source = self.source(encoder_outputs, mask)
         weight = self.Wa.weight
         checks.state("hidden", hidden, (source.values.shape[0], weight.shape[1]), weight)
+        checks.location(location, self.location, source.values)
+        keys: Tensor | PreparedKeys = source.keys
+        if location is not None:
+            features = location_features(location, self.location_conv.weight)
+            keys = source.keys.keys + self.location_dense(features)
         context, weights = additive_attention(
-            self.Wa(hidden), source.keys, source.values, source.v, mask=source.mask
+            self.Wa(hidden), keys, source.values, source.v, mask=source.mask
         )
         return context.unsqueeze(1), weights
 

@@ -68,6 +68,18 @@ def lengths(x: object, batch: int, most: int, device: torch.device) -> Tensor:
     return x
 
 
+def location(x: object, channels: tuple[str, ...], values: Tensor) -> None:
+    """x (B, C, S), or None; values (B, S, D)."""
+    if x is None:
+        return
+    if not channels:
+        raise ValueError("location: got a Tensor, expected None: the attention sees no location")
+    x = floating("location", x, values)
+    shape = (values.shape[0], len(channels), values.shape[1])
+    if x.shape != shape:
+        raise ValueError(f"location: got shape {tuple(x.shape)}, expected (B, C, S) = {shape}")
+
+
 def floating(name: str, x: object, like: Tensor) -> Tensor:
     """x has the dtype and device of `like`, a parameter; under autocast any float will do."""
     x = tensor(name, x)

@@ -26,6 +26,7 @@ class DecoderState(NamedTuple):
     hidden: Tensor  # (n_layers, B, H)
     cell: Tensor | None  # the same of an LSTM
     context: Tensor | None = None  # (B, D) of the step before, with query_after; None: zeros
+    location: Tensor | None = None  # (B, C, S), of an attention that sees it; None: zeros
 
 
 class Decoder(nn.Module):
@@ -42,6 +43,8 @@ class Decoder(nn.Module):
             read the step's own context.
         encoder_dim: width of the encoder's outputs, or of the fixed context (D); None for H.
         attention_dim: width that the scores are summed over; None for H.
+        location, location_filters, location_kernel_size: what the scores see of where was
+            attended before; see `Attention`.
         recompute: keep no gates for backward over a sequence, but make them anew there.
     """
 
@@ -61,6 +64,9 @@ class Decoder(nn.Module):
         query_after: bool = False,
         encoder_dim: int | None = None,
         attention_dim: int | None = None,
+        location: Sequence[str] = (),
+        location_filters: int = 32,
+        location_kernel_size: int = 31,
         recompute: bool = False,
     ):
         super().__init__()
@@ -76,8 +82,17 @@ class Decoder(nn.Module):
         self.n_layers, self.hidden_dim = n_layers, hidden_dim
         self.cell_type, self.query_after, self.recompute = cell_type, query_after, recompute
         self.embedding = nn.Embedding(output_dim, emb_dim)
+        if location and not attention:
+            raise ValueError(f"location: got {location!r}, expected none without attention")
         self.attention = (
-            Attention(attention_dim, query_dim=hidden_dim, key_dim=encoder_dim)
+            Attention(
+                attention_dim,
+                query_dim=hidden_dim,
+                key_dim=encoder_dim,
+                location=location,
+                location_filters=location_filters,
+                location_kernel_size=location_kernel_size,
+            )
             if attention
             else None
         )
@@ -98,6 +113,7 @@ class Decoder(nn.Module):
         encoder_outputs: Tensor | PreparedSource,
         mask: Tensor | None = None,
         context: Tensor | None = None,
+        location: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """One token further.
 
@@ -109,9 +125,11 @@ class Decoder(nn.Module):
                 context (B, D).
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
             context: (B, D), what the step before returned, of a decoder with query_after.
+            location: (B, C, S), what the step before returned, of a decoder with location.
 
         Returns:
-            logits (B, V), hidden and cell; with query_after the context (B, D) too.
+            logits (B, V), hidden and cell; with query_after the context (B, D) too, and the
+            location (B, C, S) of a decoder that has it.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -122,9 +140,12 @@ class Decoder(nn.Module):
         B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
         if input.shape[0] != B:
             raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")
-        self.check_state(DecoderState(hidden, cell, context), B)
-        logits, state, _ = self.step(input, DecoderState(hidden, cell, context), source)
-        return (logits, *(state if self.query_after else state[:2]))
+        state = DecoderState(hidden, cell, context, location)
+        self.check_state(state, source)
+        logits, state, _ = self.step(input, state, source)
+        after = (state.context,) if self.query_after else ()
+        where = () if state.location is None else (state.location,)
+        return (logits, *state[:2], *after, *where)
 
     def prepare_inference(
         self, dtype: str = "float32", *, project_values: bool = False
@@ -164,7 +185,8 @@ class Decoder(nn.Module):
         features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
         context = out.contexts[:, 0] if self.query_after else None
         weights = None if out.weights is None else out.weights[:, 0]
-        return linear(self.fc_out, features), DecoderState(out.hidden, out.cell, context), weights
+        state = DecoderState(out.hidden, out.cell, context, out.location)
+        return linear(self.fc_out, features), state, weights
 
     def _packed_for_steps(self) -> PackedDecoder | None:
         """The weights, if they lie prepared as a step that needs no gradient reads them."""
@@ -203,6 +225,7 @@ class Decoder(nn.Module):
             assert self.attention is not None
             query = self.attention.Wa.weight, self.attention.Wa.bias
             attends |= {"query": query, **source._asdict()}
+            attends["location"] = self.attention.located(state.location)
         else:
             attends["context"] = source
         fed_back = None
@@ -234,15 +257,18 @@ class Decoder(nn.Module):
         shape = (n_between, T, B, self.layers.hidden_size)
         return factors, dropout_factors(shape, p, like).transpose(1, 2)
 
-    def check_state(self, state: DecoderState, B: int) -> None:
-        shape, weight = (self.n_layers, B, self.hidden_dim), self.fc_out.weight
+    def check_state(self, state: DecoderState, source: Tensor | PreparedSource) -> None:
+        """state is one of a prepared source's rows."""
+        values = source if isinstance(source, Tensor) else source.values
+        shape, weight = (self.n_layers, len(values), self.hidden_dim), self.fc_out.weight
         checks.state("hidden", state.hidden, shape, weight)
         if self.cell_type == "lstm":
             checks.state("cell", state.cell, shape, weight)
         elif state.cell is not None:
             raise ValueError(f"cell: got a Tensor, expected None: the layers are {self.cell_type}")
-        if state.context is None:
-            return
-        if not self.query_after:
-            raise ValueError("context: got a Tensor, expected None without query_after")
-        checks.context("context", state.context, self.context_dim, weight, B)
+        if state.context is not None:
+            if not self.query_after:
+                raise ValueError("context: got a Tensor, expected None without query_after")
+            checks.context("context", state.context, self.context_dim, weight, len(values))
+        channels = () if self.attention is None else getattr(self.attention, "location", ())
+        checks.location(state.location, channels, values)

@@ -393,7 +393,7 @@ def attention_decoder(
     within = torch.float64 if dtype == torch.float64 else torch.float32
     op = "attention_decoder" if location is None else "location_decoder"
     backend = choose(op, inputs, backend)
-    of_location = () if location is None else (accumulates(location), location.detach)
+    of_location = () if location is None else (accumulates(location.channels), location.detach)
 
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)

@@ -25,9 +25,16 @@ class Location(NamedTuple):
     detach: bool = False  # no gradient from a step to the weights of those before
 
 
-def accumulates(location: Location) -> tuple[int, ...]:
+def accumulates(channels: Sequence[str]) -> tuple[int, ...]:
     """Of each channel whether it is a sum over steps."""
-    return tuple(int(name == "cumulative") for name in location.channels)
+    return tuple(int(name == "cumulative") for name in channels)
+
+
+def check_channels(name: str, channels: object) -> None:
+    known = isinstance(channels, Sequence) and all(x in CHANNELS for x in channels)
+    if isinstance(channels, str) or not known:
+        expected = " and ".join(CHANNELS)
+        raise ValueError(f"{name}: got {channels!r}, expected a sequence of {expected}")
 
 
 def check(location: object, tensor, B: int, S: int, A: int) -> None:
@@ -35,11 +42,9 @@ def check(location: object, tensor, B: int, S: int, A: int) -> None:
     if not isinstance(location, Location):
         raise TypeError(f"location: got {type(location).__name__}, expected a Location")
     channels = location.channels
-    known = isinstance(channels, Sequence) and all(name in CHANNELS for name in channels)
-    if isinstance(channels, str) or not known or len(channels) == 0:
-        raise ValueError(
-            f"location.channels: got {channels!r}, expected a sequence of {' and '.join(CHANNELS)}"
-        )
+    check_channels("location.channels", channels)
+    if len(channels) == 0:
+        raise ValueError(f"location.channels: got {channels!r}, expected one at least")
     tensor("location.conv", location.conv, "(N, C, K)", None, len(channels), None)
     N, _, K = location.conv.shape
     if N == 0 or K % 2 == 0:

@@ -395,7 +395,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
                double length_penalty, double coverage_penalty, bool return_weights,
                bool return_scores, bool project_values, std::optional<Tensor> seed,
-               double temperature, int64_t top_k, double top_p) {
+               double temperature, int64_t top_k, double top_p, std::vector<int64_t> accumulates) {
   const int64_t B = hidden.size(1);
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
   for (const auto& x : {limits, prefix})
@@ -407,7 +407,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
                            whole[4],         whole[5],       whole[6],      length_penalty,
                            coverage_penalty, return_weights, return_scores, sampling};
-  const DecoderSource from(source, mask, context, B);
+  const DecoderSource from(source, mask, context, B, accumulates);
   const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
   STD_TORCH_CHECK(model.has(options.bos) && model.has(options.eos),
                   "expected bos and eos of the vocabulary");
@@ -424,13 +424,14 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
-// One step of B rows, their tokens (B,): all logits (B, V), states, context and weights after it.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
-    Tensor packed, Tensor layout, std::string cell_type, bool query_after, Tensor tokens,
-    Tensor hidden, Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
-    std::optional<Tensor> mask) {
+// One step of B rows, their tokens (B,): all logits (B, V), states, context, weights and location
+// after it.
+Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool query_after,
+                     Tensor tokens, Tensor hidden, Tensor cell, std::optional<Tensor> context,
+                     std::vector<Tensor> source, std::optional<Tensor> mask,
+                     std::vector<int64_t> accumulates) {
   const int64_t B = hidden.size(1);
-  const DecoderSource from(source, mask, context, B);
+  const DecoderSource from(source, mask, context, B, accumulates);
   const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() &&
                       tokens.numel() == B && model.context.panels == 0,
@@ -445,7 +446,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
   step.run(live, {1, 1}, false);
   const Tensor logits = empty(hidden, {B, model.V}), contexts = empty(hidden, {B, from.D}),
                attention = empty(hidden, {B, from.S}), h = empty(hidden, hidden.sizes()),
-               c = empty(cell, cell.sizes());
+               c = empty(cell, cell.sizes()),
+               place = from.location ? empty(hidden, from.place.sizes()) : empty(hidden, {0});
   const auto to = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
   parallel(B, model.V / 16, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
@@ -454,9 +456,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> decoder_step(
   for (int64_t b = 0; b < B; ++b) {
     std::copy_n(step.contexts().x + b * from.D, from.D, to(contexts) + b * from.D);
     std::copy_n(step.weights(b), from.S, to(attention) + b * from.S);
+    if (!from.location) continue;
+    const int64_t numbers = from.location->state_numbers();
+    std::copy_n(step.location(b), numbers, to(place) + b * numbers);
   }
   step.copy_states(B, to(h), to(c));
-  return {logits, h, c, contexts, attention};
+  return {logits, h, c, contexts, attention, place};
 }
 
 // n bytes, of the device that like is on, in large pages of their own where the system has them.

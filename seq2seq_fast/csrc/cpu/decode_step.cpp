@@ -60,13 +60,17 @@ bool PackedDecoder::fits(int64_t H, int64_t D, int64_t A, bool attends) const {
 }
 
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
-                             const std::optional<Tensor>& context, int64_t B)
-    : v(x.size() < 4 ? 0 : round_up(x[3].size(0), kPad)), D(context ? context->size(1) : 0) {
+                             const std::optional<Tensor>& context, int64_t B,
+                             const std::vector<int64_t>& accumulates_)
+    : v(x.size() < 4 ? 0 : round_up(x[3].size(0), kPad)),
+      D(context ? context->size(1) : 0),
+      accumulates(accumulates_) {
   STD_TORCH_CHECK(!context || (context->dim() == 2 && context->size(0) == B),
                   "expected a context of each row");
   if (x.empty()) return;
-  STD_TORCH_CHECK(x.size() == 4 && x[0].dim() == 3 && x[0].size(1) > 0 && x[2].dim() == 3 &&
-                      x[3].dim() == 1 && x[0].scalar_type() == ScalarType::Float &&
+  STD_TORCH_CHECK((x.size() == 4 || x.size() == 7) && x[0].dim() == 3 && x[0].size(1) > 0 &&
+                      x[2].dim() == 3 && x[3].dim() == 1 &&
+                      x[0].scalar_type() == ScalarType::Float &&
                       (!mask_ || (mask_->dim() == 2 && mask_->scalar_type() == ScalarType::Bool)),
                   "expected float32 keys, powers, values and v, and a mask of bool");
   keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
@@ -79,6 +83,14 @@ DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<T
   floats(values);
   std::fill(std::copy_n(floats(v_), A, +v), v + keys->Hp, 0.f);
   max_v = loops.largest(v, A);
+  if (x.size() == 7) {
+    place = x[6];
+    STD_TORCH_CHECK(x[4].dim() == 3 && x[5].dim() == 2 && place.dim() == 3 && place.size(0) == B &&
+                        place.size(1) == x[4].size(1) && place.size(2) == S,
+                    "expected conv (N, C, K), projection (A, N) and location (B, C, S)");
+    for (size_t i = 4; i < 7; ++i) floats(x[i]);
+    location.emplace(std::vector<Tensor>{x[4], x[5]}, accumulates, x[0], values, v_, mask_);
+  }
   lengths.assign(values.size(0), S);
   if (!mask_) return;
   mask = static_cast<const bool*>(mask_->data_ptr());
@@ -102,6 +114,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       cover_(cover),
       query_ld_(model.query.panels * model.query.width),
       weights_ld_(round_up(source.S, kRows)),
+      of_location_(source.location ? source.location->state_numbers() : 0),
       tokens_(most),
       sources_(most),
       inputs_(most * model.E),
@@ -115,7 +128,8 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
       contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
       covered_{Buffer<float>(cover ? most * source.S : 0),
-               Buffer<float>(cover ? most * source.S : 0)} {
+               Buffer<float>(cover ? most * source.S : 0)},
+      located_{Buffer<float>(most * of_location_), Buffer<float>(most * of_location_)} {
   const int64_t B = hidden_state.size(1);
   const bool alike = cell_state.dim() == 3 && cell_state.size(0) == L_ && cell_state.size(1) == B &&
                      cell_state.size(2) == H_;
@@ -136,6 +150,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   else
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
+  if (source_.location) std::copy_n(floats(source_.place), B * of_location_, +located_[kept_]);
   if (source_.keys && !model_.query_after) query_all(B);
 }
 
@@ -189,6 +204,8 @@ void DecoderStep::follow(const std::vector<Live>& live) {
       if (cover_)
         std::copy_n(covered_[kept] + parent * source_.S, source_.S,
                     covered_[keeps] + m * source_.S);
+      std::copy_n(located_[kept] + parent * of_location_, of_location_,
+                  located_[keeps] + m * of_location_);
     }
   });
   now_ = to, kept_ = keeps, ahead_ = false;
@@ -196,6 +213,14 @@ void DecoderStep::follow(const std::vector<Live>& live) {
 
 void DecoderStep::attend(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());
+  if (source_.location) {
+    std::vector<Location<float>::Row> all;
+    for (int64_t m = 0; m < rows; ++m)
+      all.push_back(located(m, live[m].source, model_.query_after ? m : live[m].parent, kept_));
+    source_.location->attend(all);
+    for (int64_t m = 0; m < rows && cover_; ++m) cover(m);
+    return;
+  }
   parallel(rows, source_.S * (source_.A + source_.D) / 2, [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch = attention_scratch();
     for (int64_t m = begin; m < end; ++m)
@@ -227,9 +252,23 @@ void DecoderStep::attend_row(int64_t m, int32_t b, int64_t query_row, int into, 
   loops.softmax(w, S, 1.f, nullptr, mask, source_.mask_stride[1]);
   loops.weighted_rows(w, weights_ld_, 1, floats(source_.values) + b * S * D, D, 1, S, D,
                       contexts_[into] + m * D, D);
-  if (!cover_) return;
-  float* covered = covered_[into] + m * S;
-  for (int64_t s = 0; s < S; ++s) covered[s] += w[s];
+  if (cover_) cover(m);
+}
+
+// Adds a row's weights to those of the steps before.
+void DecoderStep::cover(int64_t m) {
+  const float* w = weights_[kept_] + m * weights_ld_;
+  float* covered = covered_[kept_] + m * source_.S;
+  for (int64_t s = 0; s < source_.S; ++s) covered[s] += w[s];
+}
+
+Location<float>::Row DecoderStep::located(int64_t m, int32_t b, int64_t query_row, int into) const {
+  return {b,
+          queries_ + query_row * query_ld_,
+          located_[kept_] + m * of_location_,
+          contexts_[into] + m * source_.D,
+          weights_[into] + m * weights_ld_,
+          located_[into] + m * of_location_};
 }
 
 // Hidden and cell states of a layer after the step, a panel of units at a time.
@@ -309,6 +348,12 @@ void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
       if ((i % 2 == 0 ? at : chunks - 1 - at) != chunk) continue;
       query(states, i, rows);
       if (to_make.fetch_sub(1, std::memory_order_acq_rel) > 1 || !ahead) continue;
+      if (source_.location) {
+        const Location<float>::Room room(*source_.location);
+        for (int64_t m = 0; m < rows; ++m)
+          source_.location->attend(located(m, sources_[m], m, 1 - kept_), room);
+        continue;
+      }
       const Buffer<float> scratch = attention_scratch();
       for (int64_t m = 0; m < rows; ++m) attend_row(m, sources_[m], m, 1 - kept_, scratch);
     }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "additive_scores.h"
+#include "location.h"
 #include "projected_values.h"
 #include "readout.h"
 
@@ -50,9 +51,16 @@ struct DecoderSource {
   float max_v = 0;
   const bool* mask = nullptr;
   int64_t S = 0, D = 0, A = 0, mask_stride[2] = {};
-  // context: (B, D) of a decoder without attention, or what the first step reads.
+  // Where the scores see it: what it was before the first step (B, C, S), and how they do.
+  Tensor place;
+  std::vector<int64_t> accumulates;
+  std::optional<Location<float>> location;
+  // tensors: none without attention, else keys, powers, values and v, and then those of a location:
+  // conv, projection, state. context: (B, D) of a decoder without attention, or what the first step
+  // reads.
   DecoderSource(const std::vector<Tensor>& tensors, const std::optional<Tensor>& mask,
-                const std::optional<Tensor>& context, int64_t B);
+                const std::optional<Tensor>& context, int64_t B,
+                const std::vector<int64_t>& accumulates);
   std::vector<int64_t> lengths;  // of each source, up to the last position that is attended to
   bool attended(int64_t b, int64_t s) const {
     return !mask || mask[b * mask_stride[0] + s * mask_stride[1]];
@@ -90,11 +98,15 @@ class DecoderStep {
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
   const float* weights(int64_t m) const { return weights_[kept_] + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
+  // (C, S), of a source that has one
+  const float* location(int64_t m) const { return located_[kept_] + m * of_location_; }
 
  private:
   void follow(const std::vector<Live>& live);
   void attend(const std::vector<Live>& live);
   void attend_row(int64_t m, int32_t source, int64_t query_row, int into, float* scratch);
+  Location<float>::Row located(int64_t m, int32_t source, int64_t query_row, int into) const;
+  void cover(int64_t row);
   Buffer<float> attention_scratch() const;
   void advance(int64_t layer, int64_t rows);
   Factor query_factor(int64_t rows) const;
@@ -109,7 +121,7 @@ class DecoderStep {
   const DecoderSource& source_;
   const int64_t most_, L_, H_, unit_, Hp_;
   const bool lstm_, cover_;
-  const int64_t query_ld_, weights_ld_;
+  const int64_t query_ld_, weights_ld_, of_location_;
   int now_ = 0;   // which of two buffers holds the states before the step, and then those after it
   int kept_ = 0;  // the same for what a step need not change
   // One row's steps go through the weights forwards and backwards by turns: what was read last is
@@ -122,7 +134,7 @@ class DecoderStep {
   Buffer<float> inputs_, queries_, weights_[2];
   ProjectedValues of_gates_, of_logits_;
   Readout readout_;
-  Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2];
+  Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2], located_[2];
 };
 
 }  // namespace seq2seq_fast
