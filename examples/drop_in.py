@@ -75,13 +75,13 @@ class _OfOneSource(nn.Module):
         return mask.to(values.dtype) / mask.sum(1, keepdim=True)
 
     def attend(
-        self, query: Tensor, v: Tensor, scale: float, places: Tensor | None
+        self, query: Tensor, v: Tensor, scale: float, location: s2s.Location | None
     ) -> tuple[Tensor, Tensor]:
-        """places (B, S, A) is what a step adds to the keys, if anything."""
         assert self.source is not None
-        prepared, values, mask = self.source
-        keys = prepared if places is None else prepared.keys + places
-        return s2s.additive_attention(query, keys, values, v, mask=mask, scale=scale)
+        keys, values, mask = self.source
+        if location is None:
+            return s2s.additive_attention(query, keys, values, v, mask=mask, scale=scale)
+        return s2s.location_attention(query, keys, values, v, location, mask=mask, scale=scale)[:2]
 
 
 class SpeechBrainAttention(_OfOneSource):
@@ -104,17 +104,20 @@ class SpeechBrainAttention(_OfOneSource):
         super().reset()
         self.before = None
 
-    def places(self) -> Tensor | None:
-        """What the weights of the step before add to the keys."""
+    def location(self) -> s2s.Location | None:
+        """How the weights of the step before are seen."""
         return None
+
+    def query(self, dec_states: Tensor) -> Tensor:
+        return self.mlp_dec(dec_states)
 
     def forward(
         self, enc_states: Tensor, enc_len: Tensor, dec_states: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B, S, enc_dim), (B,), (B, dec_dim) -> context (B, output_dim), weights (B, S)."""
         self.begin(self.mlp_enc, enc_states, enc_len)
-        q, v = self.mlp_dec(dec_states), self.mlp_attn.weight[0]
-        context, weights = self.attend(q, v, self.scaling, self.places())
+        q, v = self.query(dec_states), self.mlp_attn.weight[0]
+        context, weights = self.attend(q, v, self.scaling, self.location())
         self.before = weights.detach()
         return self.mlp_out(context), weights
 
@@ -132,9 +135,13 @@ class SpeechBrainLocationAttention(SpeechBrainAttention):
         self.conv_loc = nn.Conv1d(1, conv_channels, width, padding=kernel_size, bias=False)
         self.mlp_loc = nn.Linear(conv_channels, attn_dim)
 
-    def places(self) -> Tensor:
+    def location(self) -> s2s.Location:
         before = self.uniform() if self.before is None else self.before
-        return self.mlp_loc(self.conv_loc(before[:, None]).transpose(1, 2))
+        state = before[:, None]
+        return s2s.Location(self.conv_loc.weight, self.mlp_loc.weight, ("previous",), state)
+
+    def query(self, dec_states: Tensor) -> Tensor:
+        return super().query(dec_states) + self.mlp_loc.bias
 
 
 class ESPnetAttention(_OfOneSource):
@@ -147,8 +154,8 @@ class ESPnetAttention(_OfOneSource):
         self.mlp_dec = nn.Linear(dunits, att_dim, bias=False)
         self.gvec = nn.Linear(att_dim, 1)
 
-    def places(self, att_prev: Tensor | None) -> Tensor | None:
-        """What the weights of the step before add to the keys."""
+    def location(self, att_prev: Tensor | None) -> s2s.Location | None:
+        """How the weights of the step before are seen."""
         return None
 
     def forward(
@@ -164,8 +171,8 @@ class ESPnetAttention(_OfOneSource):
         self.begin(self.mlp_enc, enc_hs_pad, enc_hs_len)
         if dec_z is None:
             dec_z = enc_hs_pad.new_zeros(len(enc_hs_pad), self.mlp_dec.in_features)
-        v, places = self.gvec.weight[0], self.places(att_prev)
-        return self.attend(self.mlp_dec(dec_z), v, scaling, places)
+        query, v = self.mlp_dec(dec_z), self.gvec.weight[0]
+        return self.attend(query, v, scaling, self.location(att_prev))
 
 
 class ESPnetLocationAttention(ESPnetAttention):
@@ -178,9 +185,10 @@ class ESPnetLocationAttention(ESPnetAttention):
         width = (1, 2 * aconv_filts + 1)
         self.loc_conv = nn.Conv2d(1, aconv_chans, width, padding=(0, aconv_filts), bias=False)
 
-    def places(self, att_prev: Tensor | None) -> Tensor:
+    def location(self, att_prev: Tensor | None) -> s2s.Location:
         before = self.uniform() if att_prev is None else att_prev
-        return self.mlp_att(self.loc_conv(before[:, None, None])[:, :, 0].transpose(1, 2))
+        conv, state = self.loc_conv.weight[:, :, 0], before[:, None]
+        return s2s.Location(conv, self.mlp_att.weight, ("previous",), state)
 
 
 def _named(**modules: nn.Module) -> nn.Module:
@@ -224,10 +232,12 @@ class TacotronAttention(nn.Module):
         weights (B, S)."""
         query = self.query_layer.linear_layer(attention_hidden_state)
         layer, v = self.location_layer, self.v.linear_layer.weight[0]
-        places = layer.location_conv.conv(attention_weights_cat).transpose(1, 2)
-        keys = processed_memory + layer.location_dense.linear_layer(places)
+        conv, dense = layer.location_conv.conv, layer.location_dense.linear_layer
+        location = s2s.Location(
+            conv.weight, dense.weight, ("previous", "cumulative"), attention_weights_cat
+        )
         mask = None if mask is None else ~mask
-        return s2s.additive_attention(query, keys, memory, v, mask=mask)
+        return s2s.location_attention(query, processed_memory, memory, v, location, mask=mask)[:2]
 
 
 class OpenNMTAttention(nn.Module):

@@ -7,7 +7,7 @@ from .nn import Attention, Decoder, DecoderState, Encoder, PreparedSource, Seq2S
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
 from .ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.location import Location
+from .ops.location import Location, location_attention
 
 __all__ = [
     "Attention",
@@ -29,6 +29,7 @@ __all__ = [
     "backends",
     "generate",
     "linear_cross_entropy",
+    "location_attention",
     "prepare_keys",
     "score",
     "training",

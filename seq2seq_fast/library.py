@@ -32,7 +32,14 @@ SCHEMAS = {
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after, bool need_state)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # The same with location: conv, projection, and the state before the first step or all of them.
+    # One query of each source. location: conv, projection and state; see Location.
+    "location_attention": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? mask,"
+    " Tensor[] location, int[] accumulates) -> (Tensor, Tensor, Tensor)",
+    "location_attention_backward": "(Tensor grad_context, Tensor grad_weights, Tensor grad_next,"
+    " Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor[] location,"
+    " int[] accumulates, bool detach)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # attention_decoder with location, of which backward gets the state before every step.
     "location_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
     " Tensor[] attention, Tensor? mask, Tensor? context, Tensor? dropout, str cell_type,"
     " bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"

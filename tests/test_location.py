@@ -6,6 +6,7 @@ import torch
 from decoder_problems import MODULES, ORDERS, accuracy, cast, problem, problems, results, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 import seq2seq_fast as s2s
 
@@ -219,6 +220,100 @@ def test_no_step_and_no_source(T, B):
         torch.testing.assert_close(found[name], x, msg=name)
 
 
+def step_problem(B=3, S=70, A=5, D=4, C=2, N=3, K=5, seed=0, dtype=torch.float64):
+    """Arguments of location_attention, gradients asked of them."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        x = torch.randn(shape, generator=g, dtype=torch.float64)
+        return x.to(dtype).requires_grad_()
+
+    place = s2s.Location(draw(N, C, K), draw(A, N), CHANNELS[C], draw(B, C, S))
+    args = [draw(B, A), draw(B, S, A), draw(B, S, D), draw(A), place]
+    return args, torch.rand(B, S, generator=g) < 0.7
+
+
+def step_results(args, mask, **options):
+    """Outputs, and every gradient of a sum of all of them."""
+    leaves = [*args[:4], *args[4][:2], args[4].state]
+    found = s2s.location_attention(*args, mask=mask, scale=1.5, **options)
+    g = torch.Generator().manual_seed(7)
+    loss = sum((x * torch.randn(x.shape, generator=g).to(x)).sum() for x in found)
+    return [*found, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("C", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_alone(C, masked, detach):
+    """Against the formula in float64; in float32 by the accuracy rule; and the same without a
+    gradient, on prepared keys, and by way of tensors (B, S, A)."""
+    args, mask = step_problem(C=C)
+    args[4] = args[4]._replace(detach=detach)
+    mask[0] = False
+    mask = mask if masked else None
+    query, keys, values, v, place = args
+    features = F.conv1d(place.state, place.conv, padding=2).transpose(1, 2)
+    scores = torch.tanh(query[:, None] + keys + features @ place.projection.T) @ (1.5 * v)
+    if masked:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(1).nan_to_num()
+    kept = weights.detach() if detach else weights
+    want = [torch.bmm(weights[:, None], values)[:, 0], weights]
+    want.append(torch.stack([kept if n == "previous" else place.state[:, i] + kept
+                             for i, n in enumerate(place.channels)], 1))  # fmt: skip
+    found, plain = step_results(args, mask), step_results(args, mask, backend="reference")
+    for got, again, exact in zip(found, plain, want + plain[3:], strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, again, rtol=1e-10, atol=1e-10)
+    args32 = cast(args, torch.float32)
+    ours, theirs = step_results(args32, mask), step_results(args32, mask, backend="reference")
+    for got, allowed, exact in zip(ours, theirs, found, strict=True):
+        error, room = ((x - exact).abs().max().item() for x in (got, allowed))
+        assert error <= 4 * room + 1e-6 * max(1, exact.abs().max().item())
+    with torch.no_grad():
+        prepared = [args32[0], s2s.prepare_keys(args32[1]), *args32[2:]]
+        alone = s2s.location_attention(*prepared, mask=mask, scale=1.5)
+    assert all(torch.equal(a, b) for a, b in zip(alone, ours, strict=False))
+
+
+def test_a_step_s_machinery():
+    """gradcheck, opcheck, torch.compile, other dtypes, autocast, no double backward."""
+    args, mask = step_problem(B=2, S=4)
+    leaves = [*args[:4], *args[4][:2], args[4].state]
+    assert torch.autograd.gradcheck(
+        lambda *_: s2s.location_attention(*args, mask=mask), leaves, fast_mode=True
+    )
+    (grad,) = torch.autograd.grad(
+        s2s.location_attention(*args)[0].square().sum(), args[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no double backward"):
+        grad.sum().backward()
+    args = cast(args, torch.float32)
+    want = s2s.location_attention(*args, mask=mask)
+    compiled = torch.compile(s2s.location_attention, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*args, mask=mask), want, strict=True):
+        torch.testing.assert_close(a, b)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = cast(args, dtype)
+        halves = s2s.location_attention(*rounded, mask=mask)
+        want = s2s.location_attention(*cast(rounded, torch.float32), mask=mask)
+        with torch.autocast("cpu", dtype):
+            mixed = s2s.location_attention(rounded[0], *cast(rounded[1:], torch.float32), mask=mask)
+        for a, b, c in zip(halves, want, mixed, strict=True):
+            assert a.dtype == c.dtype == dtype
+            assert torch.equal(a, b.to(dtype)) and torch.equal(c, a)
+    detached = [x.detach() for x in cast(args[:4], torch.float32)]
+    place = [x.detach() for x in (*args[4][:2], args[4].state)]
+    ops = torch.ops.seq2seq_fast
+    utilities = {"test_utils": ("test_schema", "test_faketensor")}
+    forward = (*detached, mask, place, [0, 1])
+    torch.library.opcheck(ops.location_attention, forward, **utilities)
+    context, weights, after = ops.location_attention(*forward)
+    backward = (context, weights, after, *detached, weights, place, [0, 1], False)
+    torch.library.opcheck(ops.location_attention_backward, backward, **utilities)
+
+
 X = torch.zeros
 PLACE = s2s.Location(X(2, 1, 3), X(5, 2))
 BAD = {
@@ -248,6 +343,27 @@ def test_bad_input_names_the_argument(location, error, message):
     args = cast(problem(B=2, T=3), torch.float32)
     with pytest.raises(error, match=message):
         s2s.attention_decoder(**args, location=location)
+    with pytest.raises(error, match=message):
+        s2s.location_attention(X(2, 5), args["keys"], args["values"], args["v"], location)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": X(2, 1, 5)}, ValueError, r"query: got shape \(2, 1, 5\), expected \(B, A\)"),
+        ({"query": None}, TypeError, "query: got NoneType"),
+        ({"keys": X(2, 6, 4)}, ValueError, "keys: got shape"),
+        ({"values": X(2, 6, 4).double()}, TypeError, "values: got torch.float64"),
+        ({"mask": X(2, 6)}, TypeError, "mask: got torch.float32"),
+        ({"scale": "x"}, TypeError, "scale: got str"),
+        ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
+    ],
+    ids=str,
+)
+def test_a_step_s_other_arguments(changes, error, message):
+    args = {"query": X(2, 5), "keys": X(2, 6, 5), "values": X(2, 6, 3), "v": X(5)}
+    with pytest.raises(error, match=message):
+        s2s.location_attention(**args | {"location": PLACE} | changes)
 
 
 def test_what_has_no_place_is_refused():

@@ -33,7 +33,7 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the compiled extension has none for {device}"
     if weight.dtype not in DTYPES:
         return f"the decoder is {weight.dtype}"
-    if device == "cuda" and getattr(attention, "location", ()):
+    if device == "cuda" and _channels(decoder):
         return "the attention sees its location, which is for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"

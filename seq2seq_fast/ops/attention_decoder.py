@@ -25,7 +25,7 @@ from .additive_attention import (
 from .checks import instance
 from .dropout import dropout_factors
 from .kernels import OPS, fake, product, products
-from .location import Location, accumulates
+from .location import Location, accumulates, parts
 
 
 @fake("attention_decoder")
@@ -412,19 +412,11 @@ def attention_decoder(
             _factors(dropout, steps, first),
             _Options(cell_type, query_after, recompute, backend, *of_location),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
-            [] if location is None else _place(location, attention[2], cast),
+            [] if location is None else [cast(x) for x in parts(location, attention[2])],
         )
     return DecoderOutput(
         *(x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in found)
     )
-
-
-def _place(location: Location, keys: Tensor, cast) -> list[Tensor]:
-    """Filters, projection and first state, as the ops have them."""
-    state = location.state
-    if state is None:
-        state = keys.new_zeros(keys.shape[0], len(location.channels), keys.shape[1])
-    return [cast(x) for x in (location.conv, location.projection, state)]
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor):

@@ -53,6 +53,14 @@ def _tensor(
         raise ValueError(f"{name}: is on {x.device}, expected {like.device} as {whose} is")
 
 
+def tensor_like(
+    name: str, x: Tensor, query: Tensor, spelled: str, *shape: int | None, any_float: bool
+) -> None:
+    """x has query's device, a shape, in which None stands for any size, and its dtype or any."""
+    _tensor(name, x, query, any_float=any_float)
+    _shape(name, x, spelled, shape)
+
+
 def _shape(name: str, x: Tensor, spelled: str, *expected: tuple[int | None, ...]) -> None:
     for shape in expected:
         if x.dim() == len(shape) and all(
@@ -163,12 +171,12 @@ def _right(query: Tensor, keys: Tensor, v: Tensor, values: Tensor) -> bool:
     )
 
 
-def scores(query: Tensor, keys: Tensor, v: Tensor) -> None:
+def scores(query: Tensor, keys: Tensor, v: Tensor, any_float: bool = False) -> None:
     if _right(query, keys, v, keys):
         return
     _tensor("query", query)
-    _tensor("keys", keys, query)
-    _tensor("v", v, query)
+    _tensor("keys", keys, query, any_float=any_float)
+    _tensor("v", v, query, any_float=any_float)
     _shape("query", query, "(B, T, H) or (B, H)", (None, None, None), (None, None))
     B, H = query.shape[0], query.shape[-1]
     _shape("keys", keys, "(B, S, H)", (B, None, H))
@@ -186,10 +194,11 @@ def attention(
     v: Tensor,
     mask: Tensor | None,
     score_bias: Tensor | None,
+    any_float: bool = False,
 ) -> None:
     if not _right(query, keys, v, values):
-        scores(query, keys, v)
-        _tensor("values", values, query)
+        scores(query, keys, v, any_float)
+        _tensor("values", values, query, any_float=any_float)
         _shape("values", values, "(B, S, D)", (*keys.shape[:2], None))
     if mask is None and score_bias is None:
         return

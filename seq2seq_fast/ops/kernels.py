@@ -16,6 +16,8 @@ OPS = {
         "additive_attention_backward",
         "attention_decoder",
         "attention_decoder_backward",
+        "location_attention",
+        "location_attention_backward",
         "location_decoder",
         "location_decoder_backward",
     )

@@ -1,9 +1,24 @@
-"""Where a decoder has attended before, as its scores see it: location-sensitive attention."""
+"""Where was attended before, as the scores see it: location-sensitive attention."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..library import choose
+from ..reference_decoder import location_features, next_location
+from . import checks
+from .additive_attention import (
+    PreparedKeys,
+    _autocast_off,
+    _autocast_on,
+    _needs_grad,
+    _once,
+    _wanted,
+    additive_attention,
+)
+from .kernels import OPS, fake
 
 CHANNELS = ("previous", "cumulative")
 
@@ -56,3 +71,118 @@ def check(location: object, tensor, B: int, S: int, A: int) -> None:
         tensor("location.state", location.state, "(B, C, S)", B, len(channels), S)
     if not isinstance(location.detach, bool):
         raise TypeError(f"location.detach: got {location.detach!r}, expected a bool")
+
+
+def parts(location: Location, keys: Tensor) -> list[Tensor]:
+    """Filters, projection and state, as the ops have them."""
+    state = location.state
+    if state is None:
+        state = keys.new_zeros(keys.shape[0], len(location.channels), keys.shape[1])
+    return [location.conv, location.projection, state]
+
+
+@fake("location_attention")
+def _(query, keys, values, v, mask, location, accumulates):
+    B, S, _ = keys.shape
+    return (
+        query.new_empty(B, values.shape[2]),
+        query.new_empty(B, S),
+        query.new_empty(location[2].shape),
+    )
+
+
+@fake("location_attention_backward")
+def _(grad_context, grad_weights, grad_next, query, keys, values, v, weights, location, *_):
+    return tuple(x.new_empty(x.shape) for x in (query, keys, v, *location))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, query, keys, values, v, mask, *location):
+        adds, ctx.detach = options
+        context, weights, after = OPS["location_attention", "native"](
+            query, keys, values, v, mask, location, adds
+        )
+        ctx.save_for_backward(query, keys, values, v, weights, *location)
+        ctx.accumulates = adds
+        return context, weights, after
+
+    @staticmethod
+    def backward(ctx, *grads):
+        query, keys, values, v, weights, *location = ctx.saved_tensors
+        with torch.no_grad(), _autocast_off(query):
+            dquery, dkeys, dv, *of_location = OPS["location_attention_backward", "native"](
+                *(g.contiguous() for g in grads), query, keys, values, v, weights, location,
+                ctx.accumulates, ctx.detach,
+            )  # fmt: skip
+            dvalues = weights.unsqueeze(2) * grads[0].unsqueeze(1)
+        found = (None, dquery, dkeys, dvalues, dv, None, *of_location)
+        return _once(_wanted(found, ctx.needs_input_grad), (*grads, *ctx.saved_tensors))
+
+
+def location_attention(
+    query: Tensor,
+    keys: Tensor | PreparedKeys,
+    values: Tensor,
+    v: Tensor,
+    location: Location,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of location-sensitive attention: softmax(scale v tanh(query + keys + projection f))
+    over the source, and its context, where f are filters of where was attended before.
+
+    Args:
+        query: (B, A), floating point.
+        keys: (B, S, A), already projected; or what `prepare_keys` made of them.
+        values: (B, S, D).
+        v: (A,).
+        location: filters, and where was attended before; see `Location`.
+        mask: bool (B, S), True = attend. A row that is masked everywhere gives zeros in context
+            and weights, and no gradient.
+        scale: factor of the scores.
+        backend: None for the best there is, "native", "triton" or "reference".
+
+    Returns:
+        context (B, D), weights (B, S), and the location's state behind the step (B, C, S).
+
+    Float16 and bfloat16 are computed in float32 on the CPU. Under autocast so is everything but
+    float64, and the results have autocast's dtype. On a GPU the term of the location is a tensor
+    (B, S, A) that is added to the keys.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+    """
+    k = keys.keys if isinstance(keys, PreparedKeys) else keys
+    autocast = _autocast_on(query)
+    checks.attention(query, k, values, v, mask, None, autocast)
+    if query.dim() != 2:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected (B, A)")
+    checks.number("scale", scale)
+
+    def tensor(name: str, x: Tensor, spelled: str, *shape: int | None) -> None:
+        checks.tensor_like(name, x, query, spelled, *shape, any_float=autocast)
+
+    check(location, tensor, *k.shape)
+    backend = choose("additive_attention", query, backend)
+    adds, detach = accumulates(location.channels), location.detach
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+    dtype = torch.float64 if query.dtype == torch.float64 else dtype
+    within = torch.float64 if dtype == torch.float64 else torch.float32
+    with _autocast_off(query):
+        q, k, values, v, *place = (x.to(within) for x in (query, k, values, v, *parts(location, k)))
+        v = v if scale == 1 else v * scale
+        if backend != "native" or not q.is_cpu:
+            placed = k + location_features(place[2], place[0]) @ place[1].T
+            context, weights = additive_attention(q, placed, values, v, mask=mask, backend=backend)
+            after = next_location(place[2], weights, adds, detach)
+        elif _needs_grad(q, k, values, v, *place):
+            context, weights, after = _Attention.apply(
+                (adds, detach), q, k, values, v, mask, *place
+            )
+        else:
+            op = OPS["location_attention", backend]
+            context, weights, after = op(q, k, values, v, mask, place, adds)
+    return context.to(dtype), weights.to(dtype), after.to(dtype)
