@@ -153,6 +153,16 @@ def _drop_in(rows: list[dict]) -> str:
     return _table(head, lines)
 
 
+def _located(rows: list[dict]) -> str:
+    head = ["decoder", "shape", "what", "library", "a step", "against plain PyTorch"]
+    lines = []
+    for row in rows:
+        seconds = row["seconds"]["library"]
+        line = [row["name"], _shape(row), row["mode"], _time(seconds) + _disturbed(row)]
+        lines.append(line + [_time(seconds / row["steps"]), _ratio(ratios(row)["plain"])])
+    return _table(head, lines)
+
+
 def _growth(rows: list[dict]) -> str:
     """Of rows whose contenders are the library over each number of steps."""
     (row,) = rows
@@ -204,6 +214,11 @@ def _sections(results: dict) -> list[tuple]:
     return [
         ("", _models, _rows(results, "model")),
         ("Decoding, the encoder left out:", _decoding, _rows(results, "decoding")),
+        (
+            "Decoders whose attention sees where it has attended before:",
+            _located,
+            _rows(results, "located"),
+        ),
     ]
 
 

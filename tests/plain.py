@@ -108,3 +108,79 @@ class Hoisted(Seq2Seq):
             outputs.append(hidden[-1])
         features = torch.cat([torch.stack(outputs, 1), torch.stack(contexts, 1)], 2)
         return nn.functional.pad(decoder.fc_out(features), (0, 0, 1, 0))
+
+
+class LocatedDecoder(nn.Module):
+    """A decoder of one layer whose attention sees where it has attended before, as speech systems
+    have it: the weights of the step before (ESPnet, SpeechBrain), and the sum of all before
+    (Tacotron 2), or that alone (pointer-generator). Keys are projected once per source."""
+
+    def __init__(self, V, E, H, D, A, location, filters, width, query_after, cell_type="lstm"):
+        super().__init__()
+        self.embedding = nn.Embedding(V, E)
+        self.attention = Attention(H)
+        self.attention.Wa, self.attention.Ua = nn.Linear(H, A), nn.Linear(D, A)
+        self.attention.Va = nn.Linear(A, 1)
+        self.attention.location_conv = nn.Conv1d(
+            len(location), filters, width, padding=width // 2, bias=False
+        )
+        self.attention.location_dense = nn.Linear(filters, A, bias=False)
+        self.cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell_type](E + D, H)
+        self.fc_out = nn.Linear(H + D, V)
+        self.location, self.query_after, self.cell_type = location, query_after, cell_type
+
+    def attend(self, hidden, keys, values, mask, place):
+        a = self.attention
+        places = a.location_dense(a.location_conv(place).transpose(1, 2))
+        scores = a.Va(torch.tanh(a.Wa(hidden).unsqueeze(1) + keys + places)).squeeze(2)
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
+        context = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+        channels = zip(self.location, place.unbind(1), strict=True)
+        place = [weights if name == "previous" else x + weights for name, x in channels]
+        return context, weights, torch.stack(place, 1)
+
+    def start(self, values):
+        """The state before the first step: hidden, cell, context, location."""
+        B, S, D = values.shape
+        hidden = values.new_zeros(B, self.cell.hidden_size)
+        place = values.new_zeros(B, len(self.location), S)
+        return hidden, hidden, values.new_zeros(B, D), place
+
+    def step(self, token, state, keys, values, mask):
+        hidden, cell, context, place = state
+        if not self.query_after:
+            context, weights, place = self.attend(hidden, keys, values, mask, place)
+        x = torch.cat([self.embedding(token), context], 1)
+        if self.cell_type == "lstm":
+            hidden, cell = self.cell(x, (hidden, cell))
+        else:
+            hidden = self.cell(x, hidden)
+        if self.query_after:
+            context, weights, place = self.attend(hidden, keys, values, mask, place)
+        logits = self.fc_out(torch.cat([hidden, context], 1))
+        return logits, (hidden, cell, context, place), weights
+
+    def forward(self, tokens, values, mask):
+        keys, state, logits = self.attention.Ua(values), self.start(values), []
+        for token in tokens.unbind(1):
+            found, state, _ = self.step(token, state, keys, values, mask)
+            logits.append(found)
+        return torch.stack(logits, 1)
+
+    @torch.inference_mode()
+    def greedy(self, values, mask, bos, steps):
+        keys, state = self.attention.Ua(values), self.start(values)
+        tokens = [torch.full((len(values),), bos)]
+        for _ in range(steps):
+            logits, state, _ = self.step(tokens[-1], state, keys, values, mask)
+            tokens.append(logits.argmax(1))
+        return torch.stack(tokens[1:], 1)
+
+    def library_state_dict(self):
+        """As `seq2seq_fast.Decoder` names it."""
+        named = {"weight_ih": "weight_ih_l0", "weight_hh": "weight_hh_l0"}
+        named |= {"bias_ih": "bias_ih_l0", "bias_hh": "bias_hh_l0"}
+        return {
+            f"{self.cell_type}.{named[n[5:]]}" if n.startswith("cell.") else n: x
+            for n, x in self.state_dict().items()
+        }

@@ -1,5 +1,6 @@
 """Modules whose attention sees where it has attended before."""
 
+import plain
 import pytest
 import torch
 from decoding_models import BOS, EOS, LOCATIONS, make, sources
@@ -59,6 +60,42 @@ def test_one_query_of_the_attention_alone(location):
         torch.testing.assert_close(weights, out.weights[:, t])
         place = torch.stack([weights] * len(location), 1)
         hidden = out.outputs[:, t]
+
+
+@pytest.mark.parametrize(("cell_type", "after"), [("lstm", False), ("lstm", True), ("gru", True)])
+@pytest.mark.parametrize("location", LOCATIONS, ids=str)
+def test_against_a_loop_over_pytorch_s_cells(location, cell_type, after):
+    """Logits, their gradients and greedy decoding, from the same state dict in float64."""
+    torch.manual_seed(0)
+    theirs = plain.LocatedDecoder(9, 4, 7, 10, 5, location, 3, 5, after, cell_type).double()
+    ours = s2s.Decoder(
+        9, 4, 7, 1, 0.0, cell_type=cell_type, query_after=after, encoder_dim=10, attention_dim=5,
+        location=location, location_filters=3, location_kernel_size=5,
+    ).double()  # fmt: skip
+    ours.load_state_dict(theirs.library_state_dict())
+    tokens, values, mask, _ = start()
+    values = values.double().requires_grad_()
+    zeros = X(1, 3, 7).double()
+    state = s2s.DecoderState(zeros, zeros if cell_type == "lstm" else None)
+    source = ours.source(values, mask)
+    out = ours.run(tokens, state, source)
+    logits = ours.fc_out(torch.cat([out.outputs, out.contexts], -1))
+    want = theirs(tokens, values, mask)
+    torch.testing.assert_close(logits, want)
+    (found,) = torch.autograd.grad(logits.square().sum(), values)
+    (expected,) = torch.autograd.grad(want.square().sum(), values)
+    torch.testing.assert_close(found, expected)
+    options = {"bos": 1, "eos": 2, "max_length": 8}
+    with torch.no_grad():
+        greedy = theirs.greedy(values, mask, 1, 8)
+        decoded = s2s.generate(ours.eval(), source, state, **options)
+        float32 = ours.float()
+        source = float32.source(values.float(), mask)
+        state = s2s.DecoderState(*(None if x is None else x.float() for x in state[:2]))
+        fast = s2s.generate(float32, source, state, backend="native", **options)
+    for b, n in enumerate(decoded.lengths.tolist()):
+        assert torch.equal(decoded.tokens[b, :n], greedy[b, :n])
+        assert torch.equal(fast.tokens[b, :n], greedy[b, :n])
 
 
 def test_state_dicts_are_what_they_were_but_for_the_location_s():
