@@ -62,7 +62,8 @@ sanitize: $(READY) ## the kernels' tests under AddressSanitizer and UBSan (g++ o
 
 races: build ## the CUDA kernels' tests on the CPU, watched for races (g++)
 	CUDA_ON_CPU_RACES=1 $(PY) -m pytest -q -p no:cacheprovider \
-		tests/test_cuda.py tests/test_cuda_decoder.py tests/test_cuda_decoding.py $(ARGS)
+		tests/test_cuda.py tests/test_cuda_decoder.py tests/test_cuda_decoding.py \
+		tests/test_cuda_location.py $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -87,7 +87,7 @@ def test_they_load_where_pytorch_has_no_cuda(objects, tmp_path):
     command = [sys.executable, "-c", LOAD, library]
     environment = os.environ | {"LD_BIND_NOW": "1"}
     ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert ran.stdout.strip() == "10", ran.stderr  # ops
+    assert ran.stdout.strip() == "12", ran.stderr  # ops
 
 
 LAST_ERROR = """
@@ -185,3 +185,10 @@ def test_the_search_fits_a_multiprocessor(cubins, kernel):
     """Two blocks of 512 threads that rank a row each, of 64 K registers."""
     code = sass.kernel(cubins["decode_steps"], kernel)
     assert code.registers <= 64 and code.spills == 0
+
+
+@pytest.mark.parametrize("kernel", ["place_keys", "place_slopes", "place_back", "place_sums"])
+def test_places_fit_a_multiprocessor(cubins, kernel):
+    """Four blocks of 128 threads at least, of 64 K registers."""
+    code = sass.kernel(cubins["location"], kernel)
+    assert code.registers <= 128 and code.spills == 0

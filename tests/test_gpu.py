@@ -172,6 +172,32 @@ class TestDecoder:
         for name, x in want.items():
             torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
 
+    @pytest.mark.parametrize("after", [False, True])
+    def test_with_location_it_is_the_reference(self, after, gpu):
+        """And a captured training step replays on new numbers."""
+        if gpu.backend != "native":
+            pytest.skip("of the compiled kernels")
+        sizes = dict(B=5, S=150, A=200, D=70, H=130, N=32, K=31, after=after)
+        args, on_gpu = decoder_arguments(channels=("previous", "cumulative"), **sizes)
+        want, tokens = decoder_problems.results(args, backend="reference")
+        found, same = decoder_problems.results(on_gpu, backend=gpu.backend)
+        assert torch.equal(tokens, same.cpu())
+        for name, x in want.items():
+            scale = max(1.0, x.abs().max().item())
+            assert (found[name].cpu() - x).abs().max().item() < 1e-3 * scale, name
+        leaves = list(decoder_problems.tensors(on_gpu).values())
+
+        def call():
+            out = s2s.attention_decoder(**on_gpu, backend=gpu.backend)
+            return out.location, *torch.autograd.grad(out.outputs.square().sum(), leaves)
+
+        graph, captured = capture(call)
+        with torch.no_grad():
+            on_gpu["inputs"].copy_(torch.randn_like(on_gpu["inputs"]))
+        graph.replay()
+        for a, b in zip(captured, call(), strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_a_captured_run_replays_on_new_numbers(self, gpu):
         _, on_gpu = decoder_arguments()
         del on_gpu["feedback"]

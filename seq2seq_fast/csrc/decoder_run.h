@@ -70,6 +70,25 @@ inline Run run_of(const Tensor& inputs, const Tensor& hidden, const Tensor& cell
   return run;
 }
 
+// What a location is before each of T steps and behind the last one (T + 1, B, C, S), to be filled
+// in but for the first, which is the last of `location`.
+inline Tensor locations_of(const Tensor& inputs, const std::vector<Tensor>& attention,
+                           const std::vector<Tensor>& location) {
+  STD_TORCH_CHECK(attention.size() == 6 && location.size() == 3,
+                  "expected six tensors of attention, and conv, projection and state");
+  const Tensor& state = location[2];
+  const int64_t B = state.size(0), C = state.size(1), S = state.size(2);
+  STD_TORCH_CHECK(B == inputs.size(1) && S == attention[3].size(1), "expected state (B, C, S)");
+  const Tensor locations = empty(inputs, {inputs.size(0) + 1, B, C, S});
+  copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
+  return locations;
+}
+// (B, C, S), the last of them
+inline Tensor last_location(const Tensor& x) {
+  return view(x, {x.size(1), x.size(2), x.size(3)}, {x.stride(1), x.stride(2), x.stride(3)},
+              (x.size(0) - 1) * x.stride(0));
+}
+
 // What backward is given: gradients of the outputs, and what of a run it looks at.
 struct Given {
   Tensor outputs, contexts, weights;

@@ -363,8 +363,8 @@ def attention_decoder(
             the step, and the first layer reads the step's own context.
         dropout: between layers; the probability, or factors (L - 1, B, T, H).
         feedback: the steps whose input is the argmax of the step before in place of inputs.
-        location: what makes the scores see where was attended before; see `Location`. Its loop is
-            compiled for the CPU, and plain PyTorch on a GPU.
+        location: what makes the scores see where was attended before; see `Location`. Triton has
+            no kernels of it.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
         backend: None for the best there is, "native", "triton" or "reference".
 

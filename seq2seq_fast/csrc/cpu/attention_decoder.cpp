@@ -293,13 +293,7 @@ auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Ten
                       std::string cell_type, bool query_after, std::vector<int64_t> feedback,
                       std::vector<Tensor> readout, std::optional<Tensor> input_dropout,
                       std::vector<Tensor> location, std::vector<int64_t> accumulates) {
-  STD_TORCH_CHECK(attention.size() == 6 && location.size() == 3,
-                  "expected six tensors of attention, and conv, projection and state");
-  const Tensor& state = location[2];
-  const int64_t B = state.size(0), C = state.size(1), S = state.size(2);
-  STD_TORCH_CHECK(B == inputs.size(1) && S == attention[3].size(1), "expected state (B, C, S)");
-  const Tensor locations = empty(inputs, {inputs.size(0) + 1, B, C, S});
-  copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
+  const Tensor locations = locations_of(inputs, attention, location);
   return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, std::nullopt, context,
                                dropout, cell_type, query_after, feedback, readout, input_dropout,
                                location, accumulates, locations)

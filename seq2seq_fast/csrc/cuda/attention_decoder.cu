@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "decoder_loop.h"
 #include "feedback.cuh"
+#include "location.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -19,7 +20,8 @@ class Forward {
           const std::optional<Source>& source, const std::optional<Tensor>& fixed,
           const std::optional<Tensor>& dropout, Cell cell, bool query_after,
           const std::vector<int64_t>& feedback, const std::vector<Tensor>& readout,
-          const std::optional<Tensor>& input_dropout, const Run& run)
+          const std::optional<Tensor>& input_dropout, const Run& run,
+          const std::optional<Place>& place, const Tensor& locations)
       : device_(device),
         inputs_(inputs),
         layers_(layers),
@@ -32,13 +34,18 @@ class Forward {
         readout_(readout),
         input_dropout_(input_dropout),
         run_(run),
+        place_(place),
+        locations_(locations),
         T_(inputs.size(0)),
         B_(inputs.size(1)),
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
         fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})),
-        together_(TogetherForward::make(device, layers, source, dropout, cell, query_after, run)) {
+        together_(place ? nullptr
+                        : TogetherForward::make(device, layers, source, dropout, cell, query_after,
+                                                run)) {
+    if (place) placed_.emplace(empty(inputs, source->keys.sizes()));
     if (!feedback.empty()) features_.emplace(empty(inputs, {B_, readout[1].size(1)}));
   }
 
@@ -53,6 +60,7 @@ class Forward {
       feed(feedback_[i], i);
     }
     steps(begin, T_);
+    if (place_ && T_ > 0) follow(T_, false);
   }
 
  private:
@@ -105,9 +113,16 @@ class Forward {
     const Tensor query = at(run_.queries, t), weights = at(run_.weights, t);
     linear(query, at(run_.hiddens, L_ - 1, state), s.w_query, s.b_query);
     const Tensor one = view(query, {B_, 1, query.size(1)}, {query.size(1), 0, 1});
-    one_query_attention(device_, one, s.keys, s.values, s.v, s.softmax, s.powers,
-                        at(run_.contexts, t + 1), weights,
-                        {floats_of(operands_[0]), operands_[0].stride(0)});
+    if (place_) follow(t, true);
+    one_query_attention(device_, one, place_ ? *placed_ : s.keys, s.values, s.v, s.softmax,
+                        place_ ? std::nullopt : std::optional(s.powers), at(run_.contexts, t + 1),
+                        weights, {floats_of(operands_[0]), operands_[0].stride(0)});
+  }
+
+  // The location before step t, and where it is wanted what step t has for keys.
+  void follow(int64_t t, bool wanted) {
+    launch_place_keys(device_, *place_, t, locations_, run_.weights, source_->keys,
+                      wanted ? placed_ : std::nullopt);
   }
 
   void advance(int64_t l, int64_t t) {
@@ -143,7 +158,10 @@ class Forward {
   const std::vector<Tensor>& readout_;
   const std::optional<Tensor>& input_dropout_;
   const Run& run_;
+  const std::optional<Place>& place_;
+  const Tensor& locations_;  // (T + 1, B, C, S)
   const int64_t T_, B_, L_, H_, G_;
+  std::optional<Tensor> placed_;              // keys (B, S, A) of a step
   const Tensor fed_;                          // (B, E)
   std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
   std::unique_ptr<TogetherForward> together_;
@@ -151,26 +169,60 @@ class Forward {
   std::vector<Tensor> weights_, biases_, operands_;
 };
 
+// Where there is no location, it and `accumulates` are empty; `locations` are what it is before
+// each step, in which the first is there already.
+Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
+           const std::vector<Tensor>& layers, const std::vector<Tensor>& attention,
+           const std::optional<Tensor>& mask, const std::optional<Tensor>& powers,
+           const std::optional<Tensor>& context, const std::optional<Tensor>& dropout,
+           const std::string& cell_type, bool query_after, const std::vector<int64_t>& feedback,
+           const std::vector<Tensor>& readout, const std::optional<Tensor>& input_dropout,
+           const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
+           const Tensor& locations) {
+  STD_TORCH_CHECK(inputs.scalar_type() == ScalarType::Float,
+                  "expected float32: the decoder has a CUDA kernel for nothing else");
+  const Cell kind = cell_of(cell_type);
+  const Device device(inputs);
+  Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, mask, powers, location.empty());
+  std::optional<Place> place;
+  if (!location.empty()) place.emplace(device, location, accumulates, source->keys);
+  Forward(device, inputs, layers, source, context, dropout, kind, query_after, feedback, readout,
+          input_dropout, run, place, locations)
+      .run();
+  return run;
+}
+
 auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                        std::vector<Tensor> attention, std::optional<Tensor> mask,
                        std::optional<Tensor> powers, std::optional<Tensor> context,
                        std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout) {
-  STD_TORCH_CHECK(inputs.scalar_type() == ScalarType::Float,
-                  "expected float32: the decoder has a CUDA kernel for nothing else");
-  const Cell kind = cell_of(cell_type);
-  const Device device(inputs);
-  const Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
-  std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, mask, powers);
-  Forward(device, inputs, layers, source, context, dropout, kind, query_after, feedback, readout,
-          input_dropout, run)
-      .run();
-  return run.results();
+  return decode(inputs, hidden, cell, layers, attention, mask, powers, context, dropout, cell_type,
+                query_after, feedback, readout, input_dropout, {}, {}, inputs)
+      .results();
+}
+
+auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                      std::vector<Tensor> attention, std::optional<Tensor> mask,
+                      std::optional<Tensor> context, std::optional<Tensor> dropout,
+                      std::string cell_type, bool query_after, std::vector<int64_t> feedback,
+                      std::vector<Tensor> readout, std::optional<Tensor> input_dropout,
+                      std::vector<Tensor> location, std::vector<int64_t> accumulates) {
+  const Tensor locations = locations_of(inputs, attention, location);
+  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, std::nullopt, context,
+                               dropout, cell_type, query_after, feedback, readout, input_dropout,
+                               location, accumulates, locations)
+                            .results(),
+                        std::tuple(locations));
 }
 
 }  // namespace
 }  // namespace seq2seq_fast
 
-S2S_CUDA_LIBRARY(m) { m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::attention_decoder)); }
+S2S_CUDA_LIBRARY(m) {
+  m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::attention_decoder));
+  m.impl("location_decoder", TORCH_BOX(&seq2seq_fast::location_decoder));
+}

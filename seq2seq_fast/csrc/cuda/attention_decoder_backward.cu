@@ -8,9 +8,16 @@
 #include "decoder.h"
 #include "decoder_backward_loop.cuh"
 #include "decoder_loop.h"
+#include "location.h"
 #include "team.h"
 
 namespace seq2seq_fast {
+
+static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
+    one_query_backward(OneQueryBackwardArguments a) {
+  retreat_one_query<kQueryBackwardWarps>(a, blockIdx.x, blockIdx.x, shared_memory());
+}
+
 namespace {
 
 class Backward {
@@ -18,7 +25,7 @@ class Backward {
   Backward(const Device& device, const Given& given, const States& run,
            const std::vector<Tensor>& layers, const std::optional<Source>& source,
            const std::optional<Tensor>& dropout, Cell cell, bool query_after, bool need_state,
-           const Gradients& d)
+           const Gradients& d, PlaceBackward* place)
       : device_(device),
         given_(given),
         run_(run),
@@ -28,6 +35,7 @@ class Backward {
         query_after_(query_after),
         need_state_(need_state),
         d_(d),
+        place_(place),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
         B_(run.gates.size(2)),
@@ -65,7 +73,8 @@ class Backward {
   // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
-    if (!runs_together() || !source_ || L_ > kMostLoopLayers || B_ == 0) return false;
+    if (!runs_together() || !source_ || place_ != nullptr || L_ > kMostLoopLayers || B_ == 0)
+      return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
     std::vector<Tensor> kept;                       // until it is launched
     const auto flat = [&](const Tensor& x) {
@@ -159,7 +168,7 @@ class Backward {
     const Source& s = *source_;
     OneQueryBackwardArguments a{};
     a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
-    a.powers = powers_of(s.powers, s.keys);
+    if (place_ == nullptr) a.powers = powers_of(s.powers, s.keys);
     a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
     return a;
   }
@@ -174,8 +183,11 @@ class Backward {
     const Tensor grad_query = at(d_.queries, t);
     a.to_context = float_rows(at(d_.contexts, t)), a.to_scores = float_rows(at(d_.scores, t));
     a.to_query = float_rows(grad_query);
-    device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
-                   one_query_backward_shared_floats(a.S, a.D, kQueryBackwardWarps), a);
+    if (place_ != nullptr)
+      place_->attend(t, a);
+    else
+      device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
+                     one_query_backward_shared_floats(a.S, a.D, kQueryBackwardWarps), a);
     product(of_query_, grad_query, transposed(source_->w_query));
   }
 
@@ -187,11 +199,17 @@ class Backward {
   const Cell cell_;
   const bool query_after_, need_state_;
   const Gradients& d_;
+  PlaceBackward* const place_;
   const int64_t L_, T_, B_, H_;
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
   std::vector<Tensor> weights_, products_;
 };
+
+void check_float(const Tensor& gates) {
+  STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
+                  "expected float32: the decoder has a CUDA kernel for nothing else");
+}
 
 auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                                 Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
@@ -199,8 +217,7 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
                                 std::vector<Tensor> layers, std::vector<Tensor> attention,
                                 std::optional<Tensor> powers, std::optional<Tensor> dropout,
                                 std::string cell_type, bool query_after, bool need_state) {
-  STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
-                  "expected float32: the decoder has a CUDA kernel for nothing else");
+  check_float(gates);
   const Device device(gates);
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
@@ -209,9 +226,32 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
   const Gradients d =
       gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
-           d)
+           d, nullptr)
       .run();
   return d.results(need_state);
+}
+
+auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                               Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                               Tensor gates, Tensor queries, Tensor weights,
+                               std::vector<Tensor> layers, std::vector<Tensor> attention,
+                               std::optional<Tensor> dropout, std::string cell_type,
+                               bool query_after, bool need_state, Tensor grad_location,
+                               std::vector<Tensor> location, std::vector<int64_t> accumulates,
+                               bool detach) {
+  check_float(gates);
+  const Device device(gates);
+  const std::optional<Source> source(std::in_place, attention, std::nullopt, std::nullopt, false);
+  const Tensor &states = location[2], last = last_location(states);
+  const Place place(device, {location[0], location[1], last}, accumulates, source->keys);
+  PlaceBackward backward(device, place, *source, states, grad_location, detach);
+  const Given given = {grad_outputs, grad_contexts, grad_weights};
+  const States run = {hiddens, cells, gates, queries, weights};
+  const Gradients d = gradients_of(given, run, grad_hidden, grad_cell, true, query_after);
+  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
+           d, &backward)
+      .run();
+  return std::tuple_cat(d.results(need_state), backward.results(queries, d.scores));
 }
 
 }  // namespace
@@ -219,4 +259,5 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
 
 S2S_CUDA_LIBRARY(m) {
   m.impl("attention_decoder_backward", TORCH_BOX(&seq2seq_fast::attention_decoder_backward));
+  m.impl("location_decoder_backward", TORCH_BOX(&seq2seq_fast::location_decoder_backward));
 }

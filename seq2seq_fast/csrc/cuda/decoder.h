@@ -74,15 +74,18 @@ struct Source {
   Tensor w_context, w_query, b_query, keys, values, v, powers;
   Softmax softmax;
 
+  // Keys are not prepared where the scores are not of query and keys alone.
   Source(const std::vector<Tensor>& x, const std::optional<Tensor>& mask,
-         const std::optional<Tensor>& powers_)
+         const std::optional<Tensor>& powers_, bool prepare = true)
       : w_context(x[0]),
         w_query(x[1]),
         b_query(torch::stable::contiguous(x[2])),
         keys(x[3]),
         values(x[4]),
         v(x[5]),
-        powers(powers_ ? *powers_ : prepare_keys(keys)),
+        powers(powers_   ? *powers_
+               : prepare ? prepare_keys(keys)
+                         : empty(keys, {0})),
         softmax(softmax_over(mask)) {
     STD_TORCH_CHECK(keys.size(1) > 0, "expected keys (B, S, A) of at least one place");
     STD_TORCH_CHECK(keys.size(2) <= kMostFeaturesInShared, "attention of width ", keys.size(2),

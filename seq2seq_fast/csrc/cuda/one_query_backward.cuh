@@ -47,15 +47,15 @@ __device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float
   }
 }
 
-// The work of a block of `warps`: row b of a step, which is the row-th of all, with `memory` to
-// share.
-template <int warps>
-__device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArguments& a, int b,
-                                                  int row, float* memory) {
+// The gradients of a row's scores, into a.to_scores and `memory` behind the scratch of
+// retreat_one_query: of row b of a step, which is the row-th of all. `later(s)` is what else comes
+// to a weight. Whether all of them are finite.
+template <int warps, typename F>
+__device__ __forceinline__ bool retreat_weights(const OneQueryBackwardArguments& a, int b, int row,
+                                                float* memory, F later) {
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  float* const scratch = memory;  // (2, threads)
-  float* const sums = scratch + 2 * threads;
+  float* const sums = memory + 2 * threads;
   float *const grads = sums + warps, *const dc = grads + a.S;  // (S,), (D,)
 
   for (int d = thread; d < a.D; d += threads) {
@@ -80,11 +80,34 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
     const float product = warp_sum_of_four(products);
     const int s = s0 + lane / 8;
     if (lane % 8 != 0 || s >= a.S) continue;
-    grads[s] = product + a.grad_weights(row, s);
+    grads[s] = product + a.grad_weights(row, s) + later(s);
     dot += a.weights(row, s) * grads[s];
   }
   dot = warp_sum(dot);
   if (lane == 0) sums[warp] = dot;
+  __syncthreads();
+  dot = 0.f;
+  for (int w = 0; w < warps; ++w) dot += sums[w];
+  bool finite = true;
+  for (int s = thread; s < a.S; s += threads) {
+    const float ds = a.weights(row, s) * (grads[s] - dot);
+    grads[s] = ds, a.to_scores(row, s) = ds;
+    finite = finite && magnitude(ds) < 0x7f800000u;
+  }
+  return !__syncthreads_or(!finite);
+}
+
+// The work of a block of `warps`: row b of a step, which is the row-th of all, with `memory` to
+// share.
+template <int warps>
+__device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArguments& a, int b,
+                                                  int row, float* memory) {
+  constexpr int threads = kWarp * warps;
+  const int thread = threadIdx.x, lane = thread % kWarp;
+  float* const scratch = memory;  // (2, threads)
+  float* const grads = scratch + 2 * threads + warps;
+  const bool all_finite = retreat_weights<warps>(a, b, row, memory, [](int) { return 0.f; });
+
   float max_q = 0.f, max_k = 0.f, max_v = 0.f;
   for (int h = lane; h < a.A; h += kWarp) {
     max_q = larger(max_q, a.query(row, h)), max_v = larger(max_v, a.v(0, 0, h));
@@ -95,17 +118,8 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
     max_k = larger(max_k, __shfl_xor_sync(kAll, max_k, lanes));
     max_v = larger(max_v, __shfl_xor_sync(kAll, max_v, lanes));
   }
-  __syncthreads();
-  dot = 0.f;
-  for (int w = 0; w < warps; ++w) dot += sums[w];
-  bool finite = magnitude(max_v) < 0x7f800000u;
-  for (int s = thread; s < a.S; s += threads) {
-    const float ds = a.weights(row, s) * (grads[s] - dot);
-    grads[s] = ds, a.to_scores(row, s) = ds;
-    finite = finite && magnitude(ds) < 0x7f800000u;
-  }
-  const bool all_finite = !__syncthreads_or(!finite);
-  const Path path = all_finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
+  const bool finite = all_finite && magnitude(max_v) < 0x7f800000u;
+  const Path path = finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
 
   const int pairs = a.powers.Hp / 2;
   for (int p0 = 0; p0 < pairs; p0 += threads) {
@@ -149,11 +163,6 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
     }
     __syncthreads();
   }
-}
-
-static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
-    one_query_backward(OneQueryBackwardArguments a) {
-  retreat_one_query<kQueryBackwardWarps>(a, blockIdx.x, blockIdx.x, shared_memory());
 }
 
 }  // namespace seq2seq_fast
