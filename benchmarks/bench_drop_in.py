@@ -44,6 +44,10 @@ def frames(module: nn.Module, queries: Tensor, memory: Tensor) -> Tensor:
     return torch.stack(contexts)
 
 
+def speech(module: nn.Module, memory: Tensor, frames: Tensor) -> Tensor:
+    return module(memory, frames, torch.full((16,), 128))[0]
+
+
 def characters(module: nn.Module, features: Tensor) -> Tensor:
     text = torch.arange(64 * 26).view(64, 26) % 38
     return module(features, text, True, 25)
@@ -66,6 +70,10 @@ USES = [
     Use(
         "TacotronAttention", lambda: drop_in.TacotronAttention(1024, 512, 128, 32, 31),
         {"B": 16, "T": 30, "S": 150, "H": 128}, ((30, 16, 1024), (16, 150, 512)), frames,
+    ),
+    Use(
+        "TacotronDecoder", drop_in.TacotronDecoder,
+        {"B": 16, "T": 60, "S": 128, "H": 128}, ((16, 128, 512), (16, 80, 60)), speech,
     ),
     Use(
         "TextRecognitionHead, given its text", head,

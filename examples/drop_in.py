@@ -4,8 +4,11 @@ Each module has the parameters of the original, so that state dicts load, and is
 What is said of a system is what its source had in 2024; formulas are of scores e over source s.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import seq2seq_fast as s2s
 
@@ -238,6 +241,95 @@ class TacotronAttention(nn.Module):
         )
         mask = None if mask is None else ~mask
         return s2s.location_attention(query, processed_memory, memory, v, location, mask=mask)[:2]
+
+
+class TacotronDecoder(nn.Module):
+    """The decoder of NVIDIA's Tacotron 2 in training, given the frames of speech: two operations
+    over all steps, of the attention's LSTM and of the one behind it, where the original goes
+    through both step by step. Its loop at inference takes `attention_layer` as it takes the
+    original's."""
+
+    def __init__(
+        self,
+        n_mel_channels: int = 80,
+        n_frames_per_step: int = 1,
+        encoder_embedding_dim: int = 512,
+        attention_rnn_dim: int = 1024,
+        decoder_rnn_dim: int = 1024,
+        prenet_dim: int = 256,
+        attention_dim: int = 128,
+        attention_location_n_filters: int = 32,
+        attention_location_kernel_size: int = 31,
+        p_attention_dropout: float = 0.1,
+        p_decoder_dropout: float = 0.1,
+    ):
+        super().__init__()
+        frame, D = n_mel_channels * n_frames_per_step, encoder_embedding_dim
+        self.n_mel_channels, self.frame_dim = n_mel_channels, frame
+        self.p_attention_dropout, self.p_decoder_dropout = p_attention_dropout, p_decoder_dropout
+        widths = (frame, prenet_dim), (prenet_dim, prenet_dim)
+        layers = [_named(linear_layer=nn.Linear(n, m, bias=False)) for n, m in widths]
+        self.prenet = _named(layers=nn.ModuleList(layers))
+        self.attention_rnn = nn.LSTMCell(prenet_dim + D, attention_rnn_dim)
+        self.attention_layer = TacotronAttention(
+            attention_rnn_dim, D, attention_dim, attention_location_n_filters,
+            attention_location_kernel_size,
+        )  # fmt: skip
+        self.decoder_rnn = nn.LSTMCell(attention_rnn_dim + D, decoder_rnn_dim)
+        out = decoder_rnn_dim + D
+        self.linear_projection = _named(linear_layer=nn.Linear(out, frame))
+        self.gate_layer = _named(linear_layer=nn.Linear(out, 1))
+
+    def forward(
+        self, memory: Tensor, decoder_inputs: Tensor, memory_lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """memory (B, S, D), frames (B, n_mel_channels, T n_frames_per_step), lengths (B,) ->
+        frames, gates (B, T), weights (B, T, S)."""
+        B, S, _ = memory.shape
+        frames = decoder_inputs.transpose(1, 2).reshape(B, -1, self.frame_dim)
+        x = F.pad(frames, (0, 0, 1, 0))[:, :-1]  # each step reads the frame before
+        for layer in self.prenet.layers:
+            x = F.dropout(F.relu(layer.linear_layer(x)), 0.5, training=True)
+        attends, location = self.attention_layer, self.attention_layer.location_layer
+        query, keys = attends.query_layer.linear_layer, attends.memory_layer.linear_layer(memory)
+        out = self._over_steps(
+            self.attention_rnn,
+            x,
+            self.p_attention_dropout,
+            query=(query.weight, query.weight.new_zeros(query.out_features)),
+            keys=keys,
+            values=memory,
+            v=attends.v.linear_layer.weight[0],
+            mask=within(memory_lengths, S),
+            query_after=True,
+            location=s2s.Location(
+                location.location_conv.conv.weight,
+                location.location_dense.linear_layer.weight,
+                ("previous", "cumulative"),
+            ),
+        )
+        x = torch.cat([out.outputs, out.contexts], 2)
+        none = memory.new_empty(B, 0)
+        hidden = self._over_steps(self.decoder_rnn, x, self.p_decoder_dropout, context=none).outputs
+        features = torch.cat([hidden, out.contexts], 2)
+        frames = self.linear_projection.linear_layer(features)
+        gates = self.gate_layer.linear_layer(features).squeeze(2)
+        assert out.weights is not None
+        return frames.view(B, -1, self.n_mel_channels).transpose(1, 2), gates, out.weights
+
+    def _over_steps(
+        self, cell: nn.LSTMCell, x: Tensor, dropout: float, **attention: Any
+    ) -> s2s.DecoderOutput:
+        """A cell's states over all steps from zeros, each dropped in part."""
+        zeros = x.new_zeros(1, len(x), cell.hidden_size)
+        return s2s.attention_decoder(
+            x,
+            zeros,
+            zeros.clone(),
+            [list(cell.parameters())],
+            state_dropout=dropout if self.training else 0.0,
+            **attention,
+        )
 
 
 class OpenNMTAttention(nn.Module):

@@ -39,17 +39,19 @@ SCHEMAS = {
     " Tensor query, Tensor keys, Tensor values, Tensor v, Tensor weights, Tensor[] location,"
     " int[] accumulates, bool detach)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # attention_decoder with location, of which backward gets the state before every step.
-    "location_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
-    " Tensor[] attention, Tensor? mask, Tensor? context, Tensor? dropout, str cell_type,"
-    " bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
-    " Tensor[] location, int[] accumulates)"
+    # attention_decoder with what few models have: a location, of which backward gets the state
+    # before every step, and dropout of states.
+    "extended_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
+    " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
+    " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
+    " Tensor[] location, int[] accumulates, Tensor? state_dropout)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "location_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
+    "extended_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
-    " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? dropout,"
-    " str cell_type, bool query_after, bool need_state, Tensor grad_location, Tensor[] location,"
-    " int[] accumulates, bool detach) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
+    " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
+    " Tensor? dropout, str cell_type, bool query_after, bool need_state, Tensor grad_location,"
+    " Tensor[] location, int[] accumulates, bool detach, Tensor? state_dropout)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
     " Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",

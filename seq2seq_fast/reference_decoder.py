@@ -112,6 +112,7 @@ def attention_decoder(
     location: Sequence[Tensor] = (),
     accumulates: Sequence[int] = (),
     detach: bool = False,
+    state_dropout: Tensor | None = None,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -136,6 +137,8 @@ def attention_decoder(
         accumulates: of each channel whether it is the sum of all weights before, and not those of
             the step before.
         detach: no gradient flows from a step to the weights of those before by the location.
+        state_dropout: (L, T, B, H), factors of each layer's hidden state after a step, wherever it
+            is read.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -184,7 +187,10 @@ def attention_decoder(
             if i > 0:
                 x = step[-1][1] if dropout is None else step[-1][1] * dropout[i - 1, t]
             g = activate(cell_type, layer_gates(x, hiddens[-1][i], *layers[3 * i : 3 * i + 3]))
-            step.append((g, *advance(cell_type, g, hiddens[-1][i], cells[-1][i])))
+            state, memory = advance(cell_type, g, hiddens[-1][i], cells[-1][i])
+            if state_dropout is not None:
+                state = state * state_dropout[i, t]
+            step.append((g, state, memory))
         activated, states, memories = zip(*step, strict=True)
         gates.append(torch.stack(activated))
         hiddens.append(states)

@@ -15,7 +15,7 @@ ORDERS = [(c, after) for c in MODULES for after in (False, True)]
 def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
-    detach=False,
+    detach=False, states_dropped=False,
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -53,6 +53,8 @@ def problem(
         args["context"] = draw(B, D)
     if dropout:
         args["dropout"] = (torch.rand(L - 1, B, T, H, generator=g) < 0.7).double() / 0.7
+    if states_dropped:
+        args["state_dropout"] = (torch.rand(L, B, T, H, generator=g) < 0.7).double() / 0.7
     if feedback:
         factors = torch.rand(B, T, E, generator=g).double() if dropout else None
         args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, H + D), draw(V), factors)
@@ -76,6 +78,7 @@ def problems(draw, attention=None):
         "dropout": draw(st.booleans()),
         "feedback": sorted(fed_back),
         "strided": draw(st.booleans()),
+        "states_dropped": draw(st.sampled_from([False, False, True])),
         "seed": draw(st.integers(0, 2**31)),
     }
 

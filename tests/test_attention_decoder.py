@@ -331,6 +331,40 @@ def test_dropout_is_torchs_and_reproducible():
     assert torch.equal(a, b) and not torch.equal(b, c)
 
 
+@pytest.mark.parametrize("cell_type", MODULES)
+def test_dropped_states_are_those_of_a_loop_over_pytorch_s_cells(cell_type):
+    """h = dropout(cell(x, h)), which the next step, the next layer and the output read; and its
+    probability means that rate."""
+    torch.manual_seed(0)
+    T, B, E, H = 5, 3, 4, 7
+    kept = (torch.rand(2, B, T, H) < 0.7).double() / 0.7
+    kind = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}[cell_type]
+    cells = [kind(E + 2, H).double(), kind(H, H).double()]
+    x, fixed = torch.randn(B, T, E).double(), torch.randn(B, 2).double()
+    states = [torch.randn(B, H).double() for _ in cells]
+    memories, outputs = [torch.randn(B, H).double() for _ in cells], []
+    args = dict(
+        inputs=x, hidden=torch.stack(states), cell_type=cell_type, context=fixed,
+        cell=torch.stack(memories) if cell_type == "lstm" else None,
+        layers=[[*c.parameters()] for c in cells],
+    )  # fmt: skip
+    out = s2s.attention_decoder(**args, state_dropout=kept)
+    for t in range(T):
+        below = torch.cat([x[:, t], fixed], 1)
+        for i, cell in enumerate(cells):
+            if cell_type == "lstm":
+                states[i], memories[i] = cell(below, (states[i], memories[i]))
+            else:
+                states[i] = cell(below, states[i])
+            below = states[i] = states[i] * kept[i, :, t]
+        outputs.append(below)
+    torch.testing.assert_close(out.outputs, torch.stack(outputs, 1))
+    torch.testing.assert_close(out.hidden, torch.stack(states))
+    many = args | {"inputs": x.repeat(1, 400, 1)}
+    dropped = s2s.attention_decoder(**many, state_dropout=0.25).outputs == 0
+    assert 0.23 < dropped.double().mean() < 0.27
+
+
 @pytest.mark.parametrize("options", [{}, {"after": True, "dropout": True}, {"attention": False}])
 @pytest.mark.parametrize("cell_type", MODULES)
 def test_opcheck(cell_type, options):
@@ -483,7 +517,13 @@ BAD = {
     "mask dtype": (with_args(mask=X(2, 6)), TypeError, "mask: got torch.float32"),
     "mask shape": (with_args(mask=X(2, 5).bool()), ValueError, "mask: got shape"),
     "context": (with_args(context=X(2, 4)), ValueError, "context: got shape"),
-    "dropout": (with_args(dropout=1.5), ValueError, "dropout: got 1.5"),
+    "dropout": (with_args(dropout=1.5), ValueError, "^dropout: got 1.5"),
+    "state_dropout": (with_args(state_dropout=-1), ValueError, "state_dropout: got -1"),
+    "state_dropout shape": (
+        with_args(state_dropout=X(1, 2, 3, 7)),
+        ValueError,
+        r"state_dropout: got shape \(1, 2, 3, 7\), expected \(L, B, T, H\) = \(2, 2, 3, 7\)",
+    ),
     "dropout str": (with_args(dropout="x"), TypeError, "dropout: got str, expected a number"),
     "dropout none": (with_args(dropout=None), TypeError, "dropout: got NoneType"),
     "dropout shape": (with_args(dropout=X(1, 2, 4, 7)), ValueError, "dropout: got shape"),

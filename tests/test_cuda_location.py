@@ -1,5 +1,5 @@
-"""The CUDA kernels of location-sensitive attention, without a GPU: run on the CPU by
-tests/cuda_on_cpu."""
+"""The CUDA kernels of location-sensitive attention, and dropped states, without a GPU: run on the
+CPU by tests/cuda_on_cpu."""
 
 import shutil
 
@@ -32,6 +32,9 @@ OPTIONS = {
     "coverage": dict(channels=BOTH[1:], N=1, K=1, S=20),
     "fed back, detached": dict(channels=BOTH, dropout=True, feedback=[1, 3, 4], detach=True),
     "blocks of places and of features": dict(channels=BOTH, B=2, T=3, S=37, A=150, N=9, K=31, D=9),
+    "states dropped": dict(channels=BOTH, L=3, dropout=True, states_dropped=True),
+    "states dropped, no location": dict(states_dropped=True, feedback=[2]),
+    "states dropped, no attention": dict(states_dropped=True, attention=False, dropout=True),
     "wider than the source": dict(channels=BOTH, B=2, T=3, S=5, N=2, K=41),
 }
 
@@ -39,6 +42,8 @@ OPTIONS = {
 @pytest.mark.parametrize(("cell_type", "after"), ORDERS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, options):
+    if not options.get("attention", True):
+        after = False
     used = accuracy(dict(cell_type=cell_type, after=after, seed=0) | options)
     assert used is not None and max(used.values()) <= 1, used
 

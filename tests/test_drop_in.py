@@ -212,6 +212,59 @@ def test_tacotron(masked):
     check(module, plain, *inputs, ours=ours)
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_tacotron_decoder(frames):
+    """The loop over both cells, evaluated; the prenet drops always, by the same draw."""
+    sizes = (4, frames, N, 6, 7, 5, A, 3, 5)
+    module = drop_in.TacotronDecoder(*sizes).eval()
+    names = {n.split(".")[0] for n in module.state_dict()}
+    assert names == {
+        "prenet", "attention_rnn", "attention_layer", "decoder_rnn", "linear_projection",
+        "gate_layer",
+    }  # fmt: skip
+    assert "prenet.layers.1.linear_layer.weight" in module.state_dict()
+
+    def plain(m, memory, decoder_inputs):
+        torch.manual_seed(1)
+        x = decoder_inputs.transpose(1, 2).reshape(B, T, 4 * frames)
+        x = torch.cat([torch.zeros_like(x[:, :1]), x], 1)[:, :-1]
+        for layer in m.prenet.layers:
+            x = F.dropout(F.relu(layer.linear_layer(x)), 0.5)
+        keys = m.attention_layer.memory_layer.linear_layer(memory)
+        hidden, cell = memory.new_zeros(2, B, 6)
+        above, memories = memory.new_zeros(2, B, 7)
+        context, weights = memory.new_zeros(B, N), memory.new_zeros(B, S)
+        total = weights
+        mels, gates, all_weights = [], [], []
+        for t in range(T):
+            hidden, cell = m.attention_rnn(torch.cat([x[:, t], context], 1), (hidden, cell))
+            layer = m.attention_layer.location_layer
+            f = F.conv1d(
+                torch.stack([weights, total], 1), layer.location_conv.conv.weight, padding=2
+            )
+            places = keys + layer.location_dense.linear_layer(f.transpose(1, 2))
+            places = places + m.attention_layer.query_layer.linear_layer(hidden)[:, None]
+            weights = softmax_of(m.attention_layer.v.linear_layer(places.tanh())[..., 0])
+            context, total = (weights[:, None] @ memory)[:, 0], total + weights
+            above, memories = m.decoder_rnn(torch.cat([hidden, context], 1), (above, memories))
+            features = torch.cat([above, context], 1)
+            mels.append(m.linear_projection.linear_layer(features))
+            gates.append(m.gate_layer.linear_layer(features)[:, 0])
+            all_weights.append(weights)
+        mels = torch.stack(mels, 1).view(B, T * frames, 4).transpose(1, 2)
+        return mels, torch.stack(gates, 1), torch.stack(all_weights, 1)
+
+    def ours(m, memory, decoder_inputs):
+        torch.manual_seed(1)
+        return m(memory, decoder_inputs, LENGTHS)
+
+    check(module, plain, torch.randn(B, S, N), torch.randn(B, 4, T * frames), ours=ours)
+    evaluated = ours(module, torch.ones(B, S, N), torch.ones(B, 4, T * frames))[0]
+    module.train()
+    found = [ours(module, torch.ones(B, S, N), torch.ones(B, 4, T * frames))[0] for _ in "ab"]
+    assert torch.equal(*found) and not torch.equal(found[0], evaluated)  # a mask, from one seed
+
+
 def test_opennmt():
     def plain(m, query, memory, lengths):
         x = m.linear_query(query)[..., None, :] + m.linear_context(memory).view(B, 1, S, N)

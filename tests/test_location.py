@@ -151,14 +151,14 @@ def test_opcheck(cell_type, options):
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name().startswith("seq2seq_fast::location_decoder"):
+            if function.name().startswith("seq2seq_fast::extended_decoder"):
                 called.append((function, args))
             return function(*args, **(kwargs or {}))
 
     args = problem(cell_type, channels=CHANNELS[2], feedback=[2], **options)
     with Record():
         results(cast(args, torch.float32))
-    names = {"seq2seq_fast::location_decoder", "seq2seq_fast::location_decoder_backward"}
+    names = {"seq2seq_fast::extended_decoder", "seq2seq_fast::extended_decoder_backward"}
     assert {f.name() for f, _ in called} == names
     for function, arguments in called:
         arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
@@ -371,5 +371,5 @@ def test_what_has_no_place_is_refused():
     with pytest.raises(ValueError, match="location: got a Location, expected None without keys"):
         s2s.attention_decoder(**args, location=PLACE)
     args = cast(problem(B=2, T=3, channels=CHANNELS[0]), torch.float32)
-    with pytest.raises(ValueError, match="no location_decoder kernel for cpu"):
+    with pytest.raises(ValueError, match="no extended_decoder kernel for cpu"):
         s2s.attention_decoder(**args, backend="triton")

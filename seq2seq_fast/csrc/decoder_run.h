@@ -74,6 +74,7 @@ inline Run run_of(const Tensor& inputs, const Tensor& hidden, const Tensor& cell
 // in but for the first, which is the last of `location`.
 inline Tensor locations_of(const Tensor& inputs, const std::vector<Tensor>& attention,
                            const std::vector<Tensor>& location) {
+  if (location.empty()) return empty(inputs, {0});
   STD_TORCH_CHECK(attention.size() == 6 && location.size() == 3,
                   "expected six tensors of attention, and conv, projection and state");
   const Tensor& state = location[2];

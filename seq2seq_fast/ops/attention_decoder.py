@@ -1,4 +1,4 @@
-"""The attention decoder over T steps: fake kernels, autograd and the public function.
+"""The attention decoder over T steps: autograd and the public function.
 
 The ops are the recurrence alone, time first; every product over all T steps is here, around them.
 """
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from .. import reference_decoder as reference
 from ..library import choose
-from ..reference_decoder import BLOCKS, Run
+from ..reference_decoder import Run
 from . import decoder_checks as checks
+from . import decoder_shapes  # noqa: F401, which registers them
 from .additive_attention import (
     PreparedKeys,
     _autocast_off,
@@ -24,84 +25,8 @@ from .additive_attention import (
 )
 from .checks import instance
 from .dropout import dropout_factors
-from .kernels import OPS, fake, product, products
+from .kernels import OPS, product, products
 from .location import Location, accumulates, parts
-
-
-@fake("attention_decoder")
-def _shapes(
-    inputs,
-    hidden,
-    cell,
-    layers,
-    attention,
-    mask,
-    powers,
-    context,
-    dropout,
-    cell_type,
-    query_after,
-    feedback,
-    readout,
-    input_dropout,
-):
-    (T, B, _), (L, _, H), empty = inputs.shape, hidden.shape, inputs.new_empty
-    queries, contexts, weights, logits = empty(0), empty(0), empty(0), empty(0)
-    if attention:
-        *_, keys, values, v = attention
-        queries, weights = empty(T, B, v.shape[0]), empty(T, B, keys.shape[1])
-        contexts = empty(T + 1, B, values.shape[2])
-    if feedback:
-        logits = empty(B, T + 1, readout[1].shape[0])
-    return (
-        empty(L, T + 1, B, H),
-        empty(L, T + 1, B, H) if cell_type == "lstm" else empty(0),
-        empty(L, T, B, BLOCKS[cell_type] * H),
-        queries,
-        contexts,
-        weights,
-        empty((len(feedback), B) if feedback else 0, dtype=torch.int64),
-        logits,
-    )
-
-
-@fake("location_decoder")
-def _(
-    inputs, hidden, cell, layers, attention, mask, context, dropout, cell_type, query_after,
-    feedback, readout, input_dropout, location, accumulates,
-):  # fmt: skip
-    others = (dropout, cell_type, query_after, feedback, readout, input_dropout)
-    found = _shapes(inputs, hidden, cell, layers, attention, mask, None, context, *others)
-    return *found, inputs.new_empty(inputs.shape[0] + 1, *location[2].shape)
-
-
-@fake("attention_decoder_backward")
-def _shapes_backward(
-    grad_outputs,
-    grad_contexts,
-    grad_weights,
-    grad_hidden,
-    grad_cell,
-    hiddens,
-    cells,
-    gates,
-    queries,
-    weights,
-    *others,
-):
-    need_state = others[6]
-    first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
-    same = (gates, queries, weights, grad_contexts)
-    state = (x.new_empty(x.shape if need_state else 0) for x in (grad_hidden, grad_cell))
-    return *(x.new_empty(x.shape) for x in same), *state, first
-
-
-@fake("location_decoder_backward")
-def _(*args):
-    *of_decoder, grad_location, location, _, _ = args
-    *_, keys, _, v = of_decoder[11]
-    found = _shapes_backward(*of_decoder[:12], None, *of_decoder[12:])
-    return *found, *(x.new_empty(x.shape) for x in (keys, v, *location[:2], grad_location))
 
 
 class Feedback(NamedTuple):
@@ -131,13 +56,17 @@ class _Decoder(torch.autograd.Function):
     """weights are those of `_split`."""
 
     @staticmethod
-    def forward(ctx, inputs, hidden, cell, context, mask, powers, dropout, options, run, *weights):
+    def forward(
+        ctx, inputs, hidden, cell, context, mask, powers, dropout, state_dropout, options, run,
+        *weights,
+    ):  # fmt: skip
         if run is None:
-            run = _run(options, inputs, hidden, cell, weights, mask, powers, context, dropout)
+            factors = dropout, state_dropout
+            run = _run(options, inputs, hidden, cell, weights, mask, powers, context, factors)
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
-            run.locations, powers, dropout, *weights,
+            run.locations, powers, dropout, state_dropout, *weights,
         )  # fmt: skip
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -153,7 +82,10 @@ class _Decoder(torch.autograd.Function):
         return _once(_wanted(found, ctx.needs_input_grad), known)
 
 
-_INPUTS = ("inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "options", "run")
+_INPUTS = (
+    "inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "state_dropout", "options",
+    "run",
+)  # fmt: skip
 
 
 class _Options(NamedTuple):
@@ -166,21 +98,23 @@ class _Options(NamedTuple):
 
 
 def _run(
-    options, inputs, hidden, cell, weights, mask, powers, context, dropout, feedback=([], [], None)
+    options, inputs, hidden, cell, weights, mask, powers, context, factors, feedback=([], [], None)
 ):  # fmt: skip
-    """`Run` of the backend's op."""
+    """`Run` of the backend's op; factors are those of dropout between layers and of states."""
     layers, attention, location = _split(weights, inputs, hidden)
-    first, others = (inputs, hidden, cell, layers, attention, mask), (context, dropout)
-    others = (*others, *options[:2], *feedback)
+    (dropout, state_dropout), adds = factors, options.accumulates
+    args = (
+        inputs, hidden, cell, layers, attention, mask, powers, context, dropout, *options[:2],
+        *feedback,
+    )  # fmt: skip
     if options.backend == "reference":
-        return reference.attention_decoder(
-            *first, powers, *others, location, options.accumulates, options.detach
-        )
-    if location:
-        op = OPS["location_decoder", options.backend]
-        return Run(*op(*first, *others, location, options.accumulates))
+        of_location = (location, adds, options.detach)
+        return reference.attention_decoder(*args, *of_location, state_dropout)
+    if location or state_dropout is not None:
+        op = OPS["extended_decoder", options.backend]
+        return Run(*op(*args, location, adds, state_dropout))
     op = OPS["attention_decoder", options.backend]
-    return Run(*op(*first, powers, *others), inputs.new_empty(0))
+    return Run(*op(*args), inputs.new_empty(0))
 
 
 def _split(weights, inputs, hidden):
@@ -234,7 +168,7 @@ def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
 
 def _backward(
     options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, powers,
-    dropout, *weights,
+    dropout, state_dropout, *weights,
 ):  # fmt: skip
     cell_type, query_after, _, backend, accumulates, detach = options
     layers, attention, location = _split(weights, inputs, hiddens)
@@ -258,17 +192,19 @@ def _backward(
         dense(last, hiddens[:, -1]),
         dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
         hiddens, cells, gates, queries, w, layers, attention,
+        powers, dropout, cell_type, query_after, needs["hidden"] or needs["cell"],
     )  # fmt: skip
-    kind = (dropout, cell_type, query_after, needs["hidden"] or needs["cell"])
-    of_location: tuple[Tensor, ...] = ()
-    if location:
-        backward = OPS["location_decoder_backward", backend]
-        last_location, location = dense(last_location, locations[-1]), [*location[:2], locations]
-        every = backward(*args, *kind, last_location, location, accumulates, detach)
-        *found, dkeys, dv = every[:9]
-        of_location = every[9:]
+    of_location: list[Tensor] = []
+    if location or state_dropout is not None:
+        last_location = dense(last_location, locations[-1]) if location else locations
+        location = location and [*location[:2], locations]
+        more = (last_location, location, accumulates, detach, state_dropout)
+        *found, dkeys, dv, dconv, dprojection, dstate = OPS["extended_decoder_backward", backend](
+            *args, *more
+        )
+        of_location = [dconv, dprojection, dstate] if location else []
     else:
-        found = OPS["attention_decoder_backward", backend](*args, powers, *kind)
+        found = OPS["attention_decoder_backward", backend](*args)
     dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = found
     n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
     dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]
@@ -302,7 +238,7 @@ def _backward(
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if query_after else None
-    return dinputs, dhidden, dcell, dcontext, None, None, None, None, None, *found
+    return dinputs, dhidden, dcell, dcontext, *6 * [None], *found
 
 
 def _weights_of(layers, cell_type):
@@ -334,6 +270,7 @@ def attention_decoder(
     cell_type: str = "lstm",
     query_after: bool = False,
     dropout: float | Tensor = 0.0,
+    state_dropout: float | Tensor = 0.0,
     feedback: Feedback | None = None,
     location: Location | None = None,
     recompute: bool = False,
@@ -362,6 +299,9 @@ def attention_decoder(
             context of the step before (input feeding). Otherwise the query is the state before
             the step, and the first layer reads the step's own context.
         dropout: between layers; the probability, or factors (L - 1, B, T, H).
+        state_dropout: on each layer's hidden state after a step, wherever it is read from then on,
+            as Tacotron 2 has it; the probability, or factors (L, B, T, H). Triton has no kernels
+            of it.
         feedback: the steps whose input is the argmax of the step before in place of inputs.
         location: what makes the scores see where was attended before; see `Location`. Triton has
             no kernels of it.
@@ -386,12 +326,13 @@ def attention_decoder(
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, feedback, recompute, location, autocast,
+        dropout, state_dropout, feedback, recompute, location, autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
-    op = "attention_decoder" if location is None else "location_decoder"
+    extended = location is not None or isinstance(state_dropout, Tensor) or state_dropout > 0
+    op = "extended_decoder" if extended else "attention_decoder"
     backend = choose(op, inputs, backend)
     of_location = () if location is None else (accumulates(location.channels), location.detach)
 
@@ -409,7 +350,10 @@ def attention_decoder(
             mask,
             powers,
             cast(context),
-            _factors(dropout, steps, first),
+            (
+                _factors(dropout, steps, first, len(layers) - 1),
+                _factors(state_dropout, steps, first, len(layers)),
+            ),
             _Options(cell_type, query_after, recompute, backend, *of_location),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
@@ -419,14 +363,13 @@ def attention_decoder(
     )
 
 
-def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor):
-    """Factors of what goes from layer to layer, (L - 1, T, B, H)."""
+def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, n: int):
+    """Factors (n, T, B, H) of n layers' hidden states, or None."""
     if isinstance(dropout, Tensor):
         return dropout.to(hidden.dtype).transpose(1, 2).contiguous()
-    L, B, H = hidden.shape
-    if dropout == 0 or L == 1:
+    if dropout == 0 or n == 0:
         return None
-    return dropout_factors((L - 1, len(inputs), B, H), dropout, hidden)
+    return dropout_factors((n, len(inputs), *hidden.shape[1:]), dropout, hidden)
 
 
 def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
@@ -441,7 +384,7 @@ def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
 
 
 def _decode(
-    inputs, hidden, cell, layers, attention, mask, powers, context, dropout, options, feedback,
+    inputs, hidden, cell, layers, attention, mask, powers, context, factors, options, feedback,
     location,
 ):  # fmt: skip
     weights = [*_weights_of(layers, options.cell_type), *attention, *location]
@@ -455,7 +398,7 @@ def _decode(
         steps, *readout, input_dropout = feedback
         if input_dropout is not None:
             input_dropout = input_dropout.transpose(0, 1).contiguous()
-    args = (hidden, cell, weights, mask, powers, context, dropout)
+    args = (hidden, cell, weights, mask, powers, context, factors)
     fed_back = (steps, readout, input_dropout)
     grad = _needs_grad(inputs, hidden, cell, context, *weights, *readout)
     if options.backend == "reference" or not grad:
@@ -468,11 +411,11 @@ def _decode(
                 run = _run(options, inputs, *args, fed_back)
             fed = F.embedding(run.tokens, readout[0])
             if input_dropout is not None:
-                factors = input_dropout.unbind()
-                fed = fed * torch.stack([factors[t] for t in steps])
+                of_steps = input_dropout.unbind()
+                fed = fed * torch.stack([of_steps[t] for t in steps])
             inputs = _replaced(inputs, steps, fed)
         results = _Decoder.apply(
-            inputs, hidden, cell, context if attention else None, mask, powers, dropout, options,
+            inputs, hidden, cell, context if attention else None, mask, powers, *factors, options,
             run, *weights,
         )  # fmt: skip
     outputs, contexts, weights, hidden, cell, where = results

@@ -53,6 +53,7 @@ def decoder(
     kind: str,
     query_after: bool,
     dropout: float | Tensor,
+    state_dropout: float | Tensor,
     feedback: Sequence | None,
     recompute: bool,
     location: object,
@@ -94,10 +95,14 @@ def decoder(
         tensor(f"layers[{i}][1]", layer[1], "(gates, H)", G, H)
         tensor(f"layers[{i}][2]", layer[2], "(gates,)", G)
         tensor(f"layers[{i}][3]", layer[3], "(gates,)", G)
-    if isinstance(dropout, Tensor):
-        tensor("dropout", dropout, "(L - 1, B, T, H)", L - 1, B, T, H)
-    else:
-        probability("dropout", dropout)
+    for name, x, spelled, n in (
+        ("dropout", dropout, "(L - 1, B, T, H)", L - 1),
+        ("state_dropout", state_dropout, "(L, B, T, H)", L),
+    ):
+        if isinstance(x, Tensor):
+            tensor(name, x, spelled, n, B, T, H)
+        else:
+            probability(name, x)
     if feedback is not None:
         _feedback(tensor, feedback, B, T, E, H + D)
 

@@ -18,8 +18,8 @@ OPS = {
         "attention_decoder_backward",
         "location_attention",
         "location_attention_backward",
-        "location_decoder",
-        "location_decoder_backward",
+        "extended_decoder",
+        "extended_decoder_backward",
     )
     for backend, op in (("native", name), ("triton", TRITON_OPS.get(name)))
     if op

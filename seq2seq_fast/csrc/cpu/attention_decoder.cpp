@@ -85,7 +85,7 @@ class Forward {
           const std::optional<Source>& source, const std::optional<Tensor>& fixed,
           const std::optional<Tensor>& dropout, Cell cell, bool query_after,
           const Feedback<A>& feedback, const Run& run, const Location<A>* location,
-          const Tensor& locations)
+          const Tensor& locations, const std::optional<Tensor>& state_dropout)
       : inputs_(inputs),
         layers_(layers),
         source_(source),
@@ -97,6 +97,7 @@ class Forward {
         run_(run),
         location_(location),
         locations_(locations),
+        state_dropout_(state_dropout),
         T_(inputs.size(0)),
         B_(inputs.size(1)),
         L_(run.hiddens.size(0)),
@@ -187,6 +188,7 @@ class Forward {
     A* after = data<A>(run_.hiddens) + (l * (T_ + 1) + t + 1) * slab;
     A* memory = has_cell ? data<A>(run_.cells) + (l * (T_ + 1) + t) * slab : nullptr;
     const A* factors = dropout_ && l + 1 < L_ ? data<A>(*dropout_) + (l * T_ + t) * slab : nullptr;
+    const A* kept = state_dropout_ ? data<A>(*state_dropout_) + (l * T_ + t) * slab : nullptr;
     A* dropped = dropped_ + l * slab;
     // What the layer reads beside its own state, by w_x, and what that is added to.
     const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
@@ -219,6 +221,7 @@ class Forward {
             advance_units(cell_, raw, before + to, memory ? memory + to : nullptr, units,
                           gates + i * G_ + h, H_, after + to,
                           memory ? memory + slab + to : nullptr);
+            for (int64_t j = to; kept && j < to + units; ++j) after[j] *= kept[j];
             if (!factors) continue;
             for (int64_t j = to; j < to + units; ++j) dropped[j] = after[j] * factors[j];
           }
@@ -234,7 +237,8 @@ class Forward {
   const Feedback<A>& feedback_;
   const Run& run_;
   const Location<A>* const location_;
-  const Tensor& locations_;  // (T + 1, B, C, S)
+  const Tensor& locations_;                     // (T + 1, B, C, S)
+  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t T_, B_, L_, H_, G_;
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
@@ -250,7 +254,7 @@ Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
            const std::string& cell_type, bool query_after, const std::vector<int64_t>& feedback,
            std::vector<Tensor> readout, const std::optional<Tensor>& input_dropout,
            const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
-           const Tensor& locations) {
+           const Tensor& locations, const std::optional<Tensor>& state_dropout) {
   const Cell kind = cell_of(cell_type);
   keep_freed_memory();
   Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
@@ -266,7 +270,7 @@ Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
     if (!location.empty())
       place.emplace(location, accumulates, source->keys, source->values, source->v, mask);
     Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run,
-               place ? &*place : nullptr, locations)
+               place ? &*place : nullptr, locations, state_dropout)
         .run();
   };
   if (inputs.scalar_type() == ScalarType::Double)
@@ -283,20 +287,21 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout) {
   return decode(inputs, hidden, cell, layers, attention, mask, powers, context, dropout, cell_type,
-                query_after, feedback, readout, input_dropout, {}, {}, inputs)
+                query_after, feedback, readout, input_dropout, {}, {}, inputs, std::nullopt)
       .results();
 }
 
-auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+auto extended_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                       std::vector<Tensor> attention, std::optional<Tensor> mask,
-                      std::optional<Tensor> context, std::optional<Tensor> dropout,
-                      std::string cell_type, bool query_after, std::vector<int64_t> feedback,
-                      std::vector<Tensor> readout, std::optional<Tensor> input_dropout,
-                      std::vector<Tensor> location, std::vector<int64_t> accumulates) {
+                      std::optional<Tensor> powers, std::optional<Tensor> context,
+                      std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                      std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                      std::optional<Tensor> input_dropout, std::vector<Tensor> location,
+                      std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout) {
   const Tensor locations = locations_of(inputs, attention, location);
-  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, std::nullopt, context,
+  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, powers, context,
                                dropout, cell_type, query_after, feedback, readout, input_dropout,
-                               location, accumulates, locations)
+                               location, accumulates, locations, state_dropout)
                             .results(),
                         std::tuple(locations));
 }
@@ -306,5 +311,5 @@ auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Ten
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::decoder::attention_decoder));
-  m.impl("location_decoder", TORCH_BOX(&seq2seq_fast::decoder::location_decoder));
+  m.impl("extended_decoder", TORCH_BOX(&seq2seq_fast::decoder::extended_decoder));
 }

@@ -39,7 +39,7 @@ class Backward {
   Backward(const Given& given, const States& run, const std::vector<Layer>& layers,
            const std::optional<Source>& source, const std::optional<Tensor>& dropout, Cell cell,
            bool query_after, bool need_state, const Gradients& d, Location<A>* location,
-           const Tensor& locations)
+           const Tensor& locations, const std::optional<Tensor>& state_dropout)
       : given_(given),
         run_(run),
         source_(source),
@@ -50,6 +50,7 @@ class Backward {
         d_(d),
         location_(location),
         locations_(locations),
+        state_dropout_(state_dropout),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
         B_(run.gates.size(2)),
@@ -113,12 +114,14 @@ class Backward {
     const Tensor& outputs = given_.outputs;
     const A* output = l == L_ - 1 ? data<A>(outputs) + t * outputs.stride(0) : nullptr;
     const int64_t ld_output = outputs.stride(1);
+    const A* kept = state_dropout_ ? data<A>(*state_dropout_) + (l * T_ + t) * slab : nullptr;
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
     constexpr int64_t kRows = 4;
     parallel_in_turns((B_ + kRows - 1) / kRows, kRows * 20 * H_, [&](int64_t task) {
       for (int64_t b = task * kRows; b < std::min(B_, (task + 1) * kRows); ++b) {
         const int64_t row = b * H_;
         for (int64_t i = 0; output && i < H_; ++i) dh[row + i] += output[b * ld_output + i];
+        for (int64_t i = row; kept && i < row + H_; ++i) dh[i] *= kept[i];
         retreat_units(cell_, from + b * G_, H_, h + row, c ? c + row : nullptr,
                       c ? c + slab + row : nullptr, H_, dh + row, c ? dc + row : nullptr,
                       dg + b * G_);
@@ -178,7 +181,8 @@ class Backward {
   const bool query_after_, need_state_;
   const Gradients& d_;
   Location<A>* const location_;
-  const Tensor& locations_;  // (T + 1, B, C, S)
+  const Tensor& locations_;                     // (T + 1, B, C, S)
+  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
@@ -196,14 +200,15 @@ std::pair<Gradients, OfLocation> retreat(
     const std::optional<Tensor>& powers, const std::optional<Tensor>& dropout,
     const std::string& cell_type, bool query_after, bool need_state,
     const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
-    const Tensor& grad_location, bool detach) {
+    const Tensor& grad_location, bool detach, const std::optional<Tensor>& state_dropout) {
   std::optional<Source> source;
   if (!attention.empty()) source.emplace(attention, std::nullopt, powers, location.empty());
   const Gradients d =
       gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
   const std::vector<Layer> all = layers_of(layers);
-  OfLocation of_location;
+  const auto none = [&] { return empty(run.gates, {0}); };
+  OfLocation of_location = {none(), none(), none(), none(), none()};
   const auto go = [&]<typename A>() {
     std::optional<Location<A>> place;
     if (!location.empty()) {
@@ -211,7 +216,7 @@ std::pair<Gradients, OfLocation> retreat(
       place->begin_backward(grad_location, detach);
     }
     Backward<A>(given, run, all, source, dropout, cell_of(cell_type), query_after, need_state, d,
-                place ? &*place : nullptr, place ? location[2] : run.weights)
+                place ? &*place : nullptr, place ? location[2] : run.weights, state_dropout)
         .run();
     if (place) of_location = place->results();
   };
@@ -230,22 +235,23 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
                                 std::string cell_type, bool query_after, bool need_state) {
   return retreat({grad_outputs, grad_contexts, grad_weights}, grad_hidden, grad_cell,
                  {hiddens, cells, gates, queries, weights}, layers, attention, powers, dropout,
-                 cell_type, query_after, need_state, {}, {}, grad_hidden, false)
+                 cell_type, query_after, need_state, {}, {}, grad_hidden, false, std::nullopt)
       .first.results(need_state);
 }
 
-auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+auto extended_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                                Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
                                Tensor gates, Tensor queries, Tensor weights,
                                std::vector<Tensor> layers, std::vector<Tensor> attention,
-                               std::optional<Tensor> dropout, std::string cell_type,
-                               bool query_after, bool need_state, Tensor grad_location,
-                               std::vector<Tensor> location, std::vector<int64_t> accumulates,
-                               bool detach) {
-  const auto [d, of_location] =
-      retreat({grad_outputs, grad_contexts, grad_weights}, grad_hidden, grad_cell,
-              {hiddens, cells, gates, queries, weights}, layers, attention, std::nullopt, dropout,
-              cell_type, query_after, need_state, location, accumulates, grad_location, detach);
+                               std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                               std::string cell_type, bool query_after, bool need_state,
+                               Tensor grad_location, std::vector<Tensor> location,
+                               std::vector<int64_t> accumulates, bool detach,
+                               std::optional<Tensor> state_dropout) {
+  const auto [d, of_location] = retreat(
+      {grad_outputs, grad_contexts, grad_weights}, grad_hidden, grad_cell,
+      {hiddens, cells, gates, queries, weights}, layers, attention, powers, dropout, cell_type,
+      query_after, need_state, location, accumulates, grad_location, detach, state_dropout);
   const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
   return std::tuple_cat(d.results(need_state), std::tuple(dkeys, dv, dconv, dprojection, dstate));
 }
@@ -256,5 +262,5 @@ auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("attention_decoder_backward",
          TORCH_BOX(&seq2seq_fast::decoder::attention_decoder_backward));
-  m.impl("location_decoder_backward", TORCH_BOX(&seq2seq_fast::decoder::location_decoder_backward));
+  m.impl("extended_decoder_backward", TORCH_BOX(&seq2seq_fast::decoder::extended_decoder_backward));
 }

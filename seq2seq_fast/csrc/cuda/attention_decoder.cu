@@ -21,7 +21,8 @@ class Forward {
           const std::optional<Tensor>& dropout, Cell cell, bool query_after,
           const std::vector<int64_t>& feedback, const std::vector<Tensor>& readout,
           const std::optional<Tensor>& input_dropout, const Run& run,
-          const std::optional<Place>& place, const Tensor& locations)
+          const std::optional<Place>& place, const Tensor& locations,
+          const std::optional<Tensor>& state_dropout)
       : device_(device),
         inputs_(inputs),
         layers_(layers),
@@ -36,15 +37,16 @@ class Forward {
         run_(run),
         place_(place),
         locations_(locations),
+        state_dropout_(state_dropout),
         T_(inputs.size(0)),
         B_(inputs.size(1)),
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
         fed_(empty(inputs, {B_, feedback.empty() ? 0 : inputs.size(2)})),
-        together_(place ? nullptr
-                        : TogetherForward::make(device, layers, source, dropout, cell, query_after,
-                                                run)) {
+        together_(place || state_dropout ? nullptr
+                                         : TogetherForward::make(device, layers, source, dropout,
+                                                                 cell, query_after, run)) {
     if (place) placed_.emplace(empty(inputs, source->keys.sizes()));
     if (!feedback.empty()) features_.emplace(empty(inputs, {B_, readout[1].size(1)}));
   }
@@ -139,6 +141,7 @@ class Forward {
       a.cell = float_rows(at(run_.cells, l, t + 1));
     }
     a.to_self = float_rows(operands_[l], width(l));
+    if (state_dropout_) a.kept = float_rows(at(*state_dropout_, l, t));
     if (l + 1 < L_) {
       a.to_next = float_rows(operands_[l + 1]);
       if (dropout_) a.factors = float_rows(at(*dropout_, l, t));
@@ -159,7 +162,8 @@ class Forward {
   const std::optional<Tensor>& input_dropout_;
   const Run& run_;
   const std::optional<Place>& place_;
-  const Tensor& locations_;  // (T + 1, B, C, S)
+  const Tensor& locations_;                     // (T + 1, B, C, S)
+  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t T_, B_, L_, H_, G_;
   std::optional<Tensor> placed_;              // keys (B, S, A) of a step
   const Tensor fed_;                          // (B, E)
@@ -178,7 +182,7 @@ Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
            const std::string& cell_type, bool query_after, const std::vector<int64_t>& feedback,
            const std::vector<Tensor>& readout, const std::optional<Tensor>& input_dropout,
            const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
-           const Tensor& locations) {
+           const Tensor& locations, const std::optional<Tensor>& state_dropout) {
   STD_TORCH_CHECK(inputs.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Cell kind = cell_of(cell_type);
@@ -189,7 +193,7 @@ Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
   std::optional<Place> place;
   if (!location.empty()) place.emplace(device, location, accumulates, source->keys);
   Forward(device, inputs, layers, source, context, dropout, kind, query_after, feedback, readout,
-          input_dropout, run, place, locations)
+          input_dropout, run, place, locations, state_dropout)
       .run();
   return run;
 }
@@ -201,20 +205,21 @@ auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Te
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout) {
   return decode(inputs, hidden, cell, layers, attention, mask, powers, context, dropout, cell_type,
-                query_after, feedback, readout, input_dropout, {}, {}, inputs)
+                query_after, feedback, readout, input_dropout, {}, {}, inputs, std::nullopt)
       .results();
 }
 
-auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+auto extended_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                       std::vector<Tensor> attention, std::optional<Tensor> mask,
-                      std::optional<Tensor> context, std::optional<Tensor> dropout,
-                      std::string cell_type, bool query_after, std::vector<int64_t> feedback,
-                      std::vector<Tensor> readout, std::optional<Tensor> input_dropout,
-                      std::vector<Tensor> location, std::vector<int64_t> accumulates) {
+                      std::optional<Tensor> powers, std::optional<Tensor> context,
+                      std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                      std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                      std::optional<Tensor> input_dropout, std::vector<Tensor> location,
+                      std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout) {
   const Tensor locations = locations_of(inputs, attention, location);
-  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, std::nullopt, context,
+  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, powers, context,
                                dropout, cell_type, query_after, feedback, readout, input_dropout,
-                               location, accumulates, locations)
+                               location, accumulates, locations, state_dropout)
                             .results(),
                         std::tuple(locations));
 }
@@ -224,5 +229,5 @@ auto location_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Ten
 
 S2S_CUDA_LIBRARY(m) {
   m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::attention_decoder));
-  m.impl("location_decoder", TORCH_BOX(&seq2seq_fast::location_decoder));
+  m.impl("extended_decoder", TORCH_BOX(&seq2seq_fast::extended_decoder));
 }

@@ -25,7 +25,7 @@ class Backward {
   Backward(const Device& device, const Given& given, const States& run,
            const std::vector<Tensor>& layers, const std::optional<Source>& source,
            const std::optional<Tensor>& dropout, Cell cell, bool query_after, bool need_state,
-           const Gradients& d, PlaceBackward* place)
+           const Gradients& d, PlaceBackward* place, const std::optional<Tensor>& state_dropout)
       : device_(device),
         given_(given),
         run_(run),
@@ -36,6 +36,7 @@ class Backward {
         need_state_(need_state),
         d_(d),
         place_(place),
+        state_dropout_(state_dropout),
         L_(run.gates.size(0)),
         T_(run.gates.size(1)),
         B_(run.gates.size(2)),
@@ -73,7 +74,8 @@ class Backward {
   // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
-    if (!runs_together() || !source_ || place_ != nullptr || L_ > kMostLoopLayers || B_ == 0)
+    if (!runs_together() || !source_ || place_ != nullptr || state_dropout_ ||
+        L_ > kMostLoopLayers || B_ == 0)
       return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
     std::vector<Tensor> kept;                       // until it is launched
@@ -158,6 +160,7 @@ class Backward {
     const Tensor grad_gates = at(d_.gates, l, t);
     a.grad_gates = float_rows(grad_gates);
     a.passed = float_rows(hidden(l));
+    if (state_dropout_) a.kept = float_rows(at(*state_dropout_, l, t));
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_retreat(device_, cell_, a);
     product(products_[l], grad_gates, transposed(weights_[l]));
@@ -200,6 +203,7 @@ class Backward {
   const bool query_after_, need_state_;
   const Gradients& d_;
   PlaceBackward* const place_;
+  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t L_, T_, B_, H_;
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
@@ -226,32 +230,42 @@ auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tenso
   const Gradients d =
       gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
-           d, nullptr)
+           d, nullptr, std::nullopt)
       .run();
   return d.results(need_state);
 }
 
-auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+auto extended_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                                Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
                                Tensor gates, Tensor queries, Tensor weights,
                                std::vector<Tensor> layers, std::vector<Tensor> attention,
-                               std::optional<Tensor> dropout, std::string cell_type,
-                               bool query_after, bool need_state, Tensor grad_location,
-                               std::vector<Tensor> location, std::vector<int64_t> accumulates,
-                               bool detach) {
+                               std::optional<Tensor> powers, std::optional<Tensor> dropout,
+                               std::string cell_type, bool query_after, bool need_state,
+                               Tensor grad_location, std::vector<Tensor> location,
+                               std::vector<int64_t> accumulates, bool detach,
+                               std::optional<Tensor> state_dropout) {
   check_float(gates);
   const Device device(gates);
-  const std::optional<Source> source(std::in_place, attention, std::nullopt, std::nullopt, false);
-  const Tensor &states = location[2], last = last_location(states);
-  const Place place(device, {location[0], location[1], last}, accumulates, source->keys);
-  PlaceBackward backward(device, place, *source, states, grad_location, detach);
+  std::optional<Source> source;
+  if (!attention.empty()) source.emplace(attention, std::nullopt, powers, location.empty());
+  std::optional<Place> place;
+  std::optional<PlaceBackward> of_place;
+  if (!location.empty()) {
+    const std::vector<Tensor> last = {location[0], location[1], last_location(location[2])};
+    place.emplace(device, last, accumulates, source->keys);
+    of_place.emplace(device, *place, *source, location[2], grad_location, detach);
+  }
   const Given given = {grad_outputs, grad_contexts, grad_weights};
   const States run = {hiddens, cells, gates, queries, weights};
-  const Gradients d = gradients_of(given, run, grad_hidden, grad_cell, true, query_after);
+  const Gradients d =
+      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
   Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
-           d, &backward)
+           d, of_place ? &*of_place : nullptr, state_dropout)
       .run();
-  return std::tuple_cat(d.results(need_state), backward.results(queries, d.scores));
+  const auto none = [&] { return empty(gates, {0}); };
+  return std::tuple_cat(d.results(need_state),
+                        of_place ? of_place->results(queries, d.scores)
+                                 : std::tuple(none(), none(), none(), none(), none()));
 }
 
 }  // namespace
@@ -259,5 +273,5 @@ auto location_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor
 
 S2S_CUDA_LIBRARY(m) {
   m.impl("attention_decoder_backward", TORCH_BOX(&seq2seq_fast::attention_decoder_backward));
-  m.impl("location_decoder_backward", TORCH_BOX(&seq2seq_fast::location_decoder_backward));
+  m.impl("extended_decoder_backward", TORCH_BOX(&seq2seq_fast::extended_decoder_backward));
 }

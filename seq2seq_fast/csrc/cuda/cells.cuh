@@ -24,6 +24,7 @@ struct CellArguments {
   // Where else the hidden state goes, if anywhere: its place in the next step's product, and, times
   // `factors` (B, H) unless absent, in the next layer's.
   FloatRows to_self, to_next, factors;
+  FloatRows kept;  // factors (B, H) of the hidden state, wherever it goes, or absent
   int B, H;
 };
 
@@ -59,6 +60,7 @@ __device__ __forceinline__ void advance_unit(const CellArguments& a, int b, int 
   if (a.gates.data != nullptr)
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) a.gates(b, k * a.H + h) = x[k];
+  if (a.kept.data != nullptr) y *= a.kept(b, h);
   a.hidden(b, h) = y;
   if (a.to_self.data != nullptr) a.to_self(b, h) = y;
   if (a.to_next.data != nullptr)
@@ -95,6 +97,7 @@ struct CellBackwardArguments {
   FloatRows grad_cell;   // (B, H), of the cell state after the step, then before
   FloatRows grad_gates;  // (B, G), before their nonlinearities
   FloatRows passed;      // (B, H), what passes the gates by; of a GRU alone
+  FloatRows kept;        // as forward
   int B, H;
 };
 
@@ -132,7 +135,8 @@ template <Cell cell>
 __global__ void __launch_bounds__(kCellThreads) retreat_cell(CellBackwardArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
   const int b = i / a.H, h = i % a.H;
-  if (b < a.B) retreat_unit<cell>(a, b, h, a.grad(b, h));
+  if (b < a.B)
+    retreat_unit<cell>(a, b, h, a.grad(b, h) * (a.kept.data == nullptr ? 1.f : a.kept(b, h)));
 }
 
 struct SumArguments {
