@@ -62,34 +62,40 @@ def _states(state: "DecoderState") -> tuple[Tensor, Tensor]:
 
 def _source(
     decoder: "Decoder", source: "stepwise.Source", state: "DecoderState"
-) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
-    """Context before the first step, what the source is made of and how location is seen in it, and
-    its mask."""
+) -> tuple[Tensor | None, list[Tensor], Tensor | None, tuple[int, ...]]:
+    """Context before the first step, what the source is made of and how location is seen in it, its
+    mask, and which channels of the location add up."""
     if isinstance(source, Tensor):
-        return _floats(source), [], None
+        return _floats(source), [], None, ()
     keys, powers = source.keys
     keys = keys.float()
     powers = keys.new_empty(0) if powers is None else powers
     context = None if state.context is None else _floats(state.context)
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
-    return context, parts + _located(decoder, source, state), source.mask
+    place, adds = _located(decoder, source, state)
+    return context, parts + place, source.mask, adds
 
 
 def _channels(decoder: "Decoder") -> tuple[str, ...]:
-    return getattr(decoder.attention, "location", ())
+    return getattr(decoder._modules.get("attention"), "location", ())
 
 
-def _located(decoder: "Decoder", source: "PreparedSource", state: "DecoderState") -> list[Tensor]:
-    """Filters, their projection, and the state before the first step, if there are any."""
-    channels, attention = _channels(decoder), decoder.attention
-    if attention is None or not channels:
-        return []
+def _located(
+    decoder: "Decoder", source: "PreparedSource", state: "DecoderState"
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Filters, their projection, and the state before the first step, if there are any; which of
+    its channels add up."""
+    channels = _channels(decoder)
+    if not channels:
+        return [], ()
+    attention = decoder.attention
+    assert attention is not None
     place = state.location
     if place is None:
         B, S, _ = source.values.shape
         place = source.values.new_zeros(B, len(channels), S)
     weights = attention.location_conv.weight, attention.location_dense.weight
-    return [_floats(x) for x in (*weights, place)]
+    return [_floats(x) for x in (*weights, place)], accumulates(channels)
 
 
 def generate(
@@ -107,8 +113,8 @@ def generate(
     if options.prefix is not None:
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
     hidden, cell = _states(state)
-    context, parts, mask = _source(decoder, source, state)
-    return _decode(decoder, packed, hidden, cell, context, parts, mask, limits, prefix, options)
+    context, *attended = _source(decoder, source, state)
+    return _decode(decoder, packed, hidden, cell, context, *attended, limits, prefix, options)
 
 
 def generate_as_is(
@@ -126,8 +132,9 @@ def generate_as_is(
     keys, powers = source.keys
     powers = keys.new_empty(0) if powers is None else powers
     parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
-    parts += _located(decoder, source, state)
-    return _decode(decoder, packed, hidden, cell, context, parts, source.mask, None, None, options)
+    place, adds = _located(decoder, source, state)
+    attended = parts + place, source.mask, adds
+    return _decode(decoder, packed, hidden, cell, context, *attended, None, None, options)
 
 
 def _decode(
@@ -138,6 +145,7 @@ def _decode(
     context: Tensor | None,
     from_source: list[Tensor],
     mask: Tensor | None,
+    adds: tuple[int, ...],
     limits: Tensor | None,
     prefix: Tensor | None,
     options: DecodingOptions,
@@ -164,7 +172,7 @@ def _decode(
         float(options.temperature),
         min(options.top_k, decoder.output_dim),
         float(options.top_p),
-        accumulates(_channels(decoder)),
+        adds,
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
@@ -179,7 +187,7 @@ def step(
     source: "stepwise.Source",
 ) -> tuple[Tensor, "DecoderState", Tensor | None]:
     """`Decoder.step` from packed weights."""
-    context, from_source, mask = _source(decoder, source, state)
+    context, from_source, mask, adds = _source(decoder, source, state)
     logits, hidden, cell, after, weights, place = torch.ops.seq2seq_fast.decoder_step.default(
         *packed.weights,
         decoder.cell_type,
@@ -189,12 +197,12 @@ def step(
         context,
         from_source,
         mask,
-        accumulates(_channels(decoder)),
+        adds,
     )
     state = type(state)(
         hidden,
         None if state.cell is None else cell,
         after if decoder.query_after else None,
-        place if _channels(decoder) else None,
+        place if adds else None,
     )
     return logits, state, None if isinstance(source, Tensor) else weights
