@@ -1,7 +1,7 @@
 """The way to the compiled engines: on the CPU one call runs the whole loop, without Python and the
 GIL; on a GPU see graphed.py."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,20 +60,27 @@ def _states(state: "DecoderState") -> tuple[Tensor, Tensor]:
     return hidden, hidden.new_empty(0) if state.cell is None else _floats(state.cell)
 
 
+class _Attended(NamedTuple):
+    """What the engine attends to: nothing without attention."""
+
+    parts: list[Tensor]  # of the source, and how a location is seen in it
+    mask: Tensor | None
+    adds: tuple[int, ...]  # of each channel of the location
+
+
 def _source(
     decoder: "Decoder", source: "stepwise.Source", state: "DecoderState"
-) -> tuple[Tensor | None, list[Tensor], Tensor | None, tuple[int, ...]]:
-    """Context before the first step, what the source is made of and how location is seen in it, its
-    mask, and which channels of the location add up."""
+) -> tuple[Tensor | None, _Attended]:
+    """Context before the first step, and what is attended to."""
     if isinstance(source, Tensor):
-        return _floats(source), [], None, ()
+        return _floats(source), _Attended([], None, ())
     keys, powers = source.keys
     keys = keys.float()
     powers = keys.new_empty(0) if powers is None else powers
     context = None if state.context is None else _floats(state.context)
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
     place, adds = _located(decoder, source, state)
-    return context, parts + place, source.mask, adds
+    return context, _Attended(parts + place, source.mask, adds)
 
 
 def _channels(decoder: "Decoder") -> tuple[str, ...]:
@@ -113,8 +120,8 @@ def generate(
     if options.prefix is not None:
         prefix = stepwise.forced(options, B, state.hidden.device).contiguous()
     hidden, cell = _states(state)
-    context, *attended = _source(decoder, source, state)
-    return _decode(decoder, packed, hidden, cell, context, *attended, limits, prefix, options)
+    context, attended = _source(decoder, source, state)
+    return _decode(decoder, packed, hidden, cell, context, attended, limits, prefix, options)
 
 
 def generate_as_is(
@@ -133,8 +140,8 @@ def generate_as_is(
     powers = keys.new_empty(0) if powers is None else powers
     parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
     place, adds = _located(decoder, source, state)
-    attended = parts + place, source.mask, adds
-    return _decode(decoder, packed, hidden, cell, context, *attended, None, None, options)
+    attended = _Attended(parts + place, source.mask, adds)
+    return _decode(decoder, packed, hidden, cell, context, attended, None, None, options)
 
 
 def _decode(
@@ -143,9 +150,7 @@ def _decode(
     hidden: Tensor,
     cell: Tensor,
     context: Tensor | None,
-    from_source: list[Tensor],
-    mask: Tensor | None,
-    adds: tuple[int, ...],
+    attended: _Attended,
     limits: Tensor | None,
     prefix: Tensor | None,
     options: DecodingOptions,
@@ -157,8 +162,8 @@ def _decode(
         hidden,
         cell,
         context,
-        from_source,
-        mask,
+        attended.parts,
+        attended.mask,
         limits,
         prefix,
         options.max_length,
@@ -172,7 +177,7 @@ def _decode(
         float(options.temperature),
         min(options.top_k, decoder.output_dim),
         float(options.top_p),
-        adds,
+        attended.adds,
     )
     tokens, lengths, log_probs, scores, finished, weights = found
     kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
@@ -187,7 +192,7 @@ def step(
     source: "stepwise.Source",
 ) -> tuple[Tensor, "DecoderState", Tensor | None]:
     """`Decoder.step` from packed weights."""
-    context, from_source, mask, adds = _source(decoder, source, state)
+    context, attended = _source(decoder, source, state)
     logits, hidden, cell, after, weights, place = torch.ops.seq2seq_fast.decoder_step.default(
         *packed.weights,
         decoder.cell_type,
@@ -195,14 +200,12 @@ def step(
         tokens.long().contiguous(),
         *_states(state),
         context,
-        from_source,
-        mask,
-        adds,
+        *attended,
     )
     state = type(state)(
         hidden,
         None if state.cell is None else cell,
         after if decoder.query_after else None,
-        place if adds else None,
+        place if attended.adds else None,
     )
     return logits, state, None if isinstance(source, Tensor) else weights
