@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import gpu_decoder  # noqa: E402
 import gpu_decoding  # noqa: E402
+import gpu_location  # noqa: E402
 import gpu_report  # noqa: E402
 import torch  # noqa: E402
 from bench_additive_attention import plain, plain_linear  # noqa: E402
@@ -154,7 +155,8 @@ def rows(jobs, deadline, results, run):
 
 
 def step_times(found, goal, others):
-    """What a step takes each contender and the library's ratios to the others, with the goals."""
+    """What a step takes each contender and the library's ratios to the others, with the goals, if
+    there are any."""
     times = {name: x for name, x in found.items() if isinstance(x, float)}
     ratios = {
         f"{other} over {own}": times[other] / times[own]
@@ -164,6 +166,8 @@ def step_times(found, goal, others):
     }
     shown = {f"{name}, us a step": 1e6 * x for name, x in times.items()}
     failed = {name: x for name, x in found.items() if name not in times}
+    if goal is None:
+        return shown | ratios | failed
     goals = {f"{other} over library": x for other, x in others.items()}
     return shown | ratios | failed | {"goal": {"us a step": goal, **goals}}
 
@@ -196,6 +200,18 @@ def decoding(deadline, results, models=gpu_decoding.MODELS, device="cuda", **opt
                 jobs[name] = lambda at=(model, B, dtype), goal=goal: step_times(
                     gpu_decoding.measure(*at, device, **options), goal, gpu_decoding.RATIOS
                 )
+    put_all(deadline, results, jobs)
+
+
+def located(deadline, results, systems=gpu_location.SYSTEMS, device="cuda", **options):
+    jobs = {}
+    for system in systems:
+        for mode in (FORWARD, BOTH):
+            jobs[f"decoder that sees its location, {system.name}, {mode}"] = (
+                lambda at=(system, mode): step_times(
+                    gpu_location.measure(*at, device, **options), None, gpu_location.OTHERS
+                )
+            )
     put_all(deadline, results, jobs)
 
 
@@ -297,6 +313,7 @@ def main(argv=None):
         put_all(Deadline(float("inf")), results, jobs)
     decoder(deadline, results)
     decoding(deadline, results)
+    located(deadline, results)
     rows(plan(), deadline, results, measure)
     print(gpu_report.markdown(results.data))
     return int(not results.data["tests"].startswith("passed"))

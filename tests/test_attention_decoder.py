@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import plain
 import pytest
 import torch
+from decoder_draws import problems
 from decoder_problems import (
     MODULES,
     ORDERS,
     accuracy,
     cast,
     problem,
-    problems,
     results,
     tensors,
 )

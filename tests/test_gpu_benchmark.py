@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import gpu_decoder  # noqa: E402
 import gpu_decoding  # noqa: E402
+import gpu_location  # noqa: E402
 import gpu_report  # noqa: E402
 import timing  # noqa: E402
 
@@ -146,6 +147,26 @@ def test_decoding_measured_on_the_cpu(monkeypatch, tmp_path):
     assert gnmt.goals == {1: 70} and model.goals == {1: 12, 8: 12, 64: 12}
     gpu.decoding(gpu.Deadline(-1, lambda: 0), results, **options)
     assert results.data["decoding, tutorial model, B 1, float32"] == {"skipped": "time was up"}
+
+
+def test_decoders_that_see_their_location_measured_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_location, "ROW_S", 0.01)
+    results = gpu_report.Results(tmp_path, MACHINE)
+    small = [replace(x, B=2, T=3, S=5, H=8, E=4, A=6, D=7, V=9) for x in gpu_location.SYSTEMS]
+    options = {"device": "cpu", "seconds": timing.host_seconds, "capture": lambda call: call}
+    gpu.located(gpu.Deadline(9, lambda: 0), results, small, **options)
+    for system in small:
+        for mode in (FORWARD, BOTH):
+            found = results.data[f"decoder that sees its location, {system.name}, {mode}"]
+            own = ["library, native", "library, native, captured"]
+            assert found.keys() == {
+                *(f"{name}, us a step" for name in (*own, "eager")),
+                *(f"eager over {name}" for name in own),
+            }
+            assert all(found[f"{name}, us a step"] > 1 for name in own)
+    gpu.located(gpu.Deadline(-1, lambda: 0), results, small[:1], **options)
+    name = f"decoder that sees its location, {small[0].name}, {FORWARD}"
+    assert results.data[name] == {"skipped": "time was up"}
 
 
 def row_of(job, own=1e-3, **others):

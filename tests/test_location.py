@@ -3,7 +3,8 @@ papers written out, machinery, bad input; and in modules and decoding."""
 
 import pytest
 import torch
-from decoder_problems import MODULES, ORDERS, accuracy, cast, problem, problems, results, tensors
+from decoder_draws import problems
+from decoder_problems import MODULES, ORDERS, accuracy, cast, problem, results, tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F

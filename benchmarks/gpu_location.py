@@ -1,0 +1,57 @@
+"""Decoders whose attention sees its location, on a GPU: microseconds a step, all steps given,
+beside a loop over PyTorch's cells."""
+
+import statistics
+
+import torch
+from bench_location import SYSTEMS  # noqa: F401, for gpu.py
+from cases import BOTH
+from gpu_decoder import ROW_S, captured
+from timing import device_seconds, interleaved
+
+import seq2seq_fast as s2s
+
+OTHERS = ("eager",)
+
+
+def calls(system, mode, device, capture=captured):
+    """{name: call}: all steps and the readout."""
+    theirs, ours = (model.to(device) for model in system.models())
+    values, mask = (x.to(device) for x in system.source())
+    values.requires_grad_()
+    state = s2s.DecoderState(*(None if x is None else x.to(device) for x in system.start()[:2]))
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(system.V, (system.B, system.T), generator=g).to(device)
+
+    def call(model, logits_of):
+        @torch.set_grad_enabled(mode == BOTH)
+        def run():
+            logits = logits_of()
+            if mode == BOTH:
+                model.zero_grad()
+                logits.square().mean().backward()
+
+        return run
+
+    def library():
+        out = ours.run(tokens, state, ours.source(values, mask))
+        return ours.fc_out(torch.cat([out.outputs, out.contexts], -1))
+
+    backend = s2s.backends()["extended_decoder"][device][0]
+    found = {f"library, {backend}": call(ours, library)}
+    found |= {f"{name}, captured": lambda call=x: capture(call) for name, x in found.items()}
+    return found | {"eager": call(theirs, lambda: theirs(tokens, values, mask))}
+
+
+def measure(system, mode, device="cuda", seconds=device_seconds, capture=captured):
+    """{contender: seconds a step, or why there is none}."""
+    made, failed = {}, {}
+    for name, call in calls(system, mode, device, capture).items():
+        try:
+            made[name] = call() if name.endswith("captured") else call
+            made[name]()
+        except Exception as error:  # the others can be measured still
+            made.pop(name, None)
+            failed[name] = type(error).__name__
+    samples = interleaved(made, seconds, ROW_S)
+    return failed | {name: statistics.median(x) / system.T for name, x in samples.items()}

@@ -1,0 +1,26 @@
+"""Problems of decoder_problems.py as hypothesis draws them, which a machine with a GPU may lack."""
+
+from decoder_problems import MODULES
+from hypothesis import strategies as st
+
+
+@st.composite
+def problems(draw, attention=None):
+    """Arguments of `problem`: a failing draw is printed, so it had better be short."""
+    largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
+    sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
+    if attention is None:
+        attention = draw(st.booleans()) or draw(st.booleans())
+    T = sizes["T"]
+    fed_back = draw(st.sets(st.integers(1, T - 1))) if T > 1 else ()
+    return sizes | {
+        "cell_type": draw(st.sampled_from([*MODULES])),
+        "L": draw(st.integers(1, 3)),
+        "attention": attention,
+        "after": attention and draw(st.booleans()),
+        "dropout": draw(st.booleans()),
+        "feedback": sorted(fed_back),
+        "strided": draw(st.booleans()),
+        "states_dropped": draw(st.sampled_from([False, False, True])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
