@@ -75,7 +75,7 @@ class _OfOneSource(nn.Module):
         """(B, S): the same weight wherever a row may be attended to."""
         assert self.source is not None
         _, values, mask = self.source
-        return mask.to(values.dtype) / mask.sum(1, keepdim=True)
+        return mask.to(values.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
 
     def attend(
         self, query: Tensor, v: Tensor, scale: float, location: s2s.Location | None
@@ -231,7 +231,7 @@ class TacotronAttention(nn.Module):
         attention_weights_cat: Tensor,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, rnn_dim), (B, S, D), (B, S, A), (B, 2, S), (B, S) True = padding -> context (B, D),
+        """(B, rnn_dim), (B, S, D), (B, S, A), (B, 2, S), (B, S) True = PADDING -> context (B, D),
         weights (B, S)."""
         query = self.query_layer.linear_layer(attention_hidden_state)
         layer, v = self.location_layer, self.v.linear_layer.weight[0]
@@ -246,8 +246,9 @@ class TacotronAttention(nn.Module):
 class TacotronDecoder(nn.Module):
     """The decoder of NVIDIA's Tacotron 2 in training, given the frames of speech: two operations
     over all steps, of the attention's LSTM and of the one behind it, where the original goes
-    through both step by step. Its loop at inference takes `attention_layer` as it takes the
-    original's."""
+    through both step by step. It takes numbers where the original takes hparams, and begins with
+    PyTorch's initial weights. There is no `inference`: the original's takes `attention_layer` as it
+    takes its own."""
 
     def __init__(
         self,
@@ -286,6 +287,13 @@ class TacotronDecoder(nn.Module):
         """memory (B, S, D), frames (B, n_mel_channels, T n_frames_per_step), lengths (B,) ->
         frames, gates (B, T), weights (B, T, S)."""
         B, S, _ = memory.shape
+        of_step = self.frame_dim // self.n_mel_channels
+        shape = B, self.n_mel_channels, decoder_inputs.shape[2] // of_step * of_step
+        if decoder_inputs.shape != shape:
+            raise ValueError(
+                f"decoder_inputs: got shape {tuple(decoder_inputs.shape)}, expected (B,"
+                f" n_mel_channels, T n_frames_per_step) = {shape}"
+            )
         frames = decoder_inputs.transpose(1, 2).reshape(B, -1, self.frame_dim)
         x = F.pad(frames, (0, 0, 1, 0))[:, :-1]  # each step reads the frame before
         for layer in self.prenet.layers:
@@ -296,11 +304,11 @@ class TacotronDecoder(nn.Module):
             self.attention_rnn,
             x,
             self.p_attention_dropout,
-            query=(query.weight, query.weight.new_zeros(query.out_features)),
+            query=(query.weight, None),
             keys=keys,
             values=memory,
             v=attends.v.linear_layer.weight[0],
-            mask=within(memory_lengths, S),
+            mask=within(torch.as_tensor(memory_lengths, device=memory.device), S),
             query_after=True,
             location=s2s.Location(
                 location.location_conv.conv.weight,

@@ -223,6 +223,31 @@ def test_training_curves_are_those_of_plain_pytorch():
     assert (fused - reference).abs().max() < room
 
 
+def test_a_query_without_a_bias():
+    args = problem()
+    weight, bias = args["query"]
+    found = s2s.attention_decoder(**args | {"query": (weight, None)})
+    want = s2s.attention_decoder(**args | {"query": (weight, torch.zeros_like(bias))})
+    assert torch.equal(found.weights, want.weights)
+
+
+@pytest.mark.unsanitized
+def test_the_compiler_is_given_one_tensor_as_two_arguments():
+    args = cast(problem(), torch.float32)
+    args |= {"cell": args["hidden"], "values": args["keys"]}
+    args["layers"] = [[X(28, 9), *args["layers"][0][1:]], args["layers"][1]]
+    compiled = torch.compile(s2s.attention_decoder, fullgraph=True, backend="aot_eager")
+    found, want = compiled(**args), s2s.attention_decoder(**args)
+    torch.testing.assert_close(found.outputs, want.outputs)
+    q, k, v = args["keys"][:, 0], args["keys"], args["v"]
+    compiled = torch.compile(s2s.additive_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(k, k, k, v), s2s.additive_attention(k, k, k, v))
+    place = s2s.Location(torch.randn(2, 1, 3), torch.randn(5, 2))
+    compiled = torch.compile(s2s.location_attention, fullgraph=True, backend="aot_eager")
+    want = s2s.location_attention(q, k, k, v, place)
+    torch.testing.assert_close(compiled(q, k, k, v, place), want)
+
+
 @pytest.mark.parametrize("T", [0, 1])
 @pytest.mark.parametrize("attention", [True, False])
 def test_no_step_and_one_step(T, attention):
@@ -468,6 +493,11 @@ BAD = {
     "no layers at all": (with_args(layers=None), TypeError, "layers: got NoneType"),
     "layers once": (with_args(layers=iter([])), TypeError, "layers: got list_iterator"),
     "layers of numbers": (with_args(layers=[1, 2]), TypeError, r"layers\[0\]: got int"),
+    "layers flat": (
+        with_args(layers=[*good()["layers"][0]], hidden=X(1, 2, 7), cell=X(1, 2, 7)),
+        TypeError,
+        r"layers\[0\]: got Tensor, expected weight_ih, weight_hh, bias_ih, bias_hh",
+    ),
     "cell_type list": (with_args(cell_type=["lstm"]), ValueError, r"cell_type: got \['lstm'\]"),
     "query_after": (with_args(query_after="x"), TypeError, "query_after: got str"),
     "recompute": (with_args(recompute=None), TypeError, "recompute: got NoneType"),

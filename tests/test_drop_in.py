@@ -184,6 +184,16 @@ def test_espnet_location():
     check(module, plain, torch.randn(B, S, N), *queries, ours=ours)
 
 
+@pytest.mark.parametrize("kind", ["ESPnet", "SpeechBrain"])
+def test_a_row_of_no_length_leaves_gradients_finite(kind):
+    if kind == "ESPnet":
+        module, dec = drop_in.ESPnetLocationAttention(N, N, A, 3, 2), torch.randn(B, N)
+    else:
+        module, dec = drop_in.SpeechBrainLocationAttention(N, N, A, N, 3, 2), torch.randn(B, N)
+    module(torch.randn(B, S, N), torch.tensor([7, 0, 5]), dec)[0].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_tacotron(masked):
     module = drop_in.TacotronAttention(N + 1, N, A, 3, 5)
@@ -259,6 +269,10 @@ def test_tacotron_decoder(frames):
         return m(memory, decoder_inputs, LENGTHS)
 
     check(module, plain, torch.randn(B, S, N), torch.randn(B, 4, T * frames), ours=ours)
+    with pytest.raises(
+        ValueError, match=r"decoder_inputs: got shape .* expected \(B, n_mel_channels"
+    ):
+        module(torch.ones(B, S, N), torch.ones(B, 5, 4 * frames), LENGTHS)
     evaluated = ours(module, torch.ones(B, S, N), torch.ones(B, 4, T * frames))[0]
     module.train()
     found = [ours(module, torch.ones(B, S, N), torch.ones(B, 4, T * frames))[0] for _ in "ab"]

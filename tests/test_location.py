@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import seq2seq_fast as s2s
 
+X = torch.zeros
 CHANNELS = [("previous",), ("cumulative",), ("previous", "cumulative"), ("cumulative",) * 2]
 
 
@@ -184,11 +185,29 @@ def test_compile_fullgraph():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_over_many_steps_does_not_stand_still_in_16_bits(dtype):
+    """1 / 512 is lost beside 1 in bfloat16: of 800 steps about 1.6 must have come to each place."""
+    args = [x.to(dtype) for x in (X(1, 8), X(1, 512, 8), X(1, 512, 3), X(8))]
+    conv, projection, state = X(1, 1, 1).to(dtype), X(8, 1).to(dtype), None
+    sums = []
+    for step in (args, [args[0], *(x.float() for x in args[1:])]):
+        for _ in range(800):
+            place = s2s.Location(conv.to(step[1]), projection.to(step[1]), ("cumulative",), state)
+            with torch.autocast("cpu", dtype, enabled=step is not args):
+                _, _, state = s2s.location_attention(*step, place)
+        sums.append(state)
+        state = None
+    for total in sums:
+        torch.testing.assert_close(total, torch.full((1, 1, 512), 800 / 512))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_and_autocast_are_computed_in_float32(dtype):
     args = cast(problem(after=True, channels=CHANNELS[2]), dtype)
     (found, _), (want, _) = results(args), results(cast(args, torch.float32))
-    for name in ("outputs", "weights", "location"):
+    for name in ("outputs", "weights"):
         torch.testing.assert_close(found[name], want[name].to(dtype), msg=name)
+    torch.testing.assert_close(found["location"], want["location"])
     with torch.autocast("cpu", dtype):
         cast_down = s2s.attention_decoder(**cast(args, torch.float32))
     torch.testing.assert_close(cast_down.weights, want["weights"].to(dtype))
@@ -301,9 +320,11 @@ def test_a_step_s_machinery():
         want = s2s.location_attention(*cast(rounded, torch.float32), mask=mask)
         with torch.autocast("cpu", dtype):
             mixed = s2s.location_attention(rounded[0], *cast(rounded[1:], torch.float32), mask=mask)
-        for a, b, c in zip(halves, want, mixed, strict=True):
+        for a, b, c in zip(halves[:2], want, mixed, strict=False):
             assert a.dtype == c.dtype == dtype
             assert torch.equal(a, b.to(dtype)) and torch.equal(c, a)
+        assert torch.equal(halves[2], want[2]) and torch.equal(mixed[2], want[2])
+        assert halves[2].dtype == torch.float32
     detached = [x.detach() for x in cast(args[:4], torch.float32)]
     place = [x.detach() for x in (*args[4][:2], args[4].state)]
     ops = torch.ops.seq2seq_fast
@@ -315,16 +336,18 @@ def test_a_step_s_machinery():
     torch.library.opcheck(ops.location_attention_backward, backward, **utilities)
 
 
-X = torch.zeros
 PLACE = s2s.Location(X(2, 1, 3), X(5, 2))
 BAD = {
+    "channels tensor": (
+        s2s.Location(X(2, 1, 3), X(5, 2), X(2, 1, 6)), ValueError, "channels: got Tensor, expected",
+    ),
     "tuple": ((X(2, 1, 3), X(5, 2)), TypeError, "location: got tuple, expected a Location"),
     "channels": (
         PLACE._replace(channels=("before",)), ValueError, r"location.channels: got \('before',\)",
     ),
     "channels str": (PLACE._replace(channels="previous"), ValueError, "location.channels: got 'p"),
     "channels none": (PLACE._replace(channels=()), ValueError, r"location.channels: got \(\)"),
-    "channels number": (PLACE._replace(channels=1), ValueError, "location.channels: got 1"),
+    "channels number": (PLACE._replace(channels=1), ValueError, "location.channels: got int"),
     "conv rank": (PLACE._replace(conv=X(2, 3)), ValueError, "location.conv: got shape"),
     "conv width": (PLACE._replace(conv=X(2, 1, 4)), ValueError, "location.conv: .* K odd"),
     "conv channels": (PLACE._replace(conv=X(2, 2, 3)), ValueError, "location.conv: got shape"),
@@ -369,8 +392,9 @@ def test_a_step_s_other_arguments(changes, error, message):
 
 def test_what_has_no_place_is_refused():
     args = cast(problem(B=2, T=3, attention=False), torch.float32)
-    with pytest.raises(ValueError, match="location: got a Location, expected None without keys"):
-        s2s.attention_decoder(**args, location=PLACE)
+    for context in (args["context"], None):
+        with pytest.raises(ValueError, match="location: got a Location, expected None without k"):
+            s2s.attention_decoder(**args | {"context": context}, location=PLACE)
     args = cast(problem(B=2, T=3, channels=CHANNELS[0]), torch.float32)
     with pytest.raises(ValueError, match="no extended_decoder kernel for cpu"):
         s2s.attention_decoder(**args, backend="triton")

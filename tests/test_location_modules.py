@@ -98,6 +98,14 @@ def test_against_a_loop_over_pytorch_s_cells(location, cell_type, after):
         assert torch.equal(fast.tokens[b, :n], greedy[b, :n])
 
 
+def test_a_run_takes_encoder_outputs_and_a_decoder_none_for_no_location():
+    tokens, values, _, state = start()
+    model = decoder(("previous",))
+    out, want = (model.run(tokens, state, x) for x in (values, model.source(values)))
+    assert torch.equal(out.outputs, want.outputs)
+    assert decoder(None).attention.location == ()
+
+
 def test_state_dicts_are_what_they_were_but_for_the_location_s():
     names = decoder(()).state_dict().keys()
     more = decoder(("previous",)).state_dict().keys() - names
@@ -179,6 +187,13 @@ def with_step(**changes):
     return call
 
 
+def running(of=("previous",), **changes):
+    tokens, values, mask, state = start()
+    model = decoder(of)
+    args = {"tokens": tokens, "state": state, "source": model.source(values, mask)}
+    model.run(**args | changes)
+
+
 BAD = {
     "channels": (lambda: decoder(("now",)), ValueError, r"location: got \('now',\), expected a se"),
     "channels str": (lambda: decoder("previous"), ValueError, "location: got 'previous'"),
@@ -208,6 +223,19 @@ BAD = {
         r"location: got shape \(3, 2, 8\), expected \(B, C, S\) = \(3, 1, 8\)",
     ),
     "a state's dtype": (with_step(location=X(3, 1, 8).double()), TypeError, "location: got t"),
+    "a run's tokens": (lambda: running(tokens=X(2, 6).long()), ValueError, "tokens: got batch 2"),
+    "a run's ids": (lambda: running(tokens=X(3, 6).long() + 9), ValueError, "tokens: got tok"),
+    "a run's state": (lambda: running(state=(X(2, 3, 7), X(2, 3, 7))), TypeError, "state: got t"),
+    "a run's location": (
+        lambda: running(of=(), state=start()[3]._replace(location=X(3, 1, 8))),
+        ValueError,
+        "location: got a Tensor, expected None",
+    ),
+    "a run's context": (
+        lambda: running(state=start()[3]._replace(context=X(3, 10))),
+        ValueError,
+        "context: got a Tensor, expected None without query_after",
+    ),
     "a query's": (
         lambda: s2s.Attention(5)(X(3, 5), X(3, 8, 5), location=X(3, 1, 8)),
         ValueError,

@@ -38,7 +38,8 @@ def generate(
         decoder: a `Decoder`.
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
-        state: `DecoderState` before the first token.
+        state: `DecoderState` before the first token. To go on from another call, bos is the last
+            token that has not been fed; rows whose last tokens differ need a prefix.
         backend: None for the best there is: one compiled call on the CPU, which runs without the
             GIL, and CUDA graphs of fused kernels on a GPU, both in float32, whatever the decoder
             is; float64 is PyTorch step by step. "native" for the former, else an error;
@@ -188,7 +189,7 @@ def score(
     prepared = decoder.source(source)
     _check_state(decoder, prepared, state)
     fed, wanted = trg[:, :-1], trg[:, 1:].long()
-    out = decoder.run(fed, state, prepared)
+    out = decoder.steps(fed, state, prepared)
     logits = decoder.fc_out(torch.cat([out.outputs, out.contexts], -1))
     log_probs = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
     log_probs = log_probs.view(wanted.shape)

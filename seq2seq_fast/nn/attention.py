@@ -8,18 +8,24 @@ from torch import Tensor, nn
 
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
 from ..ops.linear import linear
-from ..ops.location import Location, check_channels
-from ..reference_decoder import location_features
+from ..ops.location import Location, check_channels, location_attention
 from . import checks
 
 
 class PreparedSource(NamedTuple):
-    """What every decoder step needs of one source; made by `Attention.precompute`."""
+    """What every decoder step needs of one source; made by `Attention.precompute`.
 
-    keys: PreparedKeys  # Ua(encoder_outputs) (B, S, H) and what a kernel derives from it
-    values: Tensor  # encoder_outputs (B, S, D)
-    v: Tensor  # the scores' weights (H,)
-    mask: Tensor | None  # (B, S) bool, True = attend
+    Args:
+        keys: Ua(encoder_outputs), (B, S, H), and what a kernel derives from it.
+        values: encoder_outputs (B, S, D).
+        v: the scores' weights (H,).
+        mask: (B, S) bool, True = attend, or None.
+    """
+
+    keys: PreparedKeys
+    values: Tensor
+    v: Tensor
+    mask: Tensor | None
 
 
 class Attention(nn.Module):
@@ -45,7 +51,7 @@ class Attention(nn.Module):
         *,
         query_dim: int | None = None,
         key_dim: int | None = None,
-        location: Sequence[str] = (),
+        location: Sequence[str] | None = (),
         location_filters: int = 32,
         location_kernel_size: int = 31,
     ):
@@ -56,6 +62,7 @@ class Attention(nn.Module):
         self.Wa = nn.Linear(query_dim, hidden_dim)
         self.Ua = nn.Linear(key_dim, hidden_dim)
         self.Va = nn.Linear(hidden_dim, 1)
+        location = () if location is None else location
         check_channels("location", location)
         self.location = tuple(location)
         if self.location:
@@ -107,8 +114,8 @@ class Attention(nn.Module):
             hidden: (B, Q).
             encoder_outputs: (B, S, D), or what `precompute` made of them.
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
-            location: (B, C, S), the weights of the step before or the sum of all before, for each
-                of the C channels; zeros if None.
+            location: (B, C, S), for each of the C channels the weights of the step before, or the
+                sum of all before, to which the caller adds what this returns; zeros if None.
 
         Returns:
             context (B, 1, D) and weights (B, S).
@@ -120,13 +127,11 @@ class Attention(nn.Module):
         weight = self.Wa.weight
         checks.state("hidden", hidden, (source.values.shape[0], weight.shape[1]), weight)
         checks.location(location, self.location, source.values)
-        keys: Tensor | PreparedKeys = source.keys
-        if location is not None:
-            features = location_features(location, self.location_conv.weight)
-            keys = source.keys.keys + self.location_dense(features)
-        context, weights = additive_attention(
-            self.Wa(hidden), keys, source.values, source.v, mask=source.mask
-        )
+        args, where = (self.Wa(hidden), *source[:3]), self.located(location)
+        if where is None:
+            context, weights = additive_attention(*args, mask=source.mask)
+        else:
+            context, weights, _ = location_attention(*args, where, mask=source.mask)
         return context.unsqueeze(1), weights
 
     def source(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops.additive_attention import PreparedKeys
 from ..ops.checks import bools, instance, powers, tensor
+from ..ops.location import state_to_check
 
 if TYPE_CHECKING:
     from .attention import PreparedSource
@@ -16,6 +17,11 @@ def at_least_one(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: got {size!r}, expected a whole number above 0")
+
+
+def decoder_state(state: object) -> None:
+    if not hasattr(state, "hidden"):
+        raise TypeError(f"state: got {type(state).__name__}, expected a DecoderState")
 
 
 def probability(name: str, p: float) -> None:
@@ -74,7 +80,7 @@ def location(x: object, channels: tuple[str, ...], values: Tensor) -> None:
         return
     if not channels:
         raise ValueError("location: got a Tensor, expected None: the attention sees no location")
-    x = floating("location", x, values)
+    x = floating("location", state_to_check(x, values), values)
     shape = (values.shape[0], len(channels), values.shape[1])
     if x.shape != shape:
         raise ValueError(f"location: got shape {tuple(x.shape)}, expected (B, C, S) = {shape}")

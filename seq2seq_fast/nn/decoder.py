@@ -21,12 +21,19 @@ from .cells import recurrent
 
 
 class DecoderState(NamedTuple):
-    """What a decoder carries from step to step."""
+    """What a decoder carries from step to step.
 
-    hidden: Tensor  # (n_layers, B, H)
-    cell: Tensor | None  # the same of an LSTM
-    context: Tensor | None = None  # (B, D) of the step before, with query_after; None: zeros
-    location: Tensor | None = None  # (B, C, S), of an attention that sees it; None: zeros
+    Args:
+        hidden, cell: (n_layers, B, H); cell is None but of an LSTM.
+        context: (B, D) of the step before, with query_after; None for zeros.
+        location: (B, C, S), where was attended before, of an attention that sees it; None for
+            zeros.
+    """
+
+    hidden: Tensor
+    cell: Tensor | None
+    context: Tensor | None = None
+    location: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -64,7 +71,7 @@ class Decoder(nn.Module):
         query_after: bool = False,
         encoder_dim: int | None = None,
         attention_dim: int | None = None,
-        location: Sequence[str] = (),
+        location: Sequence[str] | None = (),
         location_filters: int = 32,
         location_kernel_size: int = 31,
         recompute: bool = False,
@@ -125,7 +132,8 @@ class Decoder(nn.Module):
                 context (B, D).
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
             context: (B, D), what the step before returned, of a decoder with query_after.
-            location: (B, C, S), what the step before returned, of a decoder with location.
+            location: (B, C, S), what the step before returned, of a decoder with location; None
+                at the first step, for zeros, which are taken too where it is forgotten later.
 
         Returns:
             logits (B, V), hidden and cell; with query_after the context (B, D) too, and the
@@ -181,7 +189,7 @@ class Decoder(nn.Module):
         packed = self._packed_for_steps()
         if packed is not None and len(input) > 0:
             return native.step(self, packed, input, state, source)
-        out = self.run(input.unsqueeze(1), state, source)
+        out = self.steps(input.unsqueeze(1), state, source)
         features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
         context = out.contexts[:, 0] if self.query_after else None
         weights = None if out.weights is None else out.weights[:, 0]
@@ -208,13 +216,37 @@ class Decoder(nn.Module):
         source: Tensor | PreparedSource,
         feedback: Sequence[int] = (),
     ) -> DecoderOutput:
-        """All steps but the readout, as one operation, unchecked.
+        """All steps but the readout, as one operation.
 
         Args:
             tokens: (B, T) ids, the input of each step.
-            state, source: before the first step; what `source` returned.
+            state: before the first step.
+            source: what `source` returned, or encoder outputs (B, S, D) with nothing masked.
             feedback: the steps, from 1 on, whose input is the argmax of the step before instead.
+
+        Returns:
+            `DecoderOutput`, of which `fc_out` reads [outputs; contexts].
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        checks.decoder_state(state)
+        source, device = self.source(source), self.embedding.weight.device
+        self.check_state(state, source)
+        checks.tokens("tokens", tokens, "(B, T)", 2, self.output_dim, device)
+        if tokens.shape[0] != state.hidden.shape[1]:
+            B = state.hidden.shape[1]
+            raise ValueError(f"tokens: got batch {tokens.shape[0]}, expected {B} as the source has")
+        return self.steps(tokens, state, source, feedback)
+
+    def steps(
+        self,
+        tokens: Tensor,
+        state: DecoderState,
+        source: Tensor | PreparedSource,
+        feedback: Sequence[int] = (),
+    ) -> DecoderOutput:
+        """`run`, unchecked."""
         embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
         factors, between_layers = self._dropout_factors(*embedded.shape[:2])
         if factors is not None:

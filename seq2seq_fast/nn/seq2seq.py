@@ -135,7 +135,7 @@ class Seq2Seq(nn.Module):
         else:
             forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
-        return self.decoder.run(trg[:, :-1], state, source, feedback), feedback
+        return self.decoder.steps(trg[:, :-1], state, source, feedback), feedback
 
     def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:
         """src (B, S) ids -> what every step of the decoder reads, and the state before the first.

@@ -138,6 +138,15 @@ def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same in a compiler, which takes no tensor twice as an argument of a Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        x.clone() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
+    )
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a call goes through autograd, which refuses forward mode rather than lose it."""
     if forward_ad._current_level >= 0:
@@ -178,7 +187,7 @@ def additive_scores(
     if backend == "reference":
         out = reference.additive_scores(q, keys, v)
     elif _needs_grad(query, keys, v):
-        out = _Scores.apply(backend, q, keys, v)
+        out = _Scores.apply(backend, *distinct(q, keys), v)
     else:
         out = OPS["additive_scores", backend](q, keys, v)
     return out.squeeze(1) if single else out
@@ -260,5 +269,6 @@ def additive_attention(
     if backend == "reference":
         out = reference.additive_attention(q, k, values, v, mask, score_bias, scale)
     else:
+        q, k, values = distinct(q, k, values)
         out = _Attention.apply(backend, q, k, values, v, mask, score_bias, scale, powers)
     return (out[0].squeeze(1), out[1].squeeze(1)) if single else out

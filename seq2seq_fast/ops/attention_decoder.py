@@ -22,6 +22,7 @@ from .additive_attention import (
     _needs_grad,
     _once,
     _wanted,
+    distinct,
 )
 from .checks import instance
 from .dropout import dropout_factors
@@ -30,26 +31,43 @@ from .location import Location, accumulates, parts
 
 
 class Feedback(NamedTuple):
-    """How a step is fed the model's own argmax: which steps, and what reads and embeds it."""
+    """How a step is fed the model's own argmax: which steps, and what reads and embeds it.
 
-    steps: Sequence[int]  # ascending, from 1 on
-    embedding: Tensor  # (V, E)
-    weight: Tensor  # (V, H + D), of the readout over [output; context]
-    bias: Tensor  # (V,)
-    dropout: Tensor | None = None  # (B, T, E), factors of the embedded tokens
+    Args:
+        steps: whole numbers, ascending, from 1 on.
+        embedding: (V, E).
+        weight, bias: (V, H + D) and (V,), of the readout over [output; context].
+        dropout: (B, T, E), factors of the embedded tokens, or None.
+    """
+
+    steps: Sequence[int]
+    embedding: Tensor
+    weight: Tensor
+    bias: Tensor
+    dropout: Tensor | None = None
 
 
 class DecoderOutput(NamedTuple):
-    """What `attention_decoder` returns."""
+    """What `attention_decoder` returns.
 
-    outputs: Tensor  # (B, T, H), of the top layer
-    contexts: Tensor  # (B, T, D)
-    weights: Tensor | None  # (B, T, S); None without attention
-    hidden: Tensor  # (L, B, H), after the last step
-    cell: Tensor | None  # the same of an LSTM, else None
-    tokens: Tensor | None  # (B, F) what was fed back, at each of feedback's steps
-    logits: Tensor | None  # (B, T + 1, V); [:, t] has been made for feedback's steps t
-    location: Tensor | None  # (B, C, S), the location's state after the last step
+    Args:
+        outputs: (B, T, H), of the top layer.
+        contexts: (B, T, D).
+        weights: (B, T, S); None without attention.
+        hidden, cell: (L, B, H), after the last step; cell is None but of an LSTM.
+        tokens: (B, F), what was fed back at each of F steps, or None.
+        logits: (B, T + 1, V), of which [:, t] has been made for feedback's steps t, or None.
+        location: (B, C, S), the location's state after the last step, or None; of float32 at least.
+    """
+
+    outputs: Tensor
+    contexts: Tensor
+    weights: Tensor | None
+    hidden: Tensor
+    cell: Tensor | None
+    tokens: Tensor | None
+    logits: Tensor | None
+    location: Tensor | None
 
 
 class _Decoder(torch.autograd.Function):
@@ -261,7 +279,7 @@ def attention_decoder(
     cell: Tensor | None,
     layers: Sequence[Sequence[Tensor]],
     *,
-    query: tuple[Tensor, Tensor] | None = None,
+    query: tuple[Tensor, Tensor | None] | None = None,
     keys: Tensor | PreparedKeys | None = None,
     values: Tensor | None = None,
     v: Tensor | None = None,
@@ -287,7 +305,7 @@ def attention_decoder(
         cell: the same of an LSTM; None for other cells.
         layers: weight_ih, weight_hh, bias_ih, bias_hh of each layer, as in `nn.LSTM.all_weights`;
             the first weight_ih (G, E + D) is over [input; context].
-        query: weight (A, H) and bias (A,) of the query's projection.
+        query: weight (A, H) and bias (A,), or None for no bias, of the query's projection.
         keys: (B, S, A), projected; or what `prepare_keys` made of them.
         values: (B, S, D).
         v: (A,).
@@ -300,8 +318,8 @@ def attention_decoder(
             the step, and the first layer reads the step's own context.
         dropout: between layers; the probability, or factors (L - 1, B, T, H).
         state_dropout: on each layer's hidden state after a step, wherever it is read from then on,
-            as Tacotron 2 has it; the probability, or factors (L, B, T, H). Triton has no kernels
-            of it.
+            as Tacotron 2 has it; the probability, or factors (L, B, T, H). An LSTM's cell is not
+            dropped. It holds in evaluation too: 0 there. Triton has no kernels of it.
         feedback: the steps whose input is the argmax of the step before in place of inputs.
         location: what makes the scores see where was attended before; see `Location`. Triton has
             no kernels of it.
@@ -323,6 +341,8 @@ def attention_decoder(
     if feedback is not None:
         instance("feedback", feedback, Feedback)
     autocast = _autocast_on(inputs)
+    if query is not None and query[1] is None and isinstance(query[0], Tensor):
+        query = query[0], query[0].new_zeros(query[0].shape[:1])
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
@@ -358,9 +378,9 @@ def attention_decoder(
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
         )
-    return DecoderOutput(
-        *(x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in found)
-    )
+    *others, where = found
+    others = [x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in others]
+    return DecoderOutput(*[*others, where])
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, n: int):
@@ -415,8 +435,8 @@ def _decode(
                 fed = fed * torch.stack([of_steps[t] for t in steps])
             inputs = _replaced(inputs, steps, fed)
         results = _Decoder.apply(
-            inputs, hidden, cell, context if attention else None, mask, powers, *factors, options,
-            run, *weights,
+            inputs, *distinct(hidden, cell), context if attention else None, mask, powers, *factors,
+            options, run, *distinct(*weights),
         )  # fmt: skip
     outputs, contexts, weights, hidden, cell, where = results
     if options.cell_type != "lstm":

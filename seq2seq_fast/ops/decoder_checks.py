@@ -71,6 +71,8 @@ def decoder(
 
     tensor("inputs", inputs, "(B, T, E)", None, None, None)
     listed("layers", layers, "a sequence of four tensors for each layer")
+    for layer in layers[:1]:
+        listed("layers[0]", layer, "weight_ih, weight_hh, bias_ih, bias_hh", 4)
     B, T, E = inputs.shape
     L = len(layers)
     tensor("hidden", hidden, "(L, B, H)", L, B, None)
@@ -81,12 +83,11 @@ def decoder(
         tensor("cell", cell, "(L, B, H)", L, B, H)
     elif cell is not None:
         raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
+    if location is not None and all(x is None for x in attention):
+        raise ValueError("location: got a Location, expected None without keys and values")
     D = _source(tensor, attention, key_powers, mask, context, B, H)
-    if location is not None:
-        keys = attention[2]
-        if keys is None:
-            raise ValueError("location: got a Location, expected None without keys and values")
-        check_location(location, tensor, *keys.shape)
+    if location is not None and attention[2] is not None:
+        check_location(location, tensor, *attention[2].shape)
     G = GATES[kind] * H
     for i, layer in enumerate(layers):
         if type(layer) is not list or len(layer) != 4:

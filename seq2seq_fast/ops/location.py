@@ -17,6 +17,7 @@ from .additive_attention import (
     _once,
     _wanted,
     additive_attention,
+    distinct,
 )
 from .kernels import OPS, fake
 
@@ -31,13 +32,24 @@ class Location(NamedTuple):
     Chorowski et al., "Attention-based models for speech recognition" (2015), have "previous";
     Tacotron 2 (Shen et al. 2018) has both. With "cumulative" and one filter of width 1 it is the
     coverage of See et al., "Get to the point" (2017).
+
+    Args:
+        conv: (N, C, K), N filters of odd width K over C channels, as of
+            `nn.Conv1d(C, N, K, bias=False)`. What a bias would add is the same everywhere,
+            projection @ bias: a part of the query.
+        projection: (A, N), as of `nn.Linear(N, A, bias=False)`.
+        channels: "previous" or "cumulative" for each of the C, in conv's order.
+        state: (B, C, S), the channels before the first step; None for zeros. It may be float32
+            beside conv in 16 bits, as sums over steps should be. (ESPnet and SpeechBrain begin with
+            uniform weights.)
+        detach: no gradient from a step to the weights of those before, as SpeechBrain has it.
     """
 
-    conv: Tensor  # (N, C, K), N filters of odd width K over C channels; as of nn.Conv1d
-    projection: Tensor  # (A, N)
-    channels: Sequence[str] = ("previous",)  # C of "previous" and "cumulative"
-    state: Tensor | None = None  # (B, C, S), the channels before the first step; None: zeros
-    detach: bool = False  # no gradient from a step to the weights of those before
+    conv: Tensor
+    projection: Tensor
+    channels: Sequence[str] = ("previous",)
+    state: Tensor | None = None
+    detach: bool = False
 
 
 def accumulates(channels: Sequence[str]) -> tuple[int, ...]:
@@ -48,8 +60,19 @@ def accumulates(channels: Sequence[str]) -> tuple[int, ...]:
 def check_channels(name: str, channels: object) -> None:
     known = isinstance(channels, Sequence) and all(x in CHANNELS for x in channels)
     if isinstance(channels, str) or not known:
-        expected = " and ".join(CHANNELS)
-        raise ValueError(f"{name}: got {channels!r}, expected a sequence of {expected}")
+        got = repr(channels) if isinstance(channels, Sequence) else type(channels).__name__
+        raise ValueError(
+            f'{name}: got {got}, expected a sequence of "previous" and "cumulative", such as'
+            ' ("previous",)'
+        )
+
+
+def state_to_check(state: object, like: Tensor) -> object:
+    """state, or where it is float32 beside a tensor of 16 bits, the same in its dtype."""
+    sixteen = isinstance(like, Tensor) and like.dtype in (torch.bfloat16, torch.float16)
+    if sixteen and isinstance(state, Tensor) and state.dtype == torch.float32:
+        return state.to(like.dtype)
+    return state
 
 
 def check(location: object, tensor, B: int, S: int, A: int) -> None:
@@ -68,7 +91,8 @@ def check(location: object, tensor, B: int, S: int, A: int) -> None:
         )
     tensor("location.projection", location.projection, "(A, N)", A, N)
     if location.state is not None:
-        tensor("location.state", location.state, "(B, C, S)", B, len(channels), S)
+        state = state_to_check(location.state, location.conv)
+        tensor("location.state", state, "(B, C, S)", B, len(channels), S)
     if not isinstance(location.detach, bool):
         raise TypeError(f"location.detach: got {location.detach!r}, expected a bool")
 
@@ -146,11 +170,17 @@ def location_attention(
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
-        context (B, D), weights (B, S), and the location's state behind the step (B, C, S).
+        context (B, D), weights (B, S), and the location's state after the step (B, C, S), which is
+        `location.state` of the next one. In a loop:
 
-    Float16 and bfloat16 are computed in float32 on the CPU. Under autocast so is everything but
-    float64, and the results have autocast's dtype. On a GPU the term of the location is a tensor
-    (B, S, A) that is added to the keys.
+            context, weights, state = location_attention(
+                query, keys, values, v, Location(conv, projection, ("cumulative",), state)
+            )
+
+    Float16 and bfloat16 are computed in float32. Under autocast so is everything but float64, and
+    context and weights have autocast's dtype. The state is float32 all the same, since sums of 16
+    bits would stand still. On a GPU the term of the location is a tensor (B, S, A) that is added to
+    the keys.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
@@ -179,10 +209,11 @@ def location_attention(
             context, weights = additive_attention(q, placed, values, v, mask=mask, backend=backend)
             after = next_location(place[2], weights, adds, detach)
         elif _needs_grad(q, k, values, v, *place):
+            k, values = distinct(k, values)
             context, weights, after = _Attention.apply(
                 (adds, detach), q, k, values, v, mask, *place
             )
         else:
             op = OPS["location_attention", backend]
             context, weights, after = op(q, k, values, v, mask, place, adds)
-    return context.to(dtype), weights.to(dtype), after.to(dtype)
+    return context.to(dtype), weights.to(dtype), after
