@@ -146,6 +146,30 @@ def test_numbers_of_any_size_as_plain_pytorch_takes_them(x):
             )
 
 
+def test_a_large_v_chooses_as_plain_pytorch_does():
+    """Of features whose tanh is 1, a vector of them apart."""
+    torch.manual_seed(0)
+    q, k, values, v = X(1, 32) + 20, torch.randn(1, 9, 32), torch.randn(1, 9, 3), torch.randn(32)
+    q[0, 0] = 0.1
+    place = s2s.Location(torch.randn(2, 1, 3), torch.randn(32, 2))
+    for size in (1e20, 1e24, 1e30):
+        found = s2s.location_attention(q, k, values, v * size, place)
+        want = s2s.location_attention(q, k, values, v * size, place, backend="reference")
+        assert torch.equal(found[1], want[1])
+
+
+@pytest.mark.parametrize("place", [22, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_keys_that_a_mask_hides_leave_no_gradient_whatever_they_are(dtype, place):
+    args = cast(problem(S=40, channels=CHANNELS[2]), dtype)
+    args["mask"] = (torch.arange(40) < 21).expand(3, 40)
+    clean, _ = results(args)
+    args["keys"].data[1, place, 2] = torch.nan
+    found, _ = results(args)
+    for name, x in clean.items():
+        assert torch.equal(found[name], x), name
+
+
 @pytest.mark.parametrize("options", [{}, {"after": True, "dropout": True, "detach": True}])
 @pytest.mark.parametrize("cell_type", MODULES)
 def test_opcheck(cell_type, options):
@@ -388,6 +412,17 @@ def test_a_step_s_other_arguments(changes, error, message):
     args = {"query": X(2, 5), "keys": X(2, 6, 5), "values": X(2, 6, 3), "v": X(5)}
     with pytest.raises(error, match=message):
         s2s.location_attention(**args | {"location": PLACE} | changes)
+
+
+def test_ops_refuse_what_is_of_another_dtype():
+    args, mask = step_problem(dtype=torch.float32)
+    tensors = [x.detach() for x in args[:4]]
+    place = [x.detach() for x in (*args[4][:2], args[4].state)]
+    op = torch.ops.seq2seq_fast.location_attention
+    op(*tensors, mask, place, [0, 1])
+    for i in range(3):
+        with pytest.raises(RuntimeError, match="expected tensors of one dtype"):
+            op(*tensors, mask, [x.double() if i == j else x for j, x in enumerate(place)], [0, 1])
 
 
 def test_what_has_no_place_is_refused():

@@ -98,6 +98,14 @@ def test_against_a_loop_over_pytorch_s_cells(location, cell_type, after):
         assert torch.equal(fast.tokens[b, :n], greedy[b, :n])
 
 
+def test_an_attention_from_before_there_was_a_location():
+    model = decoder(())
+    del model.attention.__dict__["location"]
+    tokens, values, mask, state = start()
+    model.run(tokens, state, model.source(values, mask))
+    model.attention(state.hidden[-1], values, mask)
+
+
 def test_a_run_takes_encoder_outputs_and_a_decoder_none_for_no_location():
     tokens, values, _, state = start()
     model = decoder(("previous",))

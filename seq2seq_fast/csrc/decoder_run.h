@@ -79,7 +79,9 @@ inline Tensor locations_of(const Tensor& inputs, const std::vector<Tensor>& atte
                   "expected six tensors of attention, and conv, projection and state");
   const Tensor& state = location[2];
   const int64_t B = state.size(0), C = state.size(1), S = state.size(2);
-  STD_TORCH_CHECK(B == inputs.size(1) && S == attention[3].size(1), "expected state (B, C, S)");
+  STD_TORCH_CHECK(B == inputs.size(1) && S == attention[3].size(1) &&
+                      state.scalar_type() == inputs.scalar_type(),
+                  "expected state (B, C, S) of inputs' dtype");
   const Tensor locations = empty(inputs, {inputs.size(0) + 1, B, C, S});
   copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
   return locations;

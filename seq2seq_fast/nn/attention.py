@@ -42,6 +42,7 @@ class Attention(nn.Module):
         location_filters, location_kernel_size: how many filters, and how wide; odd.
     """
 
+    location: tuple[str, ...] = ()  # of modules too that were pickled before there was one
     location_conv: nn.Conv1d
     location_dense: nn.Linear
 

@@ -47,7 +47,7 @@ void place_gradients(const PlacesOf<double>& p, const double* g,
   for (int64_t n = 0; n < p.N; ++n)
     std::fill_n(d.features + n * d.ld_features, round_up(p.count, kPad), 0.);
   for (int64_t s = 0; s < p.count; ++s)
-    for (int64_t a = 0; a < p.width; ++a) {
+    for (int64_t a = 0; g[s] != 0 && a < p.width; ++a) {
       const double y = tanh_at(p, s, a), before = g[s] * p.v[a] * ((1 - y) * (1 + y));
       d.query[a] += before, d.v[a] += g[s] * y;
       d.keys[s * p.ld + a] += before;
@@ -130,6 +130,8 @@ Location<A>::Location(const std::vector<Tensor>& filters, const std::vector<int6
       v_(Ap_),
       own_keys_(keys.is_contiguous() && A_ == Ap_ ? 0 : B_ * S_ * Ap_) {
   const Tensor &conv = filters[0], &projection = filters[1];
+  for (const Tensor& x : {conv, projection, v})
+    STD_TORCH_CHECK(x.scalar_type() == keys.scalar_type(), "expected tensors of one dtype");
   STD_TORCH_CHECK(static_cast<int64_t>(accumulates.size()) == C_ && K_ % 2 == 1,
                   "expected conv (N, C, K) with an odd K, and whether each of C accumulates");
   STD_TORCH_CHECK(projection.size(0) == A_ && projection.size(1) == N_,

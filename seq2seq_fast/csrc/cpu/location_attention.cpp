@@ -22,6 +22,8 @@ void check_location(const Tensor& query, const Tensor& keys, const Tensor& value
   check_attention(one_query(query), keys, values, v, std::nullopt, std::nullopt);
   check_shape(location[2], keys.size(0), location[0].size(1), keys.size(1),
               "expected state (B, C, S)");
+  STD_TORCH_CHECK(location[2].scalar_type() == query.scalar_type(),
+                  "expected tensors of one dtype");
 }
 
 // f<A>(), where A is float or double
@@ -61,14 +63,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> location_attention_ba
     Tensor values, Tensor v, Tensor weights, std::vector<Tensor> location,
     std::vector<int64_t> accumulates, bool detach) {
   check_location(query, keys, values, v, location);
-  const auto dense = [](const Tensor& x) { return torch::stable::contiguous(x); };
+  const auto dense = [&](const Tensor& x) {
+    STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "expected tensors of one dtype");
+    return torch::stable::contiguous(x);
+  };
   const Tensor dc = dense(grad_context), dw = dense(grad_weights), q = dense(query),
                w = dense(weights), state = dense(location[2]);
   const Tensor dquery = empty(query, query.sizes()), dscores = empty(query, weights.sizes());
   return in_either(query, [&]<typename T>() {
     const auto data = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
     Location<T> place(location, accumulates, keys, values, v, std::nullopt);
-    place.begin_backward(grad_next, detach);
+    place.begin_backward(dense(grad_next), detach);
     place.attend_backward(data(dc), data(dw), data(q), data(state), data(w), data(dscores),
                           data(dquery));
     const auto [dkeys, dv, dconv, dprojection, dstate] = place.results();

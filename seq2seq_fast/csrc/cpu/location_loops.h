@@ -101,11 +101,11 @@ void place_scores(const Places& p, float* out) {
     const PlaceRows rows = rows_of(p, s);
     Vec acc[kPlaces] = {}, e[kPlaces][2];
     for (int64_t a = 0; a < p.width; a += 2 * kVec) {
-      exponentials_of(p, rows, s, a, 9.1f, e);  // whose tanh rounds to 1; four of them fit
+      exponentials_of(p, rows, s, a, 9.1f, e);  // whose tanh rounds to 1
       const Vec v[2] = {load(p.v + a), load(p.v + a + kVec)};
       for (int r = 0; r < kPlaces; ++r) {
-        const Vec d[2] = {e[r][0] + 2.f, e[r][1] + 2.f};
-        acc[r] += (v[0] * e[r][0] * d[1] + v[1] * e[r][1] * d[0]) / (d[0] * d[1]);
+        const Vec d[2] = {e[r][0] + 2.f, e[r][1] + 2.f}, both = 1.f / (d[0] * d[1]);
+        acc[r] += v[0] * (e[r][0] * (d[1] * both)) + v[1] * (e[r][1] * (d[0] * both));
       }
     }
     for (int r = 0; r < kPlaces && s + r < p.count; ++r) out[s + r] = sum(acc[r]);
@@ -150,9 +150,12 @@ void place_gradients(const Places& p, const float* g, const PlaceGradients& d) {
         const Vec both = 1.f / (sum[0] * sum[1]);
         const Vec inverse[2] = {sum[1] * both, sum[0] * both};
         for (int i = 0; i < 2; ++i) {
-          of_v[i] += g[s + r] * (e[i] * inverse[i]);
-          // 1 - tanh^2 without cancellation
-          x[r][i] = (g[s + r] * 4.f) * v[i] * ((e[i] + 1.f) * inverse[i]) * inverse[i];
+          // What a mask hides has none, not even of keys that are no numbers. 1 - tanh^2 without
+          // cancellation.
+          const Vec none = {}, all = none + g[s + r];
+          of_v[i] += all == 0.f ? none : all * (e[i] * inverse[i]);
+          x[r][i] =
+              all == 0.f ? none : (all * 4.f) * v[i] * ((e[i] + 1.f) * inverse[i]) * inverse[i];
           of_query[i] += x[r][i];
           store(d.before + r * p.width + a + i * kVec, x[r][i]);
           float* key = d.keys + rows.at[r] + a + i * kVec;

@@ -10,6 +10,8 @@ Place::Place(const Device& device, const std::vector<Tensor>& location,
       projection(torch::stable::contiguous(transposed(location[1]))),
       filters{floats_of(conv),  floats_of(projection), size_of(conv, 0), size_of(conv, 1),
               size_of(conv, 2), size_of(keys, 2),      size_of(keys, 1), 0} {
+  for (const Tensor& x : {conv, projection, keys, location[2]})
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32");
   const int64_t C = conv.size(1);
   STD_TORCH_CHECK(C == static_cast<int64_t>(accumulates.size()) && C <= 32 && filters.K % 2 == 1,
                   "expected conv (N, C, K) with an odd K, and whether each of C accumulates");

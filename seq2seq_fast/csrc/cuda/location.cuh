@@ -125,14 +125,15 @@ struct PlaceSlopesArguments {
   }
 };
 
-// g[i] v (1 - tanh^2(x[i])), and on to `of_v` g[i] tanh(x[i])
+// g[i] v (1 - tanh^2(x[i])), and on to `of_v` g[i] tanh(x[i]). What a mask hides has none, not even
+// of keys that are no numbers.
 __device__ __forceinline__ void slopes(float (&x)[kPlacesOfBlock], const float* g, float v,
                                        float& of_v) {
 #pragma unroll
   for (int i = 0; i < kPlacesOfBlock; ++i) {
     const float y = tanhf(x[i]);
-    of_v += g[i] * y;
-    x[i] = g[i] * v * ((1.f - y) * (1.f + y));
+    of_v += g[i] == 0.f ? 0.f : g[i] * y;
+    x[i] = g[i] == 0.f ? 0.f : g[i] * v * ((1.f - y) * (1.f + y));
   }
 }
 
