@@ -76,11 +76,10 @@ def calls(case, mode, device, capture=captured):
     return found
 
 
-def measure(mode, case=LETTERS, device="cuda", seconds=device_seconds, capture=captured):
-    """{contender: seconds a step, or why there is none}."""
-    torch._dynamo.reset()
+def step_seconds(calls, T, seconds):
+    """{contender: seconds a step, or why there is none}; those that are captured are made first."""
     made, failed = {}, {}
-    for name, call in calls(case, mode, device, capture).items():
+    for name, call in calls.items():
         try:
             made[name] = call() if name.endswith("captured") else call
             made[name]()
@@ -88,7 +87,13 @@ def measure(mode, case=LETTERS, device="cuda", seconds=device_seconds, capture=c
             made.pop(name, None)
             failed[name] = type(error).__name__
     samples = interleaved(made, seconds, ROW_S)
-    return failed | {name: statistics.median(x) / case.T for name, x in samples.items()}
+    return failed | {name: statistics.median(x) / T for name, x in samples.items()}
+
+
+def measure(mode, case=LETTERS, device="cuda", seconds=device_seconds, capture=captured):
+    """{contender: seconds a step, or why there is none}."""
+    torch._dynamo.reset()
+    return step_seconds(calls(case, mode, device, capture), case.T, seconds)
 
 
 @torch.no_grad()

@@ -1,13 +1,11 @@
 """Decoders whose attention sees its location, on a GPU: microseconds a step, all steps given,
 beside a loop over PyTorch's cells."""
 
-import statistics
-
 import torch
 from bench_location import SYSTEMS  # noqa: F401, for gpu.py
 from cases import BOTH
-from gpu_decoder import ROW_S, captured
-from timing import device_seconds, interleaved
+from gpu_decoder import captured, step_seconds
+from timing import device_seconds
 
 import seq2seq_fast as s2s
 
@@ -45,13 +43,4 @@ def calls(system, mode, device, capture=captured):
 
 def measure(system, mode, device="cuda", seconds=device_seconds, capture=captured):
     """{contender: seconds a step, or why there is none}."""
-    made, failed = {}, {}
-    for name, call in calls(system, mode, device, capture).items():
-        try:
-            made[name] = call() if name.endswith("captured") else call
-            made[name]()
-        except Exception as error:  # the others can be measured still
-            made.pop(name, None)
-            failed[name] = type(error).__name__
-    samples = interleaved(made, seconds, ROW_S)
-    return failed | {name: statistics.median(x) / system.T for name, x in samples.items()}
+    return step_seconds(calls(system, mode, device, capture), system.T, seconds)

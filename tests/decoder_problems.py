@@ -103,6 +103,16 @@ def results(args, **options):
     return {n: x.detach() for n, x in (out | found).items()}, tokens
 
 
+def check_in_float64(drawn, **options):
+    """There outputs and every gradient are the reference's."""
+    args = problem(**drawn)
+    want, ours = results(args, backend="reference"), results(args, **options)
+    if want[1] is not None:
+        assert torch.equal(want[1], ours[1])
+    for name, x in want[0].items():
+        torch.testing.assert_close(ours[0][name], x, rtol=1e-9, atol=1e-9, msg=name)
+
+
 def accuracy(drawn, **options):
     """{name: what of the accuracy rule's room is used} by outputs and gradients of the problem that
     was drawn. Errors are against float64, ours at most twice plain PyTorch's in float32 plus

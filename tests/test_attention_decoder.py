@@ -15,6 +15,7 @@ from decoder_problems import (
     ORDERS,
     accuracy,
     cast,
+    check_in_float64,
     problem,
     results,
     tensors,
@@ -83,12 +84,7 @@ def test_gradients_of_outputs_may_be_parts_of_longer_rows():
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.booleans())
 def test_in_float64_it_is_the_reference(drawn, recompute):
-    args = problem(**drawn)
-    want, ours = results(args, backend="reference"), results(args, recompute=recompute)
-    if want[1] is not None:
-        assert torch.equal(want[1], ours[1])
-    for name, x in want[0].items():
-        torch.testing.assert_close(ours[0][name], x, rtol=1e-9, atol=1e-9, msg=name)
+    check_in_float64(drawn, recompute=recompute)
 
 
 @pytest.mark.parametrize(("cell_type", "after"), ORDERS)

@@ -150,7 +150,7 @@ def test_decoding_measured_on_the_cpu(monkeypatch, tmp_path):
 
 
 def test_decoders_that_see_their_location_measured_on_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_location, "ROW_S", 0.01)
+    monkeypatch.setattr(gpu_decoder, "ROW_S", 0.01)
     results = gpu_report.Results(tmp_path, MACHINE)
     small = [replace(x, B=2, T=3, S=5, H=8, E=4, A=6, D=7, V=9) for x in gpu_location.SYSTEMS]
     options = {"device": "cpu", "seconds": timing.host_seconds, "capture": lambda call: call}

@@ -4,7 +4,16 @@ papers written out, machinery, bad input; and in modules and decoding."""
 import pytest
 import torch
 from decoder_draws import problems
-from decoder_problems import MODULES, ORDERS, accuracy, cast, problem, results, tensors
+from decoder_problems import (
+    MODULES,
+    ORDERS,
+    accuracy,
+    cast,
+    check_in_float64,
+    problem,
+    results,
+    tensors,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -38,12 +47,7 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
 @settings(max_examples=40, deadline=None)
 @given(located(), st.booleans())
 def test_in_float64_it_is_the_reference(drawn, recompute):
-    args = problem(**drawn)
-    want, ours = results(args, backend="reference"), results(args, recompute=recompute)
-    if want[1] is not None:
-        assert torch.equal(want[1], ours[1])
-    for name, x in want[0].items():
-        torch.testing.assert_close(ours[0][name], x, rtol=1e-9, atol=1e-9, msg=name)
+    check_in_float64(drawn, recompute=recompute)
 
 
 @pytest.mark.parametrize(("cell_type", "after"), ORDERS)

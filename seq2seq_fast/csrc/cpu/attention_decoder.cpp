@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
-#include <tuple>
 
+#include "../decoder_ops.h"
 #include "cells.h"
 #include "decoder.h"
 #include "location.h"
@@ -81,29 +81,22 @@ struct Feedback {
 template <typename A>
 class Forward {
  public:
-  Forward(const Tensor& inputs, const std::vector<Layer>& layers,
-          const std::optional<Source>& source, const std::optional<Tensor>& fixed,
-          const std::optional<Tensor>& dropout, Cell cell, bool query_after,
-          const Feedback<A>& feedback, const Run& run, const Location<A>* location,
-          const Tensor& locations, const std::optional<Tensor>& state_dropout)
-      : inputs_(inputs),
+  Forward(const DecoderCall& call, const std::vector<Layer>& layers,
+          const std::optional<Source>& source, const Feedback<A>& feedback, const Run& run,
+          const Location<A>* location)
+      : call_(call),
         layers_(layers),
         source_(source),
-        fixed_(fixed),
-        dropout_(dropout),
-        cell_(cell),
-        query_after_(query_after),
         feedback_(feedback),
         run_(run),
         location_(location),
-        locations_(locations),
-        state_dropout_(state_dropout),
-        T_(inputs.size(0)),
-        B_(inputs.size(1)),
+        T_(call.inputs.size(0)),
+        B_(call.inputs.size(1)),
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
-        dropped_(dropout ? (L_ - 1) * B_ * H_ : 0) {
+        dropped_(call.dropout ? (L_ - 1) * B_ * H_ : 0) {
+    const Cell cell = call.kind;
     const Layout layout = Layout::of(cell, H_);
     const bool few = in_place(T_, B_);
     for (const Layer& layer : layers)
@@ -118,17 +111,18 @@ class Forward {
   void run() {
     from_inputs(0, 0);
     size_t next = 0;
-    const Tensor fed_back = empty(inputs_, {B_, feedback_.steps.empty() ? 0 : inputs_.size(2)});
+    const Tensor fed_back =
+        empty(call_.inputs, {B_, feedback_.steps.empty() ? 0 : call_.inputs.size(2)});
     for (int64_t t = 0; t < T_; ++t) {
       if (feedback_.is(next, t)) {
-        feedback_.read(next, at(run_.hiddens, L_ - 1, t), source_ ? at(run_.contexts, t) : *fixed_,
-                       fed_back);
+        feedback_.read(next, at(run_.hiddens, L_ - 1, t),
+                       source_ ? at(run_.contexts, t) : *call_.context, fed_back);
         begin_gates(t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
-      if (source_ && !query_after_) attend(t, t);
+      if (source_ && !call_.query_after) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance_layer(l, t);
-      if (source_ && query_after_) attend(t, t + 1);
+      if (source_ && call_.query_after) attend(t, t + 1);
     }
   }
 
@@ -153,8 +147,9 @@ class Forward {
   // Those of the steps [t, the next one fed back), as one product.
   void from_inputs(int64_t t, size_t next) {
     const int64_t end = next < feedback_.steps.size() ? feedback_.steps[next] : T_;
-    const int64_t E = inputs_.size(2);
-    if (t < end) begin_gates(t, end - t, view(inputs_, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
+    const int64_t E = call_.inputs.size(2);
+    if (t < end)
+      begin_gates(t, end - t, view(call_.inputs, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
   }
 
   // Step t's query is the top layer's hidden state `state`.
@@ -174,21 +169,23 @@ class Forward {
       const auto row = [b](const Tensor& x, int64_t i) {
         return data<A>(x) + i * x.stride(0) + b * x.stride(1);
       };
-      rows.push_back({b, row(run_.queries, t), row(locations_, t), row(run_.contexts, t + 1),
-                      row(run_.weights, t), row(locations_, t + 1)});
+      rows.push_back({b, row(run_.queries, t), row(call_.locations, t), row(run_.contexts, t + 1),
+                      row(run_.weights, t), row(call_.locations, t + 1)});
     }
     location_->attend(rows);
   }
 
   void advance_layer(int64_t l, int64_t t) {
-    const bool has_cell = cell_ == Cell::kLstm;
+    const bool has_cell = call_.kind == Cell::kLstm;
     const int64_t slab = B_ * H_;
     A* gates = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
     const A* before = data<A>(run_.hiddens) + (l * (T_ + 1) + t) * slab;
     A* after = data<A>(run_.hiddens) + (l * (T_ + 1) + t + 1) * slab;
     A* memory = has_cell ? data<A>(run_.cells) + (l * (T_ + 1) + t) * slab : nullptr;
-    const A* factors = dropout_ && l + 1 < L_ ? data<A>(*dropout_) + (l * T_ + t) * slab : nullptr;
-    const A* kept = state_dropout_ ? data<A>(*state_dropout_) + (l * T_ + t) * slab : nullptr;
+    const A* factors =
+        call_.dropout && l + 1 < L_ ? data<A>(*call_.dropout) + (l * T_ + t) * slab : nullptr;
+    const A* kept =
+        call_.state_dropout ? data<A>(*call_.state_dropout) + (l * T_ + t) * slab : nullptr;
     A* dropped = dropped_ + l * slab;
     // What the layer reads beside its own state, by w_x, and what that is added to.
     const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
@@ -196,10 +193,11 @@ class Forward {
     int64_t width = H_;
     if (l > 0) {
       bias = data<A>(layers_[l].bias);
-      x = dropout_ ? dropped - slab : data<A>(run_.hiddens) + ((l - 1) * (T_ + 1) + t + 1) * slab;
+      x = call_.dropout ? dropped - slab
+                        : data<A>(run_.hiddens) + ((l - 1) * (T_ + 1) + t + 1) * slab;
     } else if (source_) {
       width = run_.contexts.size(2);
-      x = data<A>(run_.contexts) + (query_after_ ? t : t + 1) * B_ * width;
+      x = data<A>(run_.contexts) + (call_.query_after ? t : t + 1) * B_ * width;
     }
     const Packed<A>& w_hidden = w_hidden_[l];
     // An encoder begins with zeros, whose product is a tenth of its work in ten steps.
@@ -218,7 +216,7 @@ class Forward {
           const int64_t h = p * layout.step, units = layout.units(p);
           for (int64_t i = b; i < b + n; ++i, raw += kPanel) {
             const int64_t to = i * H_ + h;
-            advance_units(cell_, raw, before + to, memory ? memory + to : nullptr, units,
+            advance_units(call_.kind, raw, before + to, memory ? memory + to : nullptr, units,
                           gates + i * G_ + h, H_, after + to,
                           memory ? memory + slab + to : nullptr);
             for (int64_t j = to; kept && j < to + units; ++j) after[j] *= kept[j];
@@ -228,88 +226,50 @@ class Forward {
         });
   }
 
-  const Tensor& inputs_;
+  const DecoderCall& call_;
   const std::vector<Layer>& layers_;
   const std::optional<Source>& source_;
-  const std::optional<Tensor>&fixed_, &dropout_;
-  const Cell cell_;
-  const bool query_after_;
   const Feedback<A>& feedback_;
   const Run& run_;
   const Location<A>* const location_;
-  const Tensor& locations_;                     // (T + 1, B, C, S)
-  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t T_, B_, L_, H_, G_;
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
 };
 
-// Where there is no location, it and `accumulates` are empty; `locations` are what it is at each
-// step, in which the first is there already.
-Run decode(const Tensor& inputs, const Tensor& hidden, const Tensor& cell,
-           const std::vector<Tensor>& layers, const std::vector<Tensor>& attention,
-           const std::optional<Tensor>& mask, const std::optional<Tensor>& powers,
-           const std::optional<Tensor>& context, const std::optional<Tensor>& dropout,
-           const std::string& cell_type, bool query_after, const std::vector<int64_t>& feedback,
-           std::vector<Tensor> readout, const std::optional<Tensor>& input_dropout,
-           const std::vector<Tensor>& location, const std::vector<int64_t>& accumulates,
-           const Tensor& locations, const std::optional<Tensor>& state_dropout) {
-  const Cell kind = cell_of(cell_type);
+Run decode(const DecoderCall& call) {
   keep_freed_memory();
-  Run run = run_of(inputs, hidden, cell, attention, context, kind, feedback, readout);
+  Run run = run_of(call.inputs, call.hidden, call.cell, call.attention, call.context, call.kind,
+                   call.feedback, call.readout);
   for (const Tensor& x : {run.hiddens, run.cells, run.gates})
     ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size());
   std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, mask, powers, location.empty());
-  const std::vector<Layer> weights = layers_of(layers);
+  if (!call.attention.empty())
+    source.emplace(call.attention, call.mask, call.powers, call.location.empty());
+  const std::vector<Layer> weights = layers_of(call.layers);
+  std::vector<Tensor> readout = call.readout;
   if (!readout.empty()) readout[2] = torch::stable::contiguous(readout[2]);
   const auto go = [&]<typename A>() {
-    const Feedback<A> steps = {feedback, readout, input_dropout, run.tokens, run.logits};
+    const Feedback<A> steps = {call.feedback, readout, call.input_dropout, run.tokens, run.logits};
     std::optional<Location<A>> place;
-    if (!location.empty())
-      place.emplace(location, accumulates, source->keys, source->values, source->v, mask);
-    Forward<A>(inputs, weights, source, context, dropout, kind, query_after, steps, run,
-               place ? &*place : nullptr, locations, state_dropout)
-        .run();
+    if (!call.location.empty())
+      place.emplace(call.location, call.accumulates, source->keys, source->values, source->v,
+                    call.mask);
+    Forward<A>(call, weights, source, steps, run, place ? &*place : nullptr).run();
   };
-  if (inputs.scalar_type() == ScalarType::Double)
+  if (call.inputs.scalar_type() == ScalarType::Double)
     go.template operator()<double>();
   else
     go.template operator()<float>();
   return run;
 }
 
-auto attention_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
-                       std::vector<Tensor> attention, std::optional<Tensor> mask,
-                       std::optional<Tensor> powers, std::optional<Tensor> context,
-                       std::optional<Tensor> dropout, std::string cell_type, bool query_after,
-                       std::vector<int64_t> feedback, std::vector<Tensor> readout,
-                       std::optional<Tensor> input_dropout) {
-  return decode(inputs, hidden, cell, layers, attention, mask, powers, context, dropout, cell_type,
-                query_after, feedback, readout, input_dropout, {}, {}, inputs, std::nullopt)
-      .results();
-}
-
-auto extended_decoder(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
-                      std::vector<Tensor> attention, std::optional<Tensor> mask,
-                      std::optional<Tensor> powers, std::optional<Tensor> context,
-                      std::optional<Tensor> dropout, std::string cell_type, bool query_after,
-                      std::vector<int64_t> feedback, std::vector<Tensor> readout,
-                      std::optional<Tensor> input_dropout, std::vector<Tensor> location,
-                      std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout) {
-  const Tensor locations = locations_of(inputs, attention, location);
-  return std::tuple_cat(decode(inputs, hidden, cell, layers, attention, mask, powers, context,
-                               dropout, cell_type, query_after, feedback, readout, input_dropout,
-                               location, accumulates, locations, state_dropout)
-                            .results(),
-                        std::tuple(locations));
-}
-
 }  // namespace
 }  // namespace seq2seq_fast::decoder
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
-  m.impl("attention_decoder", TORCH_BOX(&seq2seq_fast::decoder::attention_decoder));
-  m.impl("extended_decoder", TORCH_BOX(&seq2seq_fast::decoder::extended_decoder));
+  using Ops = seq2seq_fast::DecoderOps<seq2seq_fast::decoder::decode>;
+  m.impl("attention_decoder", TORCH_BOX(&Ops::plain));
+  m.impl("extended_decoder", TORCH_BOX(&Ops::extended));
 }

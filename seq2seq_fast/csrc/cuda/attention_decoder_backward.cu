@@ -5,6 +5,7 @@
 // over all steps, which are left to the caller.
 #include <torch/csrc/stable/library.h>
 
+#include "../decoder_ops.h"
 #include "decoder.h"
 #include "decoder_backward_loop.cuh"
 #include "decoder_loop.h"
@@ -22,59 +23,52 @@ namespace {
 
 class Backward {
  public:
-  Backward(const Device& device, const Given& given, const States& run,
-           const std::vector<Tensor>& layers, const std::optional<Source>& source,
-           const std::optional<Tensor>& dropout, Cell cell, bool query_after, bool need_state,
-           const Gradients& d, PlaceBackward* place, const std::optional<Tensor>& state_dropout)
+  Backward(const Device& device, const DecoderBackwardCall& call,
+           const std::optional<Source>& source, const Gradients& d, PlaceBackward* place)
       : device_(device),
-        given_(given),
-        run_(run),
+        call_(call),
+        run_(call.run),
         source_(source),
-        dropout_(dropout),
-        cell_(cell),
-        query_after_(query_after),
-        need_state_(need_state),
         d_(d),
         place_(place),
-        state_dropout_(state_dropout),
-        L_(run.gates.size(0)),
-        T_(run.gates.size(1)),
-        B_(run.gates.size(2)),
-        H_(run.hiddens.size(3)),
-        of_query_(empty(run.gates, {B_, H_})) {
+        L_(run_.gates.size(0)),
+        T_(run_.gates.size(1)),
+        B_(run_.gates.size(2)),
+        H_(run_.hiddens.size(3)),
+        of_query_(empty(run_.gates, {B_, H_})) {
     for (int64_t l = 0; l < L_; ++l) {
-      const Tensor* w_x = l > 0 ? &layers[3 * l] : source ? &source->w_context : nullptr;
-      weights_.push_back(side_by_side(w_x, layers[3 * l + 1], run.gates.size(3)));
-      products_.push_back(empty(run.gates, {B_, weights_[l].size(1)}));
+      const Tensor* w_x = l > 0 ? &call.layers[3 * l] : source ? &source->w_context : nullptr;
+      weights_.push_back(side_by_side(w_x, call.layers[3 * l + 1], run_.gates.size(3)));
+      products_.push_back(empty(run_.gates, {B_, weights_[l].size(1)}));
     }
   }
 
   void run() {
     if (T_ == 0) return;
     if (!run_together()) run_steps();
-    for (int64_t l = 0; l < L_ && need_state_; ++l) {
+    for (int64_t l = 0; l < L_ && call_.need_state; ++l) {
       const Tensor to = hidden(l);
       SumArguments a{later(l, 0), float_rows(to)};
-      if (source_ && !query_after_ && l == L_ - 1) a.grad.query = float_rows(of_query_);
+      if (source_ && !call_.query_after && l == L_ - 1) a.grad.query = float_rows(of_query_);
       a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
       launch_sum(device_, a);
     }
-    if (source_ && query_after_) copy(d_.context, columns(products_[0], 0, width(0)));
+    if (source_ && call_.query_after) copy(d_.context, columns(products_[0], 0, width(0)));
   }
 
  private:
   void run_steps() {
     for (int64_t t = T_ - 1; t >= 0; --t) {
-      if (source_ && query_after_) attend(t);
+      if (source_ && call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
-      if (source_ && !query_after_) attend(t);
+      if (source_ && !call_.query_after) attend(t);
     }
   }
 
   // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
-    if (!runs_together() || !source_ || place_ != nullptr || state_dropout_ ||
+    if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout ||
         L_ > kMostLoopLayers || B_ == 0)
       return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
@@ -84,24 +78,24 @@ class Backward {
       return FloatRows{floats_of(kept.back()), x.size(x.dim() - 1)};
     };
     DecoderBackwardLoopArguments a{};
-    a.cell = cell_;
+    a.cell = call_.kind;
     a.T = static_cast<int>(T_), a.B = static_cast<int>(B_), a.L = static_cast<int>(L_);
     a.H = static_cast<int>(H_), a.G = size_of(run_.gates, 3);
-    a.grad_outputs = flat(given_.outputs).data;
+    a.grad_outputs = flat(call_.given.outputs).data;
     a.hiddens = flat(run_.hiddens).data, a.gates = flat(run_.gates).data;
-    if (cell_ == Cell::kLstm) a.cells = flat(run_.cells).data;
-    if (dropout_) a.dropout = flat(*dropout_).data;
+    if (call_.kind == Cell::kLstm) a.cells = flat(run_.cells).data;
+    if (call_.dropout) a.dropout = flat(*call_.dropout).data;
     a.grad_gates = floats_of(d_.gates), a.grad_queries = floats_of(d_.queries);
     a.grad_hidden = floats_of(d_.hidden), a.grad_cell = floats_of(d_.cell);
     a.attention = attention();
-    a.attention.grad_context = flat(given_.contexts), a.attention.weights = flat(run_.weights);
-    a.attention.grad_weights = flat(given_.weights), a.attention.query = flat(run_.queries);
+    a.attention.grad_context = flat(call_.given.contexts), a.attention.weights = flat(run_.weights);
+    a.attention.grad_weights = flat(call_.given.weights), a.attention.query = flat(run_.queries);
     a.attention.to_context = flat(d_.contexts), a.attention.to_scores = flat(d_.scores);
     a.attention.to_query = flat(d_.queries);
     a.attention.carried = a.lowest = float_rows(products_[0]);
     a.of_query = float_rows(of_query_);
     a.A = a.attention.A;
-    a.query_after = query_after_, a.by_four = a.G % 4 == 0 && a.A % 4 == 0;
+    a.query_after = call_.query_after, a.by_four = a.G % 4 == 0 && a.A % 4 == 0;
     kept.push_back(turned(source_->w_query));
     a.query = team_product_of(kept.back(), 1);
     std::vector<TeamProduct*> products{&a.query};
@@ -121,7 +115,7 @@ class Backward {
     const Tensor counts = counts_of(device_, plan, run_.gates);
     a.team = plan.team;
     // Nothing is carried to the context of the last step.
-    if (query_after_) torch::stable::zero_(products_[0]);
+    if (call_.query_after) torch::stable::zero_(products_[0]);
     return device_.launch_together(decoder_backward_loop, plan.blocks(), threads,
                                    plan.shared_floats, a);
   }
@@ -135,7 +129,7 @@ class Backward {
   HiddenGradient later(int64_t l, int64_t step) const {
     HiddenGradient grad{};
     const bool last = step == T_;
-    if (last || cell_ == Cell::kGru) grad.passed = float_rows(hidden(l));
+    if (last || call_.kind == Cell::kGru) grad.passed = float_rows(hidden(l));
     if (!last) grad.self = float_rows(products_[l], width(l));
     return grad;
   }
@@ -144,15 +138,15 @@ class Backward {
     CellBackwardArguments a{later(l, t + 1)};
     if (l + 1 < L_) {
       a.grad.next = float_rows(products_[l + 1]);
-      if (dropout_) a.grad.factors = float_rows(at(*dropout_, l, t));
+      if (call_.dropout) a.grad.factors = float_rows(at(*call_.dropout, l, t));
     } else {
-      a.grad.output = float_rows(at(given_.outputs, t));
+      a.grad.output = float_rows(at(call_.given.outputs, t));
       // The query of this step, or, if it comes before, of the next one.
-      if (source_ && (query_after_ || t + 1 < T_)) a.grad.query = float_rows(of_query_);
+      if (source_ && (call_.query_after || t + 1 < T_)) a.grad.query = float_rows(of_query_);
     }
     a.gates = float_rows(at(run_.gates, l, t));
     a.hidden_before = float_rows(at(run_.hiddens, l, t));
-    if (cell_ == Cell::kLstm) {
+    if (call_.kind == Cell::kLstm) {
       a.cell_before = float_rows(at(run_.cells, l, t));
       a.cell = float_rows(at(run_.cells, l, t + 1));
       a.grad_cell = float_rows(at(d_.cell, l));
@@ -160,9 +154,9 @@ class Backward {
     const Tensor grad_gates = at(d_.gates, l, t);
     a.grad_gates = float_rows(grad_gates);
     a.passed = float_rows(hidden(l));
-    if (state_dropout_) a.kept = float_rows(at(*state_dropout_, l, t));
+    if (call_.state_dropout) a.kept = float_rows(at(*call_.state_dropout, l, t));
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
-    launch_retreat(device_, cell_, a);
+    launch_retreat(device_, call_.kind, a);
     product(products_[l], grad_gates, transposed(weights_[l]));
   }
 
@@ -179,9 +173,10 @@ class Backward {
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
     OneQueryBackwardArguments a = attention();
-    a.grad_context = float_rows(at(given_.contexts, t));
-    if (!query_after_ || t + 1 < T_) a.carried = float_rows(products_[0]);
-    a.grad_weights = float_rows(at(given_.weights, t)), a.weights = float_rows(at(run_.weights, t));
+    a.grad_context = float_rows(at(call_.given.contexts, t));
+    if (!call_.query_after || t + 1 < T_) a.carried = float_rows(products_[0]);
+    a.grad_weights = float_rows(at(call_.given.weights, t)),
+    a.weights = float_rows(at(run_.weights, t));
     a.query = float_rows(at(run_.queries, t));
     const Tensor grad_query = at(d_.queries, t);
     a.to_context = float_rows(at(d_.contexts, t)), a.to_scores = float_rows(at(d_.scores, t));
@@ -195,83 +190,45 @@ class Backward {
   }
 
   const Device& device_;
-  const Given& given_;
+  const DecoderBackwardCall& call_;
   const States& run_;
   const std::optional<Source>& source_;
-  const std::optional<Tensor>& dropout_;
-  const Cell cell_;
-  const bool query_after_, need_state_;
   const Gradients& d_;
   PlaceBackward* const place_;
-  const std::optional<Tensor>& state_dropout_;  // (L, T, B, H)
   const int64_t L_, T_, B_, H_;
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
   std::vector<Tensor> weights_, products_;
 };
 
-void check_float(const Tensor& gates) {
+std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
+  const Tensor& gates = call.run.gates;
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
-}
-
-auto attention_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
-                                Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
-                                Tensor gates, Tensor queries, Tensor weights,
-                                std::vector<Tensor> layers, std::vector<Tensor> attention,
-                                std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                                std::string cell_type, bool query_after, bool need_state) {
-  check_float(gates);
   const Device device(gates);
   std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, std::nullopt, powers);
-  const Given given = {grad_outputs, grad_contexts, grad_weights};
-  const States run = {hiddens, cells, gates, queries, weights};
-  const Gradients d =
-      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
-  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
-           d, nullptr, std::nullopt)
-      .run();
-  return d.results(need_state);
-}
-
-auto extended_decoder_backward(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
-                               Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
-                               Tensor gates, Tensor queries, Tensor weights,
-                               std::vector<Tensor> layers, std::vector<Tensor> attention,
-                               std::optional<Tensor> powers, std::optional<Tensor> dropout,
-                               std::string cell_type, bool query_after, bool need_state,
-                               Tensor grad_location, std::vector<Tensor> location,
-                               std::vector<int64_t> accumulates, bool detach,
-                               std::optional<Tensor> state_dropout) {
-  check_float(gates);
-  const Device device(gates);
-  std::optional<Source> source;
-  if (!attention.empty()) source.emplace(attention, std::nullopt, powers, location.empty());
+  if (!call.attention.empty())
+    source.emplace(call.attention, std::nullopt, call.powers, call.location.empty());
   std::optional<Place> place;
   std::optional<PlaceBackward> of_place;
-  if (!location.empty()) {
-    const std::vector<Tensor> last = {location[0], location[1], last_location(location[2])};
-    place.emplace(device, last, accumulates, source->keys);
-    of_place.emplace(device, *place, *source, location[2], grad_location, detach);
+  if (!call.location.empty()) {
+    const Tensor &conv = call.location[0], &projection = call.location[1],
+                 &states = call.location[2];
+    place.emplace(device, std::vector<Tensor>{conv, projection, last_location(states)},
+                  call.accumulates, source->keys);
+    of_place.emplace(device, *place, *source, states, call.grad_location, call.detach);
   }
-  const Given given = {grad_outputs, grad_contexts, grad_weights};
-  const States run = {hiddens, cells, gates, queries, weights};
-  const Gradients d =
-      gradients_of(given, run, grad_hidden, grad_cell, source.has_value(), query_after);
-  Backward(device, given, run, layers, source, dropout, cell_of(cell_type), query_after, need_state,
-           d, of_place ? &*of_place : nullptr, state_dropout)
-      .run();
-  const auto none = [&] { return empty(gates, {0}); };
-  return std::tuple_cat(d.results(need_state),
-                        of_place ? of_place->results(queries, d.scores)
-                                 : std::tuple(none(), none(), none(), none(), none()));
+  const Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
+                                   source.has_value(), call.query_after);
+  Backward(device, call, source, d, of_place ? &*of_place : nullptr).run();
+  return {d, of_place ? of_place->results(call.run.queries, d.scores) : of_no_location(gates)};
 }
 
 }  // namespace
 }  // namespace seq2seq_fast
 
 S2S_CUDA_LIBRARY(m) {
-  m.impl("attention_decoder_backward", TORCH_BOX(&seq2seq_fast::attention_decoder_backward));
-  m.impl("extended_decoder_backward", TORCH_BOX(&seq2seq_fast::extended_decoder_backward));
+  using Ops = seq2seq_fast::DecoderBackwardOps<seq2seq_fast::retreat>;
+  m.impl("attention_decoder_backward", TORCH_BOX(&Ops::plain));
+  m.impl("extended_decoder_backward", TORCH_BOX(&Ops::extended));
 }

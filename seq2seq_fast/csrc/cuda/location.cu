@@ -74,8 +74,7 @@ void PlaceBackward::attend(int64_t t, const OneQueryBackwardArguments& attention
   device_.launch(place_back, back.blocks(), threads, kPlaceThreads, back);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> PlaceBackward::results(
-    const Tensor& queries, const Tensor& dscores) const {
+std::array<Tensor, 5> PlaceBackward::results(const Tensor& queries, const Tensor& dscores) const {
   const Filters& f = place_.filters;
   const int64_t blocks = B_ * f.blocks();
   const auto like = [&](std::initializer_list<int64_t> sizes) { return empty(states_, sizes); };

@@ -33,8 +33,7 @@ class PlaceBackward {
   void attend(int64_t t, const OneQueryBackwardArguments& attention);
   // Gradients of keys, v, conv, projection and the state before the first step, given queries and
   // the scores' gradients of all steps (T, B, ...).
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results(const Tensor& queries,
-                                                             const Tensor& dscores) const;
+  std::array<Tensor, 5> results(const Tensor& queries, const Tensor& dscores) const;
 
  private:
   float* state(int64_t t) const { return floats_of(states_) + t * states_.stride(0); }

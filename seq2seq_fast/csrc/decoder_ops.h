@@ -1,0 +1,133 @@
+// The attention decoder's ops as they are called, for any device: a device has a function of what
+// they take, in one piece.
+#pragma once
+#include <array>
+#include <string>
+#include <utility>
+
+#include "checks.h"
+#include "decoder_run.h"
+
+namespace seq2seq_fast {
+
+// See reference_decoder.py.
+struct DecoderCall {
+  Tensor inputs, hidden, cell;
+  std::vector<Tensor> layers, attention;
+  std::optional<Tensor> mask, powers, context, dropout;
+  Cell kind;
+  bool query_after;
+  std::vector<int64_t> feedback;
+  std::vector<Tensor> readout;
+  std::optional<Tensor> input_dropout;
+  // What extended_decoder has beside. location: nothing, or conv, projection and the state before
+  // the first step; locations are the states before all steps and behind the last one (T + 1, B, C,
+  // S), of which the first is there already.
+  std::vector<Tensor> location = {};
+  std::vector<int64_t> accumulates = {};
+  std::optional<Tensor> state_dropout = std::nullopt;
+  Tensor locations = inputs;
+};
+
+struct DecoderBackwardCall {
+  Given given;
+  Tensor grad_hidden, grad_cell;
+  States run;
+  std::vector<Tensor> layers, attention;
+  std::optional<Tensor> powers, dropout;
+  Cell kind;
+  bool query_after, need_state;
+  // location: nothing, or conv, projection and `locations`.
+  Tensor grad_location = grad_hidden;
+  std::vector<Tensor> location = {};
+  std::vector<int64_t> accumulates = {};
+  bool detach = false;
+  std::optional<Tensor> state_dropout = std::nullopt;
+};
+
+// Gradients of keys, v, conv, projection and the state before the first step; empty tensors where
+// there is no location.
+using OfLocation = std::array<Tensor, 5>;
+inline OfLocation of_no_location(const Tensor& like) {
+  const auto none = [&] { return empty(like, {0}); };  // one each: outputs may not alias
+  return {none(), none(), none(), none(), none()};
+}
+
+template <Run (*decode)(const DecoderCall&)>
+struct DecoderOps {
+  static auto plain(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                    std::vector<Tensor> attention, std::optional<Tensor> mask,
+                    std::optional<Tensor> powers, std::optional<Tensor> context,
+                    std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                    std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                    std::optional<Tensor> input_dropout) {
+    return decode({inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
+                   cell_of(cell_type), query_after, feedback, readout, input_dropout})
+        .results();
+  }
+  static auto extended(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
+                       std::vector<Tensor> attention, std::optional<Tensor> mask,
+                       std::optional<Tensor> powers, std::optional<Tensor> context,
+                       std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                       std::vector<int64_t> feedback, std::vector<Tensor> readout,
+                       std::optional<Tensor> input_dropout, std::vector<Tensor> location,
+                       std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout) {
+    const Tensor locations = locations_of(inputs, attention, location);
+    const Run run = decode({inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
+                            cell_of(cell_type), query_after, feedback, readout, input_dropout,
+                            location, accumulates, state_dropout, locations});
+    return std::tuple_cat(run.results(), std::tuple(locations));
+  }
+};
+
+template <std::pair<Gradients, OfLocation> (*retreat)(const DecoderBackwardCall&)>
+struct DecoderBackwardOps {
+  static auto plain(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                    Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                    Tensor gates, Tensor queries, Tensor weights, std::vector<Tensor> layers,
+                    std::vector<Tensor> attention, std::optional<Tensor> powers,
+                    std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                    bool need_state) {
+    return retreat({{grad_outputs, grad_contexts, grad_weights},
+                    grad_hidden,
+                    grad_cell,
+                    {hiddens, cells, gates, queries, weights},
+                    layers,
+                    attention,
+                    powers,
+                    dropout,
+                    cell_of(cell_type),
+                    query_after,
+                    need_state})
+        .first.results(need_state);
+  }
+  static auto extended(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
+                       Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
+                       Tensor gates, Tensor queries, Tensor weights, std::vector<Tensor> layers,
+                       std::vector<Tensor> attention, std::optional<Tensor> powers,
+                       std::optional<Tensor> dropout, std::string cell_type, bool query_after,
+                       bool need_state, Tensor grad_location, std::vector<Tensor> location,
+                       std::vector<int64_t> accumulates, bool detach,
+                       std::optional<Tensor> state_dropout) {
+    const auto [d, of_location] = retreat({{grad_outputs, grad_contexts, grad_weights},
+                                           grad_hidden,
+                                           grad_cell,
+                                           {hiddens, cells, gates, queries, weights},
+                                           layers,
+                                           attention,
+                                           powers,
+                                           dropout,
+                                           cell_of(cell_type),
+                                           query_after,
+                                           need_state,
+                                           grad_location,
+                                           location,
+                                           accumulates,
+                                           detach,
+                                           state_dropout});
+    const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
+    return std::tuple_cat(d.results(need_state), std::tuple(dkeys, dv, dconv, dprojection, dstate));
+  }
+};
+
+}  // namespace seq2seq_fast
