@@ -98,9 +98,10 @@ class Attention(nn.Module):
         v = self.Va.weight[0]
         if torch.is_grad_enabled():
             v = v + 0 * self.Va.bias
-        return PreparedSource(
-            prepare_keys(linear(self.Ua, encoder_outputs)), encoder_outputs, v, mask
-        )
+        keys = linear(self.Ua, encoder_outputs)
+        # What a step adds to keys leaves no use for their exponentials.
+        prepared = PreparedKeys(keys) if self.location else prepare_keys(keys)
+        return PreparedSource(prepared, encoder_outputs, v, mask)
 
     def forward(
         self,

@@ -372,7 +372,7 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
 PackedDecoder model_of(const Tensor& packed, const Tensor& layout, const std::string& cell_type,
                        bool query_after, const Tensor& hidden, const DecoderSource& from) {
   PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
-  STD_TORCH_CHECK(model.fits(hidden.size(2), from.D, from.A, from.keys.has_value()),
+  STD_TORCH_CHECK(model.fits(hidden.size(2), from.D, from.A, from.attends()),
                   "expected states and a source of the decoder's widths");
   return model;
 }
@@ -411,7 +411,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
   STD_TORCH_CHECK(model.has(options.bos) && model.has(options.eos),
                   "expected bos and eos of the vocabulary");
-  STD_TORCH_CHECK(!project_values || from.keys, "expected values to project");
+  STD_TORCH_CHECK(!project_values || from.attends(), "expected values to project");
   // Whether all logits are needed: of beams, which share their sources, and of draws from the best.
   const bool all = options.beam_size > 1 || (sampling && !sampling->seeks(model.V));
   const Project project = {project_values && !query_after,

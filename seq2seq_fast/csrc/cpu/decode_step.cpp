@@ -73,15 +73,15 @@ DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<T
                       x[0].scalar_type() == ScalarType::Float &&
                       (!mask_ || (mask_->dim() == 2 && mask_->scalar_type() == ScalarType::Bool)),
                   "expected float32 keys, powers, values and v, and a mask of bool");
-  keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
+  if (x.size() == 4) keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
   values = x[2], v_ = x[3];
-  S = keys->S, A = keys->H, D = values.size(2);
-  STD_TORCH_CHECK(keys->B == B && values.size(0) == B && values.size(1) == S && v_.size(0) == A &&
-                      (!context || context->size(1) == D) &&
+  S = x[0].size(1), A = x[0].size(2), D = values.size(2);
+  STD_TORCH_CHECK(x[0].size(0) == B && values.size(0) == B && values.size(1) == S &&
+                      v_.size(0) == A && (!context || context->size(1) == D) &&
                       (!mask_ || (mask_->size(0) == B && mask_->size(1) == S)),
                   "expected keys (B, S, A), values (B, S, D), v (A,), context (B, D), mask (B, S)");
   floats(values);
-  std::fill(std::copy_n(floats(v_), A, +v), v + keys->Hp, 0.f);
+  std::fill(std::copy_n(floats(v_), A, +v), v + round_up(A, kPad), 0.f);
   max_v = loops.largest(v, A);
   if (x.size() == 7) {
     place = x[6];
@@ -123,7 +123,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       of_gates_(model.context, 0, project.gates ? &source.values : nullptr, source.lengths),
       of_logits_(model.readout.matrix, hidden_state.size(2),
                  project.logits ? &source.values : nullptr, source.lengths),
-      readout_(model.readout, most, source.keys ? &source.values : nullptr, of_logits_),
+      readout_(model.readout, most, source.attends() ? &source.values : nullptr, of_logits_),
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
       contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
@@ -151,18 +151,18 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
   if (source_.location) std::copy_n(floats(source_.place), B * of_location_, +located_[kept_]);
-  if (source_.keys && !model_.query_after) query_all(B);
+  if (source_.attends() && !model_.query_after) query_all(B);
 }
 
 void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool seek) {
   const auto rows = static_cast<int64_t>(live.size());
   const bool attended = ahead_;
   follow(live);
-  if (source_.keys && !model_.query_after && !attended) attend(live);
+  if (source_.attends() && !model_.query_after && !attended) attend(live);
   for (int64_t l = 0; l < L_; ++l) advance(l, rows);
   now_ = 1 - now_;
   backwards_ = rows == 1 && !backwards_;
-  if (source_.keys && model_.query_after) {
+  if (source_.attends() && model_.query_after) {
     query_all(rows);
     attend(live);
   }
@@ -182,7 +182,7 @@ void DecoderStep::follow(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());
   bool moved = false;
   for (int64_t m = 0; m < rows; ++m) moved |= live[m].parent != m;
-  const bool context_moves = ahead_ || model_.query_after || !source_.keys;
+  const bool context_moves = ahead_ || model_.query_after || !source_.attends();
   const int from = now_, to = moved ? 1 - now_ : now_;
   const int kept = ahead_ ? 1 - kept_ : kept_, keeps = moved ? 1 - kept : kept;
   const int64_t E = model_.E, D = source_.D, states = lstm_ ? 2 : 1;
@@ -336,7 +336,7 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
 // The readout, and meanwhile what the next step has of the same hidden states: its queries, and of
 // few rows its attention, which one thread makes while others read weights.
 void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
-  const bool asks = source_.keys && !model_.query_after;
+  const bool asks = source_.attends() && !model_.query_after;
   const int64_t queries = asks ? model_.query.panels : 0, chunks = model_.readout.chunks;
   const bool ahead = asks && left.most > 1 && rows <= kFewRows && chunks >= kManyChunks && !cover_;
   const Factor states = query_factor(queries > 0 ? rows : 0);

@@ -45,7 +45,7 @@ struct PackedDecoder {
 };
 
 struct DecoderSource {
-  std::optional<Keys> keys;  // none of a decoder without attention
+  std::optional<Keys> keys;  // none where there is a location, or no attention
   Tensor values, v_;
   Buffer<float> v;
   float max_v = 0;
@@ -61,6 +61,7 @@ struct DecoderSource {
   DecoderSource(const std::vector<Tensor>& tensors, const std::optional<Tensor>& mask,
                 const std::optional<Tensor>& context, int64_t B,
                 const std::vector<int64_t>& accumulates);
+  bool attends() const { return S > 0; }
   std::vector<int64_t> lengths;  // of each source, up to the last position that is attended to
   bool attended(int64_t b, int64_t s) const {
     return !mask || mask[b * mask_stride[0] + s * mask_stride[1]];
