@@ -56,6 +56,12 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(out);
 }
 
+// x's numbers, which are of this type
+template <typename A>
+A* data(const Tensor& x) {
+  return static_cast<A*>(x.data_ptr());
+}
+
 // x with other sizes and strides, from its element `offset` on
 inline Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
                    std::initializer_list<int64_t> strides, int64_t offset = 0) {

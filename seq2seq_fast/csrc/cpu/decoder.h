@@ -10,11 +10,6 @@
 
 namespace seq2seq_fast::decoder {
 
-template <typename A>
-A* data(const Tensor& x) {
-  return static_cast<A*>(x.data_ptr());
-}
-
 // Each row becomes the bias, (W,) or (B, W).
 void fill(const Tensor& out, const Tensor& bias);
 

@@ -8,11 +8,6 @@ namespace {
 
 constexpr int64_t kPart = 128;  // of D, where a context is shared out
 
-template <typename A>
-A* data(const Tensor& x) {
-  return static_cast<A*>(x.data_ptr());
-}
-
 // float64 in plain loops; see loops.h.
 void convolve(const double* x, int64_t ldx, int64_t C, int64_t K, const double* w, int64_t N,
               int64_t n, double* out, int64_t ldo) {
@@ -270,7 +265,11 @@ void Location<A>::begin_backward(const Tensor& dstate, bool detach) {
     std::fill_n(static_cast<A*>(*x), n, A(0));
   };
   const int64_t sources = std::max<int64_t>(B_, 1);  // a sum over none is zero
-  zeros(dkeys_, B_ * S_ * Ap_);
+  dkeys_.emplace(empty(like_, {B_, S_, A_}));
+  if (A_ == Ap_)
+    std::fill_n(at_dkeys_ = data<A>(*dkeys_), B_ * S_ * A_, A(0));
+  else
+    zeros(padded_dkeys_, B_ * S_ * Ap_), at_dkeys_ = *padded_dkeys_;
   zeros(dv_, sources * Ap_);
   zeros(dprojection_, sources * N_ * Ap_);
   zeros(dconv_, sources * N_ * C_ * K_);
@@ -321,7 +320,7 @@ void Location<A>::attend_backward(const A* dcontext, const A* dweights, const A*
       for (int64_t s = 0; s < S_; s += kChunk)
         place_gradients(
             places(b, s, room), g + s,
-            {dq, *dv_ + b * Ap_, *dprojection_ + b * N_ * Ap_, *dkeys_ + (b * S_ + s) * Ap_,
+            {dq, *dv_ + b * Ap_, *dprojection_ + b * N_ * Ap_, at_dkeys_ + (b * S_ + s) * Ap_,
              dfeatures + before + s, ld, transposed_, Np_, before_tanh});
       std::copy_n(+dq, A_, dquery + b * A_);
       for (int64_t c = 0; c < C_; ++c)
@@ -340,12 +339,12 @@ void Location<A>::attend_backward(const A* dcontext, const A* dweights, const A*
 
 template <typename A>
 std::array<Tensor, 5> Location<A>::results() const {
-  const Tensor dkeys = empty(like_, {B_, S_, A_}), dv = empty(like_, {A_});
+  const Tensor &dkeys = *dkeys_, dv = empty(like_, {A_});
   const Tensor dconv = empty(like_, {N_, C_, K_}), dprojection = empty(like_, {A_, N_});
   const Tensor dstate = empty(like_, {B_, C_, S_});
-  parallel(B_, S_ * A_ / 4, [&](int64_t begin, int64_t end) {
+  parallel(A_ == Ap_ ? 0 : B_, S_ * A_ / 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * S_; i < end * S_; ++i)
-      std::copy_n(*dkeys_ + i * Ap_, A_, data<A>(dkeys) + i * A_);
+      std::copy_n(at_dkeys_ + i * Ap_, A_, data<A>(dkeys) + i * A_);
   });
   std::copy_n(static_cast<A*>(*dstate_), B_ * C_ * S_, data<A>(dstate));
   // Sums over sources, in their order.

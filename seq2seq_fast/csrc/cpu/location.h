@@ -71,8 +71,11 @@ class Location {
   Buffer<A> projection_, transposed_;  // (N, Ap); (Ap, Np)
   Buffer<A> v_, own_keys_;
   const A* keys_;  // (B, S, Ap)
-  // Backward; of each source but for the keys'.
-  std::optional<Buffer<A>> dkeys_, dv_, dprojection_, dconv_, dstate_;
+  // Backward. Gradients of keys, and a copy with whole rows where theirs are not; the others are of
+  // each source.
+  std::optional<Tensor> dkeys_;
+  std::optional<Buffer<A>> padded_dkeys_, dv_, dprojection_, dconv_, dstate_;
+  A* at_dkeys_ = nullptr;  // (B, S, Ap)
   bool detach_ = false;
 };
 

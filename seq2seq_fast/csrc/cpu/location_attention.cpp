@@ -46,9 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> location_attention(Tensor query, Tensor keys,
                next = empty(query, state.sizes());
   in_either(query, [&]<typename T>() {
     const Location<T> place(location, accumulates, keys, values, v, mask);
-    const auto row = [](const Tensor& x, int64_t b, int64_t n) {
-      return static_cast<T*>(x.data_ptr()) + b * n;
-    };
+    const auto row = [](const Tensor& x, int64_t b, int64_t n) { return data<T>(x) + b * n; };
     std::vector<typename Location<T>::Row> rows;
     for (int64_t b = 0; b < B; ++b)
       rows.push_back({b, row(q, b, A), row(state, b, numbers), row(context, b, D),
@@ -71,11 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> location_attention_ba
                w = dense(weights), state = dense(location[2]);
   const Tensor dquery = empty(query, query.sizes()), dscores = empty(query, weights.sizes());
   return in_either(query, [&]<typename T>() {
-    const auto data = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
     Location<T> place(location, accumulates, keys, values, v, std::nullopt);
     place.begin_backward(dense(grad_next), detach);
-    place.attend_backward(data(dc), data(dw), data(q), data(state), data(w), data(dscores),
-                          data(dquery));
+    place.attend_backward(data<T>(dc), data<T>(dw), data<T>(q), data<T>(state), data<T>(w),
+                          data<T>(dscores), data<T>(dquery));
     const auto [dkeys, dv, dconv, dprojection, dstate] = place.results();
     return std::tuple(dquery, dkeys, dv, dconv, dprojection, dstate);
   });
