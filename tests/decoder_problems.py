@@ -103,6 +103,23 @@ def results(args, **options):
     return {n: x.detach() for n, x in (out | found).items()}, tokens
 
 
+def ops_called(prefix, call):
+    """[(op, arguments)] of those whose names begin so, detached, as `call` calls them."""
+    called = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name().startswith(prefix):
+                called.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        call()
+    detach = torch.Tensor.detach
+    map_only = torch.utils._pytree.tree_map_only
+    return [(function, map_only(torch.Tensor, detach, args)) for function, args in called]
+
+
 def check_in_float64(drawn, **options):
     """There outputs and every gradient are the reference's."""
     args = problem(**drawn)

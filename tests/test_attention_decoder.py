@@ -16,6 +16,7 @@ from decoder_problems import (
     accuracy,
     cast,
     check_in_float64,
+    ops_called,
     problem,
     results,
     tensors,
@@ -390,23 +391,13 @@ def test_dropped_states_are_those_of_a_loop_over_pytorch_s_cells(cell_type):
 @pytest.mark.parametrize("cell_type", MODULES)
 def test_opcheck(cell_type, options):
     """The ops as they are called, forward and backward, with what they are called with."""
-    called = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name().startswith("seq2seq_fast::attention_decoder"):
-                called.append((function, args))
-            return function(*args, **(kwargs or {}))
-
     args = cast(problem(cell_type, feedback=[2], **options), torch.float32)
-    with Record():
-        results(args)
+    called = ops_called("seq2seq_fast::attention_decoder", lambda: results(args))
     assert {f.name().removesuffix("_triton") for f, _ in called} == {
         "seq2seq_fast::attention_decoder",
         "seq2seq_fast::attention_decoder_backward",
     }
     for function, arguments in called:
-        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
         torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -10,6 +10,7 @@ from decoder_problems import (
     accuracy,
     cast,
     check_in_float64,
+    ops_called,
     problem,
     results,
     tensors,
@@ -177,21 +178,13 @@ def test_keys_that_a_mask_hides_leave_no_gradient_whatever_they_are(dtype, place
 @pytest.mark.parametrize("options", [{}, {"after": True, "dropout": True, "detach": True}])
 @pytest.mark.parametrize("cell_type", MODULES)
 def test_opcheck(cell_type, options):
-    called = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name().startswith("seq2seq_fast::extended_decoder"):
-                called.append((function, args))
-            return function(*args, **(kwargs or {}))
-
     args = problem(cell_type, channels=CHANNELS[2], feedback=[2], **options)
-    with Record():
-        results(cast(args, torch.float32))
+    called = ops_called(
+        "seq2seq_fast::extended_decoder", lambda: results(cast(args, torch.float32))
+    )
     names = {"seq2seq_fast::extended_decoder", "seq2seq_fast::extended_decoder_backward"}
     assert {f.name() for f, _ in called} == names
     for function, arguments in called:
-        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
         torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
