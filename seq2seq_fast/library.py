@@ -174,6 +174,13 @@ if importlib.util.find_spec("seq2seq_fast._C") is not None:
 
     CUDA_ARCHITECTURES = tuple(map(int, _C.cuda_architectures.split()))
 
+
+def interruption() -> BaseException | None:
+    """What a signal's handler raised during a call of the extension, and so ended it, if it did."""
+    raised: BaseException | None = _C.interruption()
+    return raised
+
+
 # Asked once: the query itself breaks torch.compile(fullgraph=True).
 HAS_KERNEL = {
     (name, device): torch._C._dispatch_has_kernel_for_dispatch_key(

@@ -3,7 +3,10 @@
 import copy
 import itertools
 import math
+import os
+import signal
 import threading
+import time
 import warnings
 
 import pytest
@@ -378,6 +381,40 @@ def test_python_goes_on_meanwhile():
         counted.append(1)
     thread.join()
     assert len(counted) > 1000
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("handler", [None, "ValueError"])
+def test_a_signal_ends_a_long_call(prepared, handler):
+    """Ctrl-C does, and so does what a handler raises: even what the engine may raise itself."""
+    model, src = make(), sources(1, 9)
+    if prepared:
+        model.prepare_inference()
+    source, state = model.encode(src)
+    steps = 30_000_000  # take minutes
+
+    def stop(*_):
+        raise ValueError("enough")
+
+    before = signal.getsignal(signal.SIGINT)
+    if handler is not None:
+        signal.signal(signal.SIGINT, stop)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    try:
+        with pytest.raises(ValueError if handler else KeyboardInterrupt) as raised:
+            timer.start()
+            s2s.generate(
+                model.decoder, source, state, bos=BOS, eos=EOS, max_length=steps, min_length=steps
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began < 10
+    assert (handler is None) or str(raised.value) == "enough"
+    options = {"bos": BOS, "eos": EOS, "max_length": 3}
+    found = s2s.generate(model.decoder, source, state, **options)
+    plain = s2s.generate(model.decoder, source, state, backend="reference", **options)
+    assert torch.equal(found.tokens, plain.tokens)
 
 
 def test_training_mode_warns_once_and_decodes_without_dropout(monkeypatch):

@@ -52,29 +52,37 @@ def generate(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
+        KeyboardInterrupt: within a step or a fifth of a second of Ctrl-C, as whatever else the
+            handler of a signal raises meanwhile.
     """
-    found = _at_once(decoder, source, state, backend, options)
-    if found is not None:
-        return found
-    B = _rows(decoder, state)
-    with torch.no_grad(), evaluating(decoder):
-        asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
-        prepared = decoder.source(source)
-        _check_state(decoder, prepared, state)
-        packed = _ready(decoder, backend)
-        if B == 0:
-            found = _nothing(asked, prepared, state)
-        elif packed is not None:
-            found = native.generate(decoder, packed, prepared, state, asked)
-        elif native.chosen(decoder, backend):
-            if state.hidden.is_cuda:
-                found = graphed.generate(decoder, prepared, state, asked)
+    try:
+        found = _at_once(decoder, source, state, backend, options)
+        if found is not None:
+            return found
+        B = _rows(decoder, state)
+        with torch.no_grad(), evaluating(decoder):
+            asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
+            prepared = decoder.source(source)
+            _check_state(decoder, prepared, state)
+            packed = _ready(decoder, backend)
+            if B == 0:
+                found = _nothing(asked, prepared, state)
+            elif packed is not None:
+                found = native.generate(decoder, packed, prepared, state, asked)
+            elif native.chosen(decoder, backend):
+                if state.hidden.is_cuda:
+                    found = graphed.generate(decoder, prepared, state, asked)
+                else:
+                    found = native.generate(decoder, _packed(decoder), prepared, state, asked)
             else:
-                found = native.generate(decoder, _packed(decoder), prepared, state, asked)
-        else:
-            with use_backend("reference") if backend == "reference" else contextlib.nullcontext():
-                found = stepwise.generate(decoder, prepared, state, asked)
-    return _wanted(found, asked)
+                with (
+                    use_backend("reference") if backend == "reference" else contextlib.nullcontext()
+                ):
+                    found = stepwise.generate(decoder, prepared, state, asked)
+        return _wanted(found, asked)
+    except native.Interrupted as stopped:
+        assert stopped.__cause__ is not None
+        raise stopped.__cause__ from None
 
 
 def _wanted(found: Generated, asked: DecodingOptions) -> Generated:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..library import HAS_KERNEL, is_reference
+from ..library import HAS_KERNEL, interruption, is_reference
 from ..ops.location import accumulates
 from . import sampling, stepwise
 from .options import DecodingOptions
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 OPS = {"cpu": "decode", "cuda": "decode_steps"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of decoders; all is float32 all the same
 WIDEST = 4096  # attention that one block of a GPU has room for: kMostFeaturesInShared
+
+
+class Interrupted(BaseException):
+    """A signal's handler raised the cause of this while the engine ran, and so ended it. Not an
+    `Exception`: who catches what an engine refuses must not catch Ctrl-C."""
 
 
 def refusal(decoder: "Decoder") -> str | None:
@@ -155,30 +160,36 @@ def _decode(
     prefix: Tensor | None,
     options: DecodingOptions,
 ) -> Generated:
-    found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
-        *packed.weights,
-        decoder.cell_type,
-        decoder.query_after,
-        hidden,
-        cell,
-        context,
-        attended.parts,
-        attended.mask,
-        limits,
-        prefix,
-        options.max_length,
-        options.whole,
-        float(options.length_penalty),
-        float(options.coverage_penalty),
-        options.return_weights,
-        options.return_scores,
-        packed.projects_values,
-        sampling.seed_of(options, hidden.device) if options.sample else None,
-        float(options.temperature),
-        min(options.top_k, decoder.output_dim),
-        float(options.top_p),
-        attended.adds,
-    )
+    try:
+        found = torch.ops.seq2seq_fast.decode.default(  # spares the choice among overloads
+            *packed.weights,
+            decoder.cell_type,
+            decoder.query_after,
+            hidden,
+            cell,
+            context,
+            attended.parts,
+            attended.mask,
+            limits,
+            prefix,
+            options.max_length,
+            options.whole,
+            float(options.length_penalty),
+            float(options.coverage_penalty),
+            options.return_weights,
+            options.return_scores,
+            packed.projects_values,
+            sampling.seed_of(options, hidden.device) if options.sample else None,
+            float(options.temperature),
+            min(options.top_k, decoder.output_dim),
+            float(options.top_p),
+            attended.adds,
+        )
+    except RuntimeError:
+        raised = interruption()
+        if raised is not None:
+            raise Interrupted from raised
+        raise
     tokens, lengths, log_probs, scores, finished, weights = found
     kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
     return Generated(tokens, lengths, log_probs, scores, finished, kept)

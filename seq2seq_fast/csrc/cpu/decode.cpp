@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../interrupt.h"
 #include "decode_step.h"
 
 namespace seq2seq_fast {
@@ -79,6 +80,7 @@ class Engine {
     std::vector<int32_t> going(B_);
     for (int64_t b = 0; b < B_; ++b) going[b] = static_cast<int32_t>(b);
     while (!live_.empty()) {
+      STD_TORCH_CHECK(!interrupted(), "interrupted by a signal");
       const auto rows = static_cast<int64_t>(live_.size());
       const bool seeks = seeks_ && step_.readout().seeks(rows, o_.keep_scores);
       step_.run(live_, {least_ - t_, most_ - t_}, seeks);
