@@ -4,6 +4,7 @@ from typing import NamedTuple
 import budgets
 import pytest
 import torch
+from beforehand import BEGUN, Beforehand
 
 # A graph that torch.compile kept from an earlier state of these kernels must not be tested.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
@@ -20,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.InterpreterBuilder.create_fma = fma
 
 MEASURED = pytest.StashKey[list]()
+BEFOREHAND = pytest.StashKey[Beforehand]()
 
 
 class Target(NamedTuple):
@@ -55,6 +57,34 @@ def pytest_generate_tests(metafunc):
     if "on" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("on") or ["cpu:native"]
         metafunc.parametrize("on", [Target(*x.split(":")) for x in wanted], ids=wanted)
+
+
+def _awaited(item) -> list[str]:
+    return [mark.args[0] for mark in item.iter_markers("awaits")]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: bool(_awaited(item)))  # stable: these come last
+
+
+def pytest_collection_finish(session):
+    if BEGUN not in os.environ and not session.config.option.collectonly:
+        names = dict.fromkeys(name for item in session.items for name in _awaited(item))
+        session.config.stash[BEFOREHAND] = Beforehand([*names])
+
+
+def pytest_unconfigure(config):
+    if BEFOREHAND in config.stash:
+        config.stash[BEFOREHAND].stop()
+
+
+@pytest.fixture(scope="session")
+def beforehand(request):
+    """beforehand(name) waits for what a test with `@pytest.mark.awaits(name)` needs: see
+    beforehand.py."""
+    if BEGUN in os.environ:
+        pytest.skip("once is enough")
+    return request.config.stash[BEFOREHAND].result
 
 
 @pytest.fixture

@@ -1,10 +1,6 @@
 """The CUDA kernels without a GPU: run on the CPU by tests/cuda_on_cpu."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import cuda_on_cpu
 import pytest
@@ -98,23 +94,15 @@ def test_the_harness_finds_a_race_in_every_order(ops, op, fault):
         getattr(ops, op)(x, 0)  # and goes on
 
 
-# Of `make races`, which takes minutes, what takes a second or two each.
-PART = "harness or prepared_keys or strided or plain-lstm or sizes-gru or without_attention"
-PART += " or logits or first_of_equal or no_token or together-blocks"
-
-
 @pytest.mark.skipif(
     cuda_on_cpu.WATCHES_RACES or "g++" not in cuda_on_cpu.COMPILER,
     reason="needs g++; once is enough",
 )
-def test_no_race_in_a_part_of_the_tests():
-    names = [f"test_cuda{x}.py" for x in ("", "_decoder", "_decoding")]
-    tests = [str(Path(__file__).with_name(name)) for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", PART, *tests]
-    ran = subprocess.run(
-        command, env=os.environ | {"CUDA_ON_CPU_RACES": "1"}, capture_output=True, text=True
-    )
+@pytest.mark.awaits("races")
+def test_no_race_in_a_part_of_the_tests(beforehand):
+    ran = beforehand("races")
     assert ran.returncode == 0, ran.stdout
+    assert " passed" in ran.stdout
 
 
 def test_what_blocks_leave_for_the_last_one(ops):

@@ -14,6 +14,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.awaits("nvcc")
 
 
 def cuobjdump(*arguments, cwd=None) -> str:
@@ -25,9 +26,8 @@ def cuobjdump(*arguments, cwd=None) -> str:
 
 
 @pytest.fixture(scope="module")
-def objects() -> list[Path]:
-    command = [sys.executable, "setup.py", "-q", "build_cuda"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def objects(beforehand) -> list[Path]:
+    ran = beforehand("nvcc")
     if "no nvcc found" in ran.stderr:
         pytest.skip("no nvcc here")
     assert ran.returncode == 0, ran.stderr

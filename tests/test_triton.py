@@ -1,10 +1,6 @@
 """The Triton kernels without a GPU: interpreted, compiled, and their instructions counted."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sass
@@ -35,21 +31,13 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTE
 compiled = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled where TRITON_INTERPRET=1")
 
 
-INTERPRETED_TESTS = ("test_additive_attention.py", "test_triton.py", "test_triton_decoder.py")
-
-
 @compiled
 @pytest.mark.unsanitized
-def test_kernels_in_the_interpreter():
+@pytest.mark.awaits("triton's interpreter")
+def test_kernels_in_the_interpreter(beforehand):
     """The tests of the op on small shapes, and those below, in a process of their own: Triton
     decides at its import how kernels run."""
-    tests = Path(__file__).parent
-    few = "not float64 and not bad_input and (not parity or float32 or (bfloat16 and 1.0))"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--on", "cpu:triton"]
-    command += ["-m", "not large", "-k", few, "-W", "ignore::RuntimeWarning"]
-    command += [str(tests / name) for name in INTERPRETED_TESTS]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    ran = beforehand("triton's interpreter")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert " passed" in ran.stdout
 
