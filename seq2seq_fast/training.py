@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .nn import Seq2Seq
 from .ops.checks import instance, number, tensor
+from .ops.modules import has_hooks
 
 
 class Batch(Protocol):
@@ -35,12 +36,11 @@ def _batches(iterator: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _only_the_loss_is_seen(model: nn.Module, criterion: nn.CrossEntropyLoss) -> bool:
     """Whether nobody would miss logits that are not made: no hook, no forward of a subclass."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(model).forward is Seq2Seq.forward
         and type(criterion) is nn.CrossEntropyLoss
         and criterion.reduction != "none"
-        and not any(getattr(m, name) for m in (model, criterion) for name in hooks)
+        and not (has_hooks(model) or has_hooks(criterion))
     )
 
 

@@ -1,14 +1,17 @@
 """Modules that were replaced, changed or used in unusual ways after they were made."""
 
 import copy
+import random
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding_models import BOS, EOS, KINDS, make, sources
+from decoding_models import BOS, EOS, KINDS, V_SRC, make, sources
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 import seq2seq_fast as s2s
 from seq2seq_fast.decoding import evaluating
@@ -101,7 +104,6 @@ MISFITS = {
     "lstm   ": (nn.LSTM(E + H, H, 3, batch_first=True), "lstm: has num_layers 3, expected 2"),
     "fc_out": (nn.Linear(12, V), r"fc_out.weight: got shape \(11, 12\), expected \(11, 26\)"),
     "fc_out ": (nn.Linear(2 * H, 10), r"fc_out.weight: got shape \(10, 26\), expected \(11, 26\)"),
-    "fc_out  ": (nn.Linear(2 * H, V, bias=False), "fc_out.bias: got NoneType, expected a Tensor"),
     "fc_out   ": (
         nn.Linear(2 * H, V).half(),
         "embedding.weight: is torch.float32 .* torch.float16",
@@ -266,3 +268,154 @@ def test_forward_mode_is_refused():
         torch.func.jvp(
             lambda q: s2s.additive_attention(q, k, values, v, backend="native")[0], (q,), (q,)
         )
+
+
+NORMED = ["fc_out", "attention.Wa", "attention.Ua", "attention.Va", "embedding", "lstm"]
+
+
+def _pruned(module, name):
+    return prune.random_unstructured(module, name, 0.5)
+
+
+def _weight_normed(module, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in use
+        return nn.utils.weight_norm(module, name)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("made_by", [_pruned, _weight_normed, nn.utils.spectral_norm])
+@pytest.mark.parametrize("place", NORMED)
+def test_weights_that_are_made_of_others_are_made_anew(made_by, place, prepared):
+    """In training, decoding and steps alone, where PyTorch would make them as it calls a module."""
+    model, src = make(), sources(3, 5)
+    if prepared:
+        model.prepare_inference()
+    model.generate(src, **OPTIONS)
+    name = "weight_hh_l0" if place == "lstm" else "weight"
+    module = made_by(model.decoder.get_submodule(place), name)
+    changed = next(p for key, p in module.named_parameters(recurse=False) if key.startswith(name))
+    trg = torch.randint(3, V, (3, 7))
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = None
+        model(src, trg, 0.0).square().sum().backward()
+        assert changed.grad.abs().sum() > 0
+        ours, token = {}, torch.full((3,), BOS)
+        with torch.no_grad():
+            for backend in ("native", "reference"):
+                with s2s.use_backend(backend):
+                    source, state = model.encode(src)
+                    ours[backend] = [
+                        model(src, trg, 0.0),
+                        model.decoder(token, *state[:2], source)[0],
+                        model.generate(src, **OPTIONS).log_probs,
+                    ]
+            plain = [[*x] for x in zip(*ours.values(), strict=True)]
+            for found, wanted in plain:
+                torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+            changed.copy_(torch.randn_like(changed))  # and is seen
+            with s2s.use_backend("native"):
+                assert not torch.equal(model(src, trg, 0.0), ours["native"][0])
+                assert not torch.equal(model.generate(src, **OPTIONS).log_probs, ours["native"][2])
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        nn.RNN(E + H, H, 2, batch_first=True, nonlinearity="relu"),
+        nn.RNN(E + H, H, 2, batch_first=True, bias=False),
+        nn.RNN(E + H, H, 2, batch_first=True, bidirectional=True),
+    ],
+    ids=str,
+)
+def test_layers_of_a_decoder_that_are_others_are_refused(layers):
+    """The operation would compute what it always does."""
+    model, src, trg = make(("rnn", True, False)), sources(3, 5), torch.randint(3, V, (3, 7))
+    source, state = model.encode(src)
+    model.decoder.rnn = layers.eval()
+    calls = {
+        "forward": lambda: model(src, trg),
+        "loss": lambda: model.loss(src, trg),
+        "score": lambda: model.score(src, trg),
+        "generate": lambda: model.generate(src, backend="reference", **OPTIONS),
+        "run": lambda: model.decoder.run(trg, state, source),
+        "step": lambda: model.decoder(trg[:, 0], *state[:2], source),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="decoder.rnn: got RNN.*, expected one direction of"):
+            call()
+
+
+@pytest.mark.parametrize("place", ["fc_out", "attention.Wa", "attention.Ua", "attention.Va"])
+def test_a_linear_layer_without_a_bias_has_one_of_zeros(place):
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 7))
+    with torch.no_grad():
+        model.decoder.get_submodule(place).bias.zero_()
+    without = copy.deepcopy(model)
+    without.decoder.get_submodule(place).bias = None
+    for prepared in (False, True):
+        found = []
+        for m in (model, without):
+            if prepared:
+                m.prepare_inference(project_values=True)
+            torch.manual_seed(0)
+            random.seed(0)
+            logits = m(src, trg)
+            loss = m.loss(src, trg, 1.0)
+            loss.backward()
+            generated = m.generate(src, beam_size=2, **OPTIONS)
+            source, state = m.encode(src)
+            step = m.decoder(trg[:, 0], *state[:2], source)[0]
+            grads = m.decoder.lstm.weight_hh_l0.grad
+            found.append([logits, loss, grads, generated.scores, step, m.score(src, trg).log_probs])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_dropout_is_what_its_modules_say(part):
+    """In evaluation mode too, as Monte Carlo dropout wants it; and none in training where they are
+    in evaluation mode."""
+    torch.manual_seed(0)
+    parts = [cls(V_SRC, 6, 8, 2, 0.5) for cls in (s2s.Encoder, s2s.Decoder)]
+    model, src = s2s.Seq2Seq(*parts).eval().prepare_inference(), sources(3, 5)
+    trg = torch.randint(3, V_SRC, (3, 7))
+    owner = getattr(model, part)
+
+    def differs():
+        with torch.no_grad():
+            source, state = model.encode(src)
+            step = [model.decoder(trg[:, 0], *state[:2], source)[0] for _ in range(2)]
+            whole = [model(src, trg, 1.0) for _ in range(2)]
+        if part == "decoder":
+            assert torch.equal(*whole) == torch.equal(*step)
+        return not torch.equal(*whole)
+
+    assert not differs()
+    for module in (owner.dropout, owner.lstm):
+        module.train()
+        assert differs()
+        model.eval()
+        model.train()
+        (model.decoder if part == "encoder" else model.encoder).eval()
+        assert differs()
+        owner.dropout.eval()
+        assert differs()
+        owner.lstm.eval()
+        assert not differs()
+        owner.dropout.train()
+        owner.lstm.train()
+        owner.lstm.dropout = 0.0
+        owner.dropout.p = 0.0
+        assert not differs()
+        owner.lstm.dropout, owner.dropout.p = 0.5, 0.5
+        model.eval()
+    owner.dropout = nn.Identity().train()
+    assert not differs()
+    owner.dropout = nn.AlphaDropout(0.5)
+    if part == "encoder":
+        assert differs()  # which is called
+    else:
+        with pytest.raises(ValueError, match="decoder.dropout: got AlphaDropout, expected nn.Drop"):
+            differs()

@@ -21,16 +21,21 @@ def plain_layers(layers: nn.Module, cell_type: str) -> bool:
     )
 
 
-def check_fits(decoder: "Decoder") -> None:
-    """Raises ValueError, naming the module, what it has and what was expected: the engines read
-    weights by the decoder's widths."""
-    V, H, D = decoder.output_dim, decoder.hidden_dim, decoder.context_dim
+def check_layers(decoder: "Decoder") -> None:
+    """Raises ValueError where the recurrent layers are others than a decoder computes."""
     layers = decoder.layers
     if not plain_layers(layers, decoder.cell_type) or layers.bidirectional:
         raise ValueError(
             f"decoder.{decoder.cell_type}: got {layers}, expected one direction of"
             f" {MODES[decoder.cell_type]}, batch_first, with biases and no projection"
         )
+
+
+def check_fits(decoder: "Decoder") -> None:
+    """Raises ValueError, naming the module, what it has and what was expected: the engines read
+    weights by the decoder's widths."""
+    check_layers(decoder)
+    V, H, D, layers = decoder.output_dim, decoder.hidden_dim, decoder.context_dim, decoder.layers
     E = decoder.embedding.weight.shape[1]
     wanted = {"input_size": E + D, "hidden_size": H, "num_layers": decoder.n_layers}
     for name, expected in wanted.items():
@@ -54,7 +59,8 @@ def check_fits(decoder: "Decoder") -> None:
 
 def _linear(name: str, module: nn.Module, shape: tuple[int, int], like: Tensor) -> None:
     _weight(f"{name}.weight", getattr(module, "weight", None), shape, like)
-    _weight(f"{name}.bias", getattr(module, "bias", None), shape[:1], like)
+    if getattr(module, "bias", None) is not None:
+        _weight(f"{name}.bias", module.bias, shape[:1], like)
 
 
 def _weight(name: str, weight: object, shape: tuple[int, ...], like: Tensor) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
+from ..ops.modules import bias_of
 from . import sampling, stepwise, together
 from .options import DecodingOptions
-from .packing import modules_of
+from .packing import watch_of
 from .results import Generated
 from .watch import WeightWatch
 
@@ -276,7 +277,7 @@ class Loops:
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         if not self.watch.holds():
-            self.watch = WeightWatch(modules_of(decoder))
+            self.watch = watch_of(decoder)
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:
@@ -349,9 +350,9 @@ def weights_of(
         from_hidden = F.pad(w_hidden, (0, 0, G - len(w_hidden), 0))
         weights += [product(from_input, from_hidden), bias]
     if decoder.attention is not None:
-        weights += [product(cast(decoder.attention.Wa.weight)), cast(decoder.attention.Wa.bias)]
+        weights += [product(cast(decoder.attention.Wa.weight)), cast(bias_of(decoder.attention.Wa))]
     H, readout = decoder.layers.hidden_size, cast(decoder.fc_out.weight)
-    return [*weights, product(readout[:, H:], readout[:, :H]), cast(decoder.fc_out.bias)]
+    return [*weights, product(readout[:, H:], readout[:, :H]), cast(bias_of(decoder.fc_out))]
 
 
 def prepare(decoder: "Decoder") -> None:

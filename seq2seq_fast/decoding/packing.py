@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.attention_decoder import _weights_of
+from ..ops.modules import bias_of, make_weights
 from .fits import check_fits
 from .watch import WeightWatch
 
@@ -73,8 +74,8 @@ def pack_decoder(
     product with them, nor with those of tokens, of which there may be MOST_GATES; see
     `Seq2Seq.prepare_inference`.
     """
+    watch = watch_of(decoder)
     check_fits(decoder)
-    watch = WeightWatch(modules_of(decoder))
     with torch.no_grad():
         wide = _in_float32(decoder)
         weights = _side_by_side(_pack(wide, DTYPES[dtype], seek, project_values))
@@ -98,6 +99,15 @@ def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
     tables: dict[str, Any] = decoder._modules
     for name in ("embedding", decoder.cell_type, "fc_out", "attention"):
         yield tables, name
+
+
+@torch.no_grad()
+def watch_of(decoder: "Decoder") -> WeightWatch:
+    """Of the weights that decoding reads, as they are now."""
+    for table, name in modules_of(decoder):
+        if table.get(name) is not None:
+            make_weights(*table[name].modules())
+    return WeightWatch(modules_of(decoder))
 
 
 class PackedLayers(NamedTuple):
@@ -180,7 +190,7 @@ def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tenso
 
 
 def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
-    bias = pack_rows(linear.bias[:, None], 1).flatten()
+    bias = pack_rows(bias_of(linear)[:, None], 1).flatten()
     return [*pack_matrix(linear.weight, 1, dtype), bias]
 
 
@@ -239,7 +249,7 @@ def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Te
     largest of each panel's columns; the weights (V, K) in dtype. All empty where it is not sought:
     not wanted, few tokens, or weights that are not finite."""
     linear, H = decoder.fc_out, decoder.layers.hidden_size
-    w, bias, (V, K) = linear.weight.detach(), linear.bias.detach(), linear.weight.shape
+    w, bias, (V, K) = linear.weight.detach(), bias_of(linear).detach(), linear.weight.shape
     nothing = w.new_empty(0, 1)
     empty = [*pack_six_bits(nothing), *pack_matrix(nothing, 1, torch.int8), *2 * [w.new_empty(0)]]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:

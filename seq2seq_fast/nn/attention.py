@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
 from ..ops.linear import linear
 from ..ops.location import Location, check_channels, location_attention
+from ..ops.modules import make_weights
 from . import checks
 
 
@@ -79,6 +80,7 @@ class Attention(nn.Module):
         scores see no location."""
         if not self.location:
             return None
+        make_weights(self.location_conv, self.location_dense)
         weights = self.location_conv.weight, self.location_dense.weight
         return Location(*weights, self.location, state)
 
@@ -95,8 +97,9 @@ class Attention(nn.Module):
         checks.mask(mask, encoder_outputs)
         # Softmax cancels Va's bias. It stays in the graph, with a gradient of zero as in the plain
         # form, since DistributedDataParallel expects one of every parameter.
+        make_weights(self.Va)
         v = self.Va.weight[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.Va.bias is not None:
             v = v + 0 * self.Va.bias
         keys = linear(self.Ua, encoder_outputs)
         # What a step adds to keys leaves no use for their exponentials.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..decoding import native
+from ..decoding.fits import check_layers
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
 from ..library import asked_for
@@ -15,6 +16,7 @@ from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from ..ops.checks import flag
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
+from ..ops.modules import bias_of, dropout_rate, make_weights, rate_between_layers
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent
@@ -200,6 +202,8 @@ class Decoder(nn.Module):
         """The weights, if they lie prepared as a step that needs no gradient reads them."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        if self._drops():
+            return None
         packed = self.packed
         if packed is None or packed.dtype != "float32" or packed.projects_values:
             return None
@@ -247,6 +251,8 @@ class Decoder(nn.Module):
         feedback: Sequence[int] = (),
     ) -> DecoderOutput:
         """`run`, unchecked."""
+        check_layers(self)
+        make_weights(self.layers, self.fc_out)
         embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
         factors, between_layers = self._dropout_factors(*embedded.shape[:2])
         if factors is not None:
@@ -255,6 +261,7 @@ class Decoder(nn.Module):
         attends: dict[str, Any] = {"context": state.context}
         if isinstance(source, PreparedSource):
             assert self.attention is not None
+            make_weights(self.attention.Wa)
             query = self.attention.Wa.weight, self.attention.Wa.bias
             attends |= {"query": query, **source._asdict()}
             attends["location"] = self.attention.located(state.location)
@@ -262,7 +269,7 @@ class Decoder(nn.Module):
             attends["context"] = source
         fed_back = None
         if feedback:
-            readout = self.embedding.weight, self.fc_out.weight, self.fc_out.bias
+            readout = self.embedding.weight, self.fc_out.weight, bias_of(self.fc_out)
             fed_back = Feedback(feedback, *readout, factors)
         return attention_decoder(
             embedded.transpose(0, 1),
@@ -277,17 +284,21 @@ class Decoder(nn.Module):
             recompute=self.recompute,
         )
 
+    def _drops(self) -> bool:
+        embedded = dropout_rate("decoder.dropout", self.dropout)
+        return embedded > 0 or rate_between_layers(self.layers) > 0
+
     def _dropout_factors(self, T: int, B: int) -> tuple[Tensor | None, Tensor | None]:
         """(T, B, E) of embedded tokens and (n_layers - 1, B, T, H) between layers, or None."""
-        p = self.dropout.p
-        if not self.training or p == 0 or T == 0:
-            return None, None
-        like, n_between = self.embedding.weight, self.layers.num_layers - 1
-        factors = dropout_factors((T, B, like.shape[1]), p, like)
-        if n_between == 0:
-            return factors, None
-        shape = (n_between, T, B, self.layers.hidden_size)
-        return factors, dropout_factors(shape, p, like).transpose(1, 2)
+        embedded = dropout_rate("decoder.dropout", self.dropout)
+        between, like = rate_between_layers(self.layers), self.embedding.weight
+        factors = of_layers = None
+        if embedded > 0 and T > 0:
+            factors = dropout_factors((T, B, like.shape[1]), embedded, like)
+        if between > 0 and T > 0:
+            shape = (self.layers.num_layers - 1, T, B, self.layers.hidden_size)
+            of_layers = dropout_factors(shape, between, like).transpose(1, 2)
+        return factors, of_layers
 
     def check_state(self, state: DecoderState, source: Tensor | PreparedSource) -> None:
         """state is one of a prepared source's rows."""

@@ -11,6 +11,7 @@ from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
 from ..ops.checks import flag
 from ..ops.dropout import dropout_factors
+from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
 from .cells import recurrent
 from .lengths import Rows
@@ -90,8 +91,10 @@ class Encoder(nn.Module):
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
         rows = None if lengths is None else Rows.of(lengths, src)
         embedded = self.embedding(src)
-        if self.training and self.dropout.p > 0:
-            embedded = embedded * dropout_factors(embedded.shape, self.dropout.p, embedded)
+        if type(self.dropout) is not nn.Dropout or has_hooks(self.dropout):
+            embedded = self.dropout(embedded)
+        elif (p := dropout_rate("encoder.dropout", self.dropout)) > 0:
+            embedded = embedded * dropout_factors(embedded.shape, p, embedded)
         outputs, hidden, cell = self._recur(embedded, rows)
         hidden = self._both_directions(hidden)
         cell = None if cell is None else self._both_directions(cell)
@@ -141,9 +144,9 @@ class Encoder(nn.Module):
         """
         if not self._runs_in_loops(x):
             return None
-        trains = torch.is_grad_enabled() and self.training
+        trains = torch.is_grad_enabled() and self.layers.training
         if self.packed is not None and not (
-            self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+            self.layers.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         ):
             return self._run_packed
         lacks = rows is not None or torch.is_autocast_enabled("cpu")
@@ -170,7 +173,7 @@ class Encoder(nn.Module):
         return (
             type(layers) in (nn.LSTM, nn.GRU, nn.RNN)
             and plain_layers(layers, self.cell_type)
-            and not (layers._forward_hooks or layers._forward_pre_hooks)
+            and not has_hooks(layers)
             and embedded.is_cpu
             and embedded.dtype == torch.float32
             and not (
@@ -184,7 +187,7 @@ class Encoder(nn.Module):
     def _run(self, x: Tensor, rows: Rows | None) -> _States:
         """What the layers make of x (B, S, E), in the decoder's loop."""
         layers, weights = self.layers, self.layers.all_weights
-        dropout = layers.dropout if self.training else 0.0
+        dropout = rate_between_layers(layers)
         if rows is None and not layers.bidirectional:
             out = self._through(x, weights, dropout)
             return out.outputs, out.hidden, out.cell

@@ -13,6 +13,7 @@ from ..library import use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.checks import flag, whole
 from ..ops.linear_cross_entropy import loss_of_steps
+from ..ops.modules import bias_of
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
@@ -79,7 +80,7 @@ class Seq2Seq(nn.Module):
             out.outputs,
             out.contexts,
             self.decoder.fc_out.weight,
-            self.decoder.fc_out.bias,
+            bias_of(self.decoder.fc_out),
             out.logits,
             feedback,
         )
@@ -108,7 +109,7 @@ class Seq2Seq(nn.Module):
         return loss_of_steps(
             torch.cat([out.outputs, out.contexts], -1),
             self.decoder.fc_out.weight,
-            self.decoder.fc_out.bias,
+            bias_of(self.decoder.fc_out),
             trg[:, 1:].long(),
             weight,
             None if out.logits is None else out.logits[:, 1:],

@@ -6,13 +6,19 @@ from torch import Tensor, nn
 from ..library import asked_for
 from .additive_attention import _autocast_on, _needs_grad, _once, _wanted
 from .kernels import product
+from .modules import has_hooks
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = product(x, weight.T)
+    return out if bias is None else out.add_(bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return product(x, weight.T).add_(bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -29,7 +35,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x) of x (..., K); layers that are more than a weight and a bias are called."""
-    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    plain = type(layer) is nn.Linear and not has_hooks(layer)
     plain = plain and x.is_cpu and x.dtype == torch.float32 and not _autocast_on(x)
     if not plain or asked_for(None) == "reference":
         return layer(x)
@@ -37,5 +43,5 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if _needs_grad(rows, weight, bias):
         out = _Linear.apply(rows, weight, bias)
     else:
-        out = product(rows, weight.T).add_(bias)
+        out = _product(rows, weight, bias)
     return out.unflatten(0, x.shape[:-1])

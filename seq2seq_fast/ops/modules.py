@@ -1,0 +1,46 @@
+"""What the library reads of PyTorch's modules, which it does not always call."""
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MAKE_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to know of calls of a module, which then must be called."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def make_weights(*modules: nn.Module | None) -> None:
+    """Does what a call begins with where a module's weights are made of others: by `prune`,
+    `weight_norm` and `spectral_norm` of torch.nn.utils, which hang themselves in front of it."""
+    for module in modules:
+        if module is None or not module._forward_pre_hooks:
+            continue
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _MAKE_WEIGHTS):
+                hook(module, None)
+
+
+def bias_of(layer: nn.Linear) -> Tensor:
+    """(N,), zeros where the layer has none."""
+    if layer.bias is None:
+        return layer.weight.new_zeros(layer.weight.shape[0])
+    return layer.bias
+
+
+def dropout_rate(name: str, module: nn.Module) -> float:
+    """The probability by which a dropout module drops now."""
+    if type(module) is nn.Identity:
+        return 0.0
+    if not isinstance(module, nn.Dropout):
+        raise ValueError(f"{name}: got {type(module).__name__}, expected nn.Dropout or nn.Identity")
+    return module.p if module.training else 0.0
+
+
+def rate_between_layers(layers: nn.RNNBase) -> float:
+    """The same of what a recurrent module does between its layers."""
+    return layers.dropout if layers.training and layers.num_layers > 1 else 0.0
