@@ -39,6 +39,12 @@ def make(kind=KINDS[0], V=11, H=13, layers=2, seed=0, pad_idx=0, size=4.0, locat
     return model
 
 
+def suited(options, kind):
+    """options, of a decoder without attention those that make sense there."""
+    of_attention = ("return_weights", "coverage_penalty", "max_length_ratio")
+    return {k: x for k, x in options.items() if kind[1] or k not in of_attention}
+
+
 def sources(B, S, seed=0):
     """Rows of different lengths, filled up with padding."""
     g = torch.Generator().manual_seed(seed)

@@ -22,6 +22,7 @@ from decoding_models import (
     make,
     rescored,
     sources,
+    suited,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,13 +68,12 @@ def test_the_engine_decodes_as_plain_pytorch_does(
     model, src = make(kind, V, H, layers, seed, location=location), sources(B, S, seed)
     if project_values and kind in PROJECT:
         model.prepare_inference(project_values=True)
-    if not kind[1]:
-        coverage_penalty, options = 0.0, options | {"return_weights": False}
     options = options | {
         "n_best": min(options["beam_size"], 1 + seed % 3),
         "coverage_penalty": coverage_penalty,
         "prefix": torch.randint(3, V, (B, P)) if P else None,
     }
+    options = suited(options, kind)
     results = [
         model.generate(src, bos=BOS, eos=EOS, backend=backend, **options)
         for backend in ("native", "reference")
@@ -337,6 +337,17 @@ def test_score_is_the_forward_pass_log_softmax(kind):
     assert grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scores_are_summed_in_float32_at_least(dtype):
+    model, src = make(size=1.0).to(dtype), sources(4, 6)
+    trg = torch.randint(3, 11, (4, 300))
+    found = model.score(src, trg)
+    log_p = model(src, trg, 1.0)[:, 1:].double().log_softmax(-1)
+    want = log_p.gather(2, trg[:, 1:, None]).squeeze(2).sum(1)
+    assert found.log_probs.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.log_probs.double(), want, rtol=1e-6, atol=0)
+
+
 def test_many_threads_at_once():
     model = make(V=300, H=48).prepare_inference()
     inputs = [sources(1 + i % 3, 5 + i % 4, i) for i in range(8)]
@@ -423,8 +434,13 @@ def test_training_mode_warns_once_and_decodes_without_dropout(monkeypatch):
     parts = [cls(V_SRC, 6, 8, 2, 0.5) for cls in (s2s.Encoder, s2s.Decoder)]
     model, src = s2s.Seq2Seq(*parts), sources(3, 5)
     options = {"bos": BOS, "eos": EOS, "max_length": 8}
-    with pytest.warns(UserWarning, match="training mode"):
+    with pytest.warns(UserWarning, match="training mode") as warned:
         first = model.generate(src, **options)
+    assert warned[0].filename == __file__
+    monkeypatch.setattr(decoding, "_warned", False)
+    with pytest.warns(UserWarning, match="training mode") as warned:
+        s2s.generate(model.decoder, *model.encode(src), **options)
+    assert warned[0].filename == __file__
     assert model.training and model.decoder.training
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -68,8 +68,26 @@ GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
     ids=lambda x: None if isinstance(x, type) else str(x),
 )
 def test_bad_options_are_refused(options, error, message):
+    model, src = make(), sources(3, 5)
+    nothing = model.encode(src[:0])
+    model.encoder.forward = None  # nothing is computed before
     with pytest.raises(error, match=message):
-        make().generate(sources(3, 5), **GOOD | options)
+        model.generate(src, **GOOD | options)
+    with pytest.raises(error, match=message):
+        s2s.generate(model.decoder, *nothing, **GOOD | options)
+
+
+def test_bad_targets_are_refused_before_anything_is_computed():
+    model, src = make(), sources(3, 5)
+    model.encoder.forward = None
+    trg = torch.full((4, 6), 3)
+    for call in (model, model.loss, model.score):
+        with pytest.raises(ValueError, match=r"trg: got shape \(4, 6\), expected .* B = 3 as src"):
+            call(src, trg)
+        with pytest.raises(ValueError, match=r"trg: got shape \(3, 0\), .* T above 0"):
+            call(src, trg[:3, :0])
+    with pytest.raises(ValueError, match="eos: got 11"):
+        model.score(src, trg[:3], eos=11)
 
 
 def test_options_that_are_not_known_or_not_given_are_named():
@@ -110,7 +128,7 @@ def test_a_length_beyond_all_numbers_is_the_greatest():
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]])
 def test_another_default_device_changes_nothing(kind):
-    src, options = sources(3, 5), GOOD | {"max_length_ratio": 1.5}
+    src, options = sources(3, 5), GOOD | ({"max_length_ratio": 1.5} if kind[1] else {})
     want = make(kind).generate(src, **options)
     model = make(kind)
     with torch.device("meta"):
@@ -212,7 +230,8 @@ def test_bad_calls_name_the_argument(call, error, message):
 def test_other_bad_input_is_refused():
     model, src = make(), sources(3, 5)
     bare = make(KINDS[5])
-    for option in ({"return_weights": True}, {"coverage_penalty": 0.1}):
+    refused = {"return_weights": True}, {"coverage_penalty": 0.1}, {"max_length_ratio": 0.5}
+    for option in refused:
         with pytest.raises(ValueError, match=f"{next(iter(option))}: .*without attention"):
             bare.generate(src, **GOOD, **option)
     source, state = model.encode(src)

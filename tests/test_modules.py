@@ -310,6 +310,11 @@ BAD = {
         TypeError,
         "dropout: got NoneType, expected a number",
     ),
+    "encoder dropout bool": (
+        lambda: s2s.Encoder(11, 5, 8, 1, True),
+        TypeError,
+        "dropout: got bool, expected a number",
+    ),
     "encoder dropout": (lambda: s2s.Encoder(11, 5, 8, 2, 1.5), ValueError, "dropout: got 1.5"),
     "decoder sizes": (lambda: s2s.Decoder(0, 5, 8, 2, 0.0), ValueError, "output_dim: got 0"),
     "attention size": (lambda: s2s.Attention(0), ValueError, "hidden_dim: got 0"),

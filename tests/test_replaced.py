@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 import seq2seq_fast as s2s
+from seq2seq_fast import decoding
 from seq2seq_fast.decoding import evaluating
 from seq2seq_fast.library import asked_for
 
@@ -239,6 +241,30 @@ def test_dropout_is_off_until_the_last_call_has_ended():
     second.__exit__()
     assert all(m.training for m in model.decoder.modules()) and not model.encoder.training
     assert not evaluating._inside
+
+
+def test_dropout_stays_off_whenever_another_call_ends():
+    """One that had seen a model in evaluation mode, and not who had put it there."""
+    model, asked = make().train(), decoding._training
+    first, second = evaluating(model), evaluating(model)
+
+    def meanwhile(module):
+        found = asked(module)
+        other = threading.Thread(target=first.__exit__)
+        other.start()
+        other.join(0.2)  # where it must not wait for the lock, it has ended
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first.__enter__()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "_training", meanwhile)
+            second.__enter__()
+    time.sleep(0.2)
+    assert not any(m.training for m in model.modules())
+    second.__exit__()
+    assert model.training and not evaluating._inside
 
 
 def test_forward_mode_is_refused():

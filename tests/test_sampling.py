@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from decoding_models import BOS, EOS, KINDS, check_same, make, sources
+from decoding_models import BOS, EOS, KINDS, check_same, make, sources, suited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dropout import philox as philox_of_one
@@ -59,7 +59,8 @@ def test_every_engine_draws_the_same(kind, options, P, B, S, H, V, dtype, seed):
     model, src = make(kind, V, H, 2, seed), sources(B, S, seed)
     if dtype is not None:
         model.prepare_inference(project_values=dtype == "projected" and kind[1])
-    options = options | {"prefix": torch.randint(3, V, (B, P)) if P else None}
+    prefix = torch.randint(3, V, (B, P)) if P else None
+    options = suited(options, kind) | {"prefix": prefix}
     check_same(model, src, *(drawn(model, src, seed, backend=b, **options) for b in BACKENDS))
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from decoding_models import BOS, EOS, KINDS, check_same, make, sources
+from decoding_models import BOS, EOS, KINDS, check_same, make, sources, suited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,10 +88,11 @@ def test_the_results_are_those_of_all_logits(
 ):
     model, src = make(kind, V, H, seed=seed, size=size), sources(B, 9, seed)
     options = options | {
-        "coverage_penalty": coverage_penalty if kind[1] else 0.0,
+        "coverage_penalty": coverage_penalty,
         "prefix": torch.randint(3, V, (B, P)) if P else None,
-        "return_weights": kind[1],
+        "return_weights": True,
     }
+    options = suited(options, kind)
     if temperature is not None:
         options |= {"sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     source, state = model.encode(src)

@@ -1,6 +1,7 @@
 """Decoding: greedy, beam search, sampling; scores of given targets. B batch, n generated tokens."""
 
 import contextlib
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from ..library import asked_for, use_backend
 from ..ops.checks import flag, tensor, whole
+from ..ops.linear import linear
 from . import graphed, native, stepwise
 from .options import DecodingOptions, checked, token_ids
 from .packing import DTYPES, PackedDecoder, pack_decoder
@@ -63,13 +65,14 @@ def generate(
         with torch.no_grad(), evaluating(decoder):
             asked = checked(options, B, decoder.output_dim, decoder.attention is not None)
             prepared = decoder.source(source)
-            _check_state(decoder, prepared, state)
+            decoder.check_state(state, prepared)
             packed = _ready(decoder, backend)
+            engine = packed is not None or native.chosen(decoder, backend)
             if B == 0:
                 found = _nothing(asked, prepared, state)
             elif packed is not None:
                 found = native.generate(decoder, packed, prepared, state, asked)
-            elif native.chosen(decoder, backend):
+            elif engine:
                 if state.hidden.is_cuda:
                     found = graphed.generate(decoder, prepared, state, asked)
                 else:
@@ -184,21 +187,18 @@ def score(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     B = _rows(decoder, state)
-    token_ids("trg", trg, decoder.output_dim)
-    if trg.dim() != 2 or trg.shape[0] != B or trg.shape[1] == 0:
+    check_targets(decoder, trg, eos)
+    if trg.shape[0] != B:
         raise ValueError(
             f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {B} as the source has"
-            " and T above 0"
         )
-    if trg.device != state.hidden.device:
-        raise ValueError(f"trg: is on {trg.device}, expected {state.hidden.device} as the state is")
-    if eos is not None:
-        whole("eos", eos, 0, decoder.output_dim - 1)
     prepared = decoder.source(source)
-    _check_state(decoder, prepared, state)
+    decoder.check_state(state, prepared)
     fed, wanted = trg[:, :-1], trg[:, 1:].long()
     out = decoder.steps(fed, state, prepared)
-    logits = decoder.fc_out(torch.cat([out.outputs, out.contexts], -1))
+    logits = linear(decoder.fc_out, torch.cat([out.outputs, out.contexts], -1))
+    if logits.dtype != torch.float64:
+        logits = logits.float()
     log_probs = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
     log_probs = log_probs.view(wanted.shape)
     weights = out.weights
@@ -207,6 +207,27 @@ def score(
         log_probs = log_probs.masked_fill(ended, 0)
         weights = None if weights is None else weights.masked_fill(ended[..., None], 0)
     return Scored(log_probs, log_probs.sum(1), weights)
+
+
+def check_targets(decoder: "Decoder", trg: object, eos: object) -> None:
+    """What `score` asks of them, but for the rows of a source."""
+    device = decoder.fc_out.weight.device
+    token_ids("trg", trg, decoder.output_dim)
+    assert isinstance(trg, Tensor)
+    if trg.dim() != 2 or trg.shape[1] == 0:
+        raise ValueError(f"trg: got shape {tuple(trg.shape)}, expected (B, T) with T above 0")
+    if trg.device != device:
+        raise ValueError(f"trg: is on {trg.device}, expected {device} as the decoder is")
+    if eos is not None:
+        whole("eos", eos, 0, decoder.output_dim - 1)
+
+
+def check(decoder: "Decoder", src: object, backend: str | None, options: dict[str, Any]) -> None:
+    """What can be asked of the arguments of `generate` before the source has been encoded."""
+    rows = src.shape[0] if isinstance(src, Tensor) and src.dim() > 0 else 0
+    checked(options, rows, decoder.output_dim, decoder.attention is not None)
+    if _ready(decoder, backend) is None:
+        native.chosen(decoder, backend)
 
 
 def _training(model: nn.Module) -> bool:
@@ -220,6 +241,18 @@ def _training(model: nn.Module) -> bool:
             return True
         left += module._modules.values()
     return False
+
+
+def _levels_outside() -> int:
+    """What `warnings.warn` of this function's caller calls the first frame that is neither this
+    library's nor PyTorch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_OURS = (__name__.partition(".")[0], "torch")
 
 
 class evaluating:
@@ -236,24 +269,27 @@ class evaluating:
 
     def __enter__(self) -> None:
         global _warned
-        trains = _training(self._model)
-        if not trains and not self._inside:  # most often
-            return
-        if trains and not _warned:
-            _warned = True
-            warnings.warn(
-                "decoding a model in training mode: dropout is turned off meanwhile, in all"
-                " threads; call model.eval()",
-                stacklevel=4,
-            )
+        with self._lock:  # or another thread could turn dropout on between question and answer
+            trains = _training(self._model)
+            if not trains and not self._inside:  # most often
+                return
+            if not trains or _warned:
+                return self._turn_off()
+        _warned = True
+        warnings.warn(  # which may raise, and so comes first
+            "decoding a model in training mode: dropout is turned off meanwhile, in all threads;"
+            " call model.eval()",
+            stacklevel=_levels_outside(),
+        )
         with self._lock:
-            self._modules = [
-                m for m in self._model.modules() if m.training or id(m) in self._inside
-            ]
-            for module in self._modules:
-                blocks = self._inside.get(id(module), (module, 0))[1]
-                self._inside[id(module)] = module, blocks + 1
-                module.training = False
+            self._turn_off()
+
+    def _turn_off(self) -> None:
+        self._modules = [m for m in self._model.modules() if m.training or id(m) in self._inside]
+        for module in self._modules:
+            blocks = self._inside.get(id(module), (module, 0))[1]
+            self._inside[id(module)] = module, blocks + 1
+            module.training = False
 
     def __exit__(self, *_: object) -> None:
         if not self._modules:
@@ -277,10 +313,6 @@ def _rows(decoder: "Decoder", state: "DecoderState") -> int:
     if hidden.dim() != 3:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (n_layers, B, H)")
     return hidden.shape[1]
-
-
-def _check_state(decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> None:
-    decoder.check_state(state, source)
 
 
 def _nothing(

@@ -160,7 +160,7 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
         raise ValueError(f"top_p: got {options.top_p}, expected above 0 and at most 1")
     _sampling(options)
     if not attention:
-        for name in ("coverage_penalty", "return_weights"):
+        for name in ("coverage_penalty", "return_weights", "max_length_ratio"):
             if getattr(options, name):
                 raise ValueError(
                     f"{name}: got {getattr(options, name)}, expected nothing of a decoder"

@@ -22,7 +22,7 @@ class Generated(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a model makes of given targets."""
+    """What a model makes of given targets; log-probabilities are float32, or a model's float64."""
 
     token_log_probs: Tensor  # (B, T - 1) of the tokens after the first, zeros after the end
     log_probs: Tensor  # (B,), their sum

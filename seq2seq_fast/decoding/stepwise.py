@@ -64,8 +64,7 @@ def row_limits(source: "Source", options: DecodingOptions, batch: int) -> Tensor
     if options.max_length_ratio is None:  # a prefix is no longer than max_length
         return torch.full((batch,), options.max_length, device="cpu")
     positions = attended(source)
-    if positions is None:  # nothing that a length is relative to
-        return options.limits(torch.full((batch,), options.max_length, device="cpu"))
+    assert positions is not None  # lengths relative to nothing have been refused
     return options.limits(positions.sum(1))
 
 

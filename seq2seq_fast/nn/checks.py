@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.additive_attention import PreparedKeys
-from ..ops.checks import bools, instance, powers, tensor
+from ..ops.checks import bools, instance, powers, probability, tensor
 from ..ops.location import state_to_check
 
 if TYPE_CHECKING:
@@ -24,12 +24,17 @@ def decoder_state(state: object) -> None:
         raise TypeError(f"state: got {type(state).__name__}, expected a DecoderState")
 
 
-def probability(name: str, p: float) -> None:
+def teacher_forcing_ratio(x: float) -> None:
     """True and False will do: always, never."""
-    if not isinstance(p, (int, float)):
-        raise TypeError(f"{name}: got {type(p).__name__}, expected a number between 0 and 1")
-    if not 0 <= p <= 1:
-        raise ValueError(f"{name}: got {p}, expected between 0 and 1")
+    probability("teacher_forcing_ratio", float(x) if isinstance(x, bool) else x)
+
+
+def batches_agree(src: object, trg: Tensor) -> None:
+    """trg (B, T) has the rows of src, which the encoder may not have looked at yet."""
+    if isinstance(src, Tensor) and src.dim() > 1 and src.shape[0] != trg.shape[0]:
+        raise ValueError(
+            f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {src.shape[0]} as src has"
+        )
 
 
 def part(name: str, x: object, expected: str, *attributes: str) -> None:

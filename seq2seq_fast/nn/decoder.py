@@ -13,7 +13,7 @@ from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder
 from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
-from ..ops.checks import flag
+from ..ops.checks import flag, probability
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
 from ..ops.modules import bias_of, dropout_rate, make_weights, rate_between_layers
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         checks.at_least_one(
             output_dim=output_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
         )
-        checks.probability("dropout", dropout)
+        probability("dropout", dropout)
         flag(attention=attention, query_after=query_after, recompute=recompute)
         encoder_dim = hidden_dim if encoder_dim is None else encoder_dim
         attention_dim = hidden_dim if attention_dim is None else attention_dim

@@ -9,7 +9,7 @@ from ..decoding.fits import plain_layers
 from ..decoding.packing import PackedLayers, pack_layers
 from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
-from ..ops.checks import flag
+from ..ops.checks import flag, probability
 from ..ops.dropout import dropout_factors
 from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         checks.at_least_one(
             input_dim=input_dim, emb_dim=emb_dim, hidden_dim=hidden_dim, n_layers=n_layers
         )
-        checks.probability("dropout", dropout)
+        probability("dropout", dropout)
         flag(bidirectional=bidirectional)
         self.cell_type = cell_type
         self.output_dim = hidden_dim * (2 if bidirectional else 1)

@@ -121,15 +121,13 @@ class Seq2Seq(nn.Module):
 
     def _decode(self, src: Tensor, trg: Tensor, ratio: float) -> tuple[DecoderOutput, list[int]]:
         """All steps but the readout, and which of them are fed the argmax of the step before."""
-        checks.probability("teacher_forcing_ratio", ratio)
+        checks.teacher_forcing_ratio(ratio)
         device = self.decoder.embedding.weight.device
         checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
+        checks.batches_agree(src, trg)
+        if trg.shape[1] == 0:
+            raise ValueError(f"trg: got shape {tuple(trg.shape)}, expected (B, T) with T above 0")
         source, state = self.encode(src)
-        if trg.shape[0] != src.shape[0] or trg.shape[1] == 0:
-            raise ValueError(
-                f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {src.shape[0]} as"
-                " src has and T above 0"
-            )
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
         if torch.compiler.is_compiling() and ratio in (0, 1):  # which needs none and takes none
             forced = [ratio == 1] * (trg.shape[1] - 1)
@@ -171,6 +169,7 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        decoding.check(self.decoder, src, backend, options)
         plain = use_backend("reference") if backend == "reference" else contextlib.nullcontext()
         with decoding.evaluating(self), plain:
             source, state = self.encode(src)
@@ -184,6 +183,8 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        decoding.check_targets(self.decoder, trg, eos)
+        checks.batches_agree(src, trg)
         source, state = self.encode(src)
         return decoding.score(self.decoder, source, state, trg, eos=eos)
 
