@@ -164,7 +164,9 @@ _FALLBACKS = {
 _lib = torch.library.Library("seq2seq_fast", "DEF")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema)
-    if _name in _FALLBACKS:  # decoding's is decoding/stepwise.py, which is no function of tensors
+    # Decoding's is decoding/stepwise.py, which is no function of tensors. Those of a location are
+    # chosen where they are called, since the op of another backend is not theirs.
+    if _name in _FALLBACKS:
         _lib.impl(_name, _FALLBACKS[_name], "CompositeExplicitAutograd")
 
 # find_spec, not `except ImportError`: a broken build must be seen.
@@ -247,6 +249,14 @@ def _has(backend: str, name: str, device: str) -> bool:
 _USABLE = {
     key: tuple(backend for backend in order if _has(backend, *key)) for key, order in ORDER.items()
 }
+# What is an op of its own on the CPU alone: elsewhere others do it.
+for _device in ("cpu", "cuda"):
+    _USABLE["location_attention", _device] = _USABLE["additive_attention", _device]
+_USABLE["decode", "cuda"] = _USABLE["decode_steps", "cuda"]
+_PARTS = (  # of others: nobody asks for a backend of these
+    "product", "products", "dropout_factors", "decoder_step", "recurrent_layers", "weights_memory",
+    "decode_steps", "decode_greedy", "decode_results",
+)  # fmt: skip
 
 
 class _Forced(threading.local):
@@ -266,7 +276,11 @@ def backends() -> dict[str, dict[str, tuple[str, ...]]]:
     only when asked for by name. A GPU that the extension was not built for has no "native".
     """
     usable = _usable if torch.cuda.is_available() else _built
-    return {name: {device: usable(name, device) for device in ("cpu", "cuda")} for name in SCHEMAS}
+    return {
+        name: {device: usable(name, device) for device in ("cpu", "cuda")}
+        for name in SCHEMAS
+        if name not in _PARTS
+    }
 
 
 def _built(op: str, device: str) -> tuple[str, ...]:
@@ -307,7 +321,7 @@ def _asked_of_gpus() -> bool:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend: "native", "triton" or "reference". It holds
-    for the thread that is in the block."""
+    for the thread that is in the block. (Dropout's masks are made alike by all.)"""
     check_backend_name(name)
     before, _forced.name = _forced.name, name
     try:
@@ -318,7 +332,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def check_backend_name(name: str) -> None:
     if name not in BACKENDS:
-        raise ValueError(f'backend: got {name!r}, expected "native", "triton" or "reference"')
+        raise ValueError(f"backend: got {name!r}, expected one of {list(BACKENDS)}")
 
 
 def asked_for(backend: str | None) -> str | None:

@@ -11,6 +11,7 @@ import torch
 
 import seq2seq_fast as s2s
 from seq2seq_fast import library
+from seq2seq_fast.ops.kernels import fake
 
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc")
 
@@ -252,6 +253,10 @@ def test_backends_and_their_names():
     with s2s.use_backend("reference"):
         inside = s2s.additive_attention(q, k, values, v)
         named = s2s.additive_attention(q, k, values, v, backend="native")
+        assert s2s.prepare_keys(k).powers is None
+    assert "decode" in s2s.backends() and "weights_memory" not in s2s.backends()
+    with pytest.raises(KeyError, match="no_such_op"):
+        fake("no_such_op")
     plain = s2s.additive_attention(q, k, values, v, backend="reference")
     assert torch.equal(inside[0], plain[0])
     assert torch.equal(named[0], s2s.additive_attention(q, k, values, v)[0])

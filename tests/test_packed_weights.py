@@ -1,8 +1,10 @@
 """A decoder's packed weights: reduced, with values projected, and after the decoder has changed."""
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -188,6 +190,43 @@ def test_packed_weights_lie_side_by_side(dtype):
         if b.numel():
             assert b.data_ptr() % 64 == 0 and b.data_ptr() >= end
             end = b.data_ptr() + b.nbytes
+
+
+def test_nothing_is_kept_of_weights_that_are_gone():
+    """Neither their memory nor the packed ones; but how they were prepared."""
+    model, src = make().prepare_inference("bfloat16", project_values=True), sources(3, 6)
+    options = {"bos": BOS, "eos": EOS, "max_length": 6}
+    before = model.generate(src, **options)
+    kept = id(model.decoder.packed), id(model.encoder.packed)
+    model.to("cpu").float()  # which changes nothing
+    assert (id(model.decoder.packed), id(model.encoder.packed)) == kept
+    old = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
+    model.double()
+    for part in (model.decoder, model.encoder):
+        assert part.packed.weights.memory.numel() == 0 and not part.packed.watch.holds()
+    gc.collect()
+    assert not any(ref() for ref in old)
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+    model.float()
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+    assert model.decoder.packed.weights.memory.numel() > 0
+    assert model.decoder.packed.dtype == "bfloat16" and model.decoder.packed.projects_values
+    assert model.prepare_inference(None) is model
+    assert model.decoder.packed is None and model.encoder.packed is None
+    assert torch.equal(model.generate(src, **options).tokens, before.tokens)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_carry_no_packed_weights(clone):
+    model = make().prepare_inference("int8")
+    assert len(pickle.dumps(model)) < 1.1 * len(pickle.dumps(make()))
+    twin = clone(model)
+    assert twin.decoder.packed.weights.memory.numel() == 0 and twin.decoder.packed.dtype == "int8"
+    src, options = sources(3, 6), {"bos": BOS, "eos": EOS, "max_length": 6}
+    for prepared in (twin, model):  # the model's own are still there
+        found = prepared.generate(src, **options)
+        assert prepared.decoder.packed.weights.memory.numel() > 0
+    assert torch.equal(found.tokens, twin.generate(src, **options).tokens)
 
 
 @pytest.mark.parametrize("project_values", [False, True])

@@ -121,10 +121,13 @@ def _at_once(
         return None
 
 
-def prepare_inference(decoder: "Decoder", dtype: str, project_values: bool = False) -> None:
+def prepare_inference(decoder: "Decoder", dtype: str | None, project_values: bool = False) -> None:
     """See `Seq2Seq.prepare_inference`."""
+    if dtype is None:
+        decoder.packed = decoder.loops = None
+        return
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)}")
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)} or None")
     flag(project_values=project_values)
     weight = decoder.fc_out.weight
     if weight.dtype not in native.DTYPES or weight.device.type not in native.OPS:

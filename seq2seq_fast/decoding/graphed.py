@@ -274,6 +274,14 @@ class Loops:
     def __reduce__(self):
         return Loops, ()
 
+    def let_go(self) -> None:
+        """Of what was made of weights that are others by now."""
+        with self.lock:
+            if not self.watch.holds():
+                self.watch = WeightWatch()
+                self.weights.clear()
+                self.kept.clear()
+
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         if not self.watch.holds():

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits ther
 
 
 class Packed(NamedTuple):
-    """Tensors in one piece of memory, and where they lie there: see csrc/cpu/packed_product.h."""
+    """Tensors in one piece of memory, and where they lie there: see csrc/cpu/packed_product.h.
+    Copies have none, since a copied `WeightWatch` does not hold: they are packed anew."""
 
     memory: Tensor  # uint8
     layout: Tensor  # (n, 7) int64
@@ -42,12 +43,21 @@ class Packed(NamedTuple):
             found.append(self.memory[start : start + n].view(dtype).view(shape))
         return found
 
+    @classmethod
+    def nothing(cls) -> "Packed":
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        return cls(memory, torch.empty(0, 7, dtype=torch.int64, device="cpu"))
+
+    def __reduce__(self) -> tuple:
+        return Packed.nothing, ()
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 class PackedDecoder(NamedTuple):
-    """A decoder's weights, packed, and whether they are still the decoder's."""
+    """A decoder's weights, packed, and whether they are still the decoder's. If not, they say how
+    to pack those that are."""
 
     weights: Packed  # in the order of PackedDecoder in csrc/cpu/decode_step.h
     dtype: str
@@ -99,6 +109,16 @@ def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
     tables: dict[str, Any] = decoder._modules
     for name in ("embedding", decoder.cell_type, "fc_out", "attention"):
         yield tables, name
+
+
+_Kept = TypeVar("_Kept", PackedDecoder, "PackedLayers")
+
+
+def let_go(packed: _Kept | None) -> _Kept | None:
+    """The same without weights that are others by now, and without the memory of those."""
+    if packed is None or packed.watch.holds():
+        return packed
+    return packed._replace(weights=Packed.nothing(), watch=WeightWatch())
 
 
 @torch.no_grad()

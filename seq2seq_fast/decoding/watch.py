@@ -1,5 +1,6 @@
 """Whether weights are still what they were when they were packed."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,10 @@ def _count_up(optimizer: Optimizer, *_: Any) -> None:
             torch.autograd.graph.increment_version(changed)
 
 
-register_optimizer_step_post_hook(_count_up)
+@functools.cache
+def _see_fused_optimizers() -> None:
+    """Once, and not before there are weights to watch: all optimizers of the process are asked."""
+    register_optimizer_step_post_hook(_count_up)
 
 
 class WeightWatch:
@@ -41,6 +45,8 @@ class WeightWatch:
         self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
         for table, name in modules:
             self._add(table, name)
+        if self._tensors:
+            _see_fused_optimizers()
 
     def _add(self, table: dict, name: str) -> None:
         module: nn.Module | None = table.get(name)

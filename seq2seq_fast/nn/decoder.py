@@ -10,7 +10,7 @@ from .. import decoding
 from ..decoding import native
 from ..decoding.fits import check_layers
 from ..decoding.graphed import Loops
-from ..decoding.packing import PackedDecoder
+from ..decoding.packing import PackedDecoder, let_go
 from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from ..ops.checks import flag, probability
@@ -114,6 +114,13 @@ class Decoder(nn.Module):
     def layers(self) -> nn.RNNBase:
         return getattr(self, self.cell_type)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
+        super()._apply(fn, recurse)  # to(), double(), cuda(): where weights may become others
+        self.packed = let_go(self.packed)
+        if self.loops is not None:
+            self.loops.let_go()
+        return self
+
     def forward(
         self,
         input: Tensor,
@@ -158,7 +165,7 @@ class Decoder(nn.Module):
         return (logits, *state[:2], *after, *where)
 
     def prepare_inference(
-        self, dtype: str = "float32", *, project_values: bool = False
+        self, dtype: str | None = "float32", *, project_values: bool = False
     ) -> "Decoder":
         """Keeps the weights packed for `seq2seq_fast.generate`, which else packs them at every
         call; for those whose encoder is none of this library. See `Seq2Seq.prepare_inference`.
@@ -167,7 +174,7 @@ class Decoder(nn.Module):
             The decoder itself.
 
         Raises:
-            ValueError: as `Seq2Seq.prepare_inference`.
+            TypeError, ValueError: as `Seq2Seq.prepare_inference`.
         """
         decoding.prepare_inference(self, dtype, project_values)
         return self

@@ -1,12 +1,13 @@
 """The recurrent encoder; B batch, S source, batch first."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..decoding.fits import plain_layers
-from ..decoding.packing import PackedLayers, pack_layers
+from ..decoding.packing import PackedLayers, let_go, pack_layers
 from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
 from ..ops.checks import flag, probability
@@ -68,6 +69,11 @@ class Encoder(nn.Module):
     @property
     def layers(self) -> nn.RNNBase:
         return getattr(self, self.cell_type)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Encoder":
+        super()._apply(fn, recurse)  # to(), double(), cuda(): where weights may become others
+        self.packed = let_go(self.packed)
+        return self
 
     def forward(
         self, src: Tensor, lengths: Tensor | None = None

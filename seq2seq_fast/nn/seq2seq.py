@@ -189,7 +189,7 @@ class Seq2Seq(nn.Module):
         return decoding.score(self.decoder, source, state, trg, eos=eos)
 
     def prepare_inference(
-        self, dtype: str = "float32", *, project_values: bool = False
+        self, dtype: str | None = "float32", *, project_values: bool = False
     ) -> "Seq2Seq":
         """Keeps the decoder's weights packed for `generate`, which else packs them at every call,
         and those of the encoder's recurrent layers, in float32. Single calls of encoder and
@@ -197,9 +197,10 @@ class Seq2Seq(nn.Module):
         no values are projected.
 
         Any number of threads may generate at once. The packed copy follows the parameters: it is
-        made anew at the next call after they were changed in place or exchanged. (Changes through
-        `.data`, NumPy or DLPack are not seen.) On a GPU `generate` keeps what it needs by itself,
-        and this does no more than make it ready.
+        made anew at the next call after they were changed in place or exchanged, and is no part of
+        copies and pickles, which make their own. (Changes through `.data`, NumPy or DLPack, and
+        those of shared memory by another process, are not seen.) On a GPU `generate` keeps what it
+        needs by itself, and this does no more than make it ready.
 
         But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
         in six and eight bits: greedy decoding then reads the bits, and of the dtype's numbers
@@ -208,7 +209,8 @@ class Seq2Seq(nn.Module):
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
-                weights are kept, while sums stay float32: less to read, and less exact.
+                weights are kept, while sums stay float32: less to read, and less exact. None lets
+                go of what is kept.
             project_values: multiply each source's values by the weights that the context meets
                 once, W (sum_s w[s] v[s]) = sum_s w[s] (W v[s]): those of the first layer, without
                 query_after, and in beam search those of the readout, but for int8. A step then
@@ -230,5 +232,8 @@ class Seq2Seq(nn.Module):
         """
         self.decoder.prepare_inference(dtype, project_values=project_values)
         if isinstance(self.encoder, Encoder):
-            self.encoder.prepare_inference()
+            if dtype is None:
+                self.encoder.packed = None
+            else:
+                self.encoder.prepare_inference()
         return self

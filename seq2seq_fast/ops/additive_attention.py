@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..library import HAS_KERNEL, choose
+from ..library import HAS_KERNEL, asked_for, choose
 from . import checks
 from .kernels import OPS, fake
 
@@ -204,7 +204,8 @@ def prepare_keys(keys: Tensor) -> PreparedKeys:
     """
     checks.keys(keys)
     powers = None
-    if keys.dtype != torch.float64 and HAS_KERNEL.get(("prepare_keys", keys.device.type)):
+    has_kernel = HAS_KERNEL.get(("prepare_keys", keys.device.type))
+    if keys.dtype != torch.float64 and has_kernel and asked_for(None) != "reference":
         powers = _ops.prepare_keys(keys.detach())
     return PreparedKeys(keys, powers)
 

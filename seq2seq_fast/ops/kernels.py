@@ -29,10 +29,13 @@ OPS = {
 def fake(name: str) -> Callable[[Callable], Callable]:
     """Registers what an op makes of shapes, whatever the backend."""
 
+    ops = [op for (of, _), op in OPS.items() if of == name]
+    if not ops:
+        raise KeyError(f"{name}: none of {sorted({of for of, _ in OPS})}")
+
     def register(function):
-        for (of, _), op in OPS.items():
-            if of == name:
-                torch.library.register_fake(op._qualified_op_name, function)
+        for op in ops:
+            torch.library.register_fake(op._qualified_op_name, function)
         return function
 
     return register

@@ -196,7 +196,7 @@ def location_attention(
         checks.tensor_like(name, x, query, spelled, *shape, any_float=autocast)
 
     check(location, tensor, *k.shape)
-    backend = choose("additive_attention", query, backend)
+    backend = choose("location_attention", query, backend)
     adds, detach = accumulates(location.channels), location.detach
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
     dtype = torch.float64 if query.dtype == torch.float64 else dtype
@@ -214,6 +214,7 @@ def location_attention(
                 (adds, detach), q, k, values, v, mask, *place
             )
         else:
-            op = OPS["location_attention", backend]
-            context, weights, after = op(q, k, values, v, mask, place, adds)
+            context, weights, after = OPS["location_attention", "native"](
+                q, k, values, v, mask, place, adds
+            )
     return context.to(dtype), weights.to(dtype), after
