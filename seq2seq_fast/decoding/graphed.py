@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.attention_decoder import _weights_of
+from ..ops.attention_decoder import layer_weights
 from ..ops.modules import bias_of
 from . import sampling, stepwise, together
 from .options import DecodingOptions
@@ -350,7 +350,7 @@ def weights_of(
         return F.pad(w, (0, _up(w.shape[1], multiple) - w.shape[1])).to(dtype)
 
     all_weights = [[cast(w) for w in layer] for layer in decoder.layers.all_weights]
-    layers = _weights_of(all_weights, decoder.cell_type)
+    layers = layer_weights(all_weights, decoder.cell_type)
     weights = [cast(decoder.embedding.weight)]
     for w_input, w_hidden, bias in zip(*(layers[i::3] for i in range(3)), strict=True):
         G = len(bias)

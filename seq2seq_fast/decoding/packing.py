@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.attention_decoder import _weights_of
+from ..ops.attention_decoder import layer_weights
 from ..ops.modules import bias_of, make_weights
 from .fits import check_fits
 from .watch import WeightWatch
@@ -144,7 +144,7 @@ def pack_layers(table: dict[str, Any], name: str) -> PackedLayers:
     packed: list[Tensor] = []
     watch = WeightWatch([(table, name)])
     with torch.no_grad():
-        weights = _weights_of(layers.all_weights, name)
+        weights = layer_weights(layers.all_weights, name)
         for i in range(0, len(weights), 3):
             for w in weights[i : i + 2]:
                 packed += pack_matrix(w, len(w) // layers.hidden_size, torch.float32)
@@ -170,7 +170,7 @@ def _side_by_side(weights: list[Tensor]) -> Packed:
 
 def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool) -> list[Tensor]:
     H, kind = decoder.layers.hidden_size, decoder.cell_type
-    layers, E = _weights_of(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
+    layers, E = layer_weights(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
     like = decoder.fc_out.weight
     nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
     context = nothing

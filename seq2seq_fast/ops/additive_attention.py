@@ -1,19 +1,17 @@
 """Additive attention: fake kernels, autograd and the public functions."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
 from ..library import HAS_KERNEL, asked_for, choose
 from . import checks
+from .autograd import as_autocast, autocast_on, distinct, needs_grad, once, wanted
 from .kernels import OPS, fake
 
 _ops = torch.ops.seq2seq_fast
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 @torch.library.register_fake("seq2seq_fast::prepare_keys")
@@ -55,30 +53,6 @@ class PreparedKeys(NamedTuple):
     powers: Tensor | None = None
 
 
-class _Once(torch.autograd.Function):
-    """Passes a gradient on, tied to what it depends on; differentiating it again raises."""
-
-    @staticmethod
-    def forward(ctx, grad, *depends_on):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "seq2seq_fast has no double backward; use backend='reference' where it is needed"
-        )
-
-
-def _once(grads: tuple[Tensor | None, ...], depends_on: tuple[Tensor, ...]):
-    if not torch.is_grad_enabled():  # true only with create_graph=True
-        return grads
-    return tuple(None if g is None else _Once.apply(g, *depends_on) for g in grads)
-
-
-def _wanted(grads, needs):
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, query, keys, v):
@@ -91,7 +65,7 @@ class _Scores(torch.autograd.Function):
         inputs, needs = (grad, *ctx.saved_tensors), ctx.needs_input_grad[1:]
         with torch.no_grad():
             grads = OPS["additive_scores_backward", ctx.backend](*inputs, *needs)
-        return None, *_once(_wanted(grads, needs), inputs)
+        return None, *once(wanted(grads, needs), inputs)
 
 
 class _Attention(torch.autograd.Function):
@@ -113,49 +87,8 @@ class _Attention(torch.autograd.Function):
             grads = OPS["additive_attention_backward", ctx.backend](
                 grad_context, grad_weights, *inputs, weights, ctx.scale, powers, *needs
             )
-        *grads, grad_bias = _once(_wanted(grads, needs), (grad_context, grad_weights, *inputs))
+        *grads, grad_bias = once(wanted(grads, needs), (grad_context, grad_weights, *inputs))
         return None, *grads, None, grad_bias, None, None
-
-
-def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
-    """What autocast makes of the arguments of a matrix product; float64 it leaves alone."""
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, *_HALVES) else x
-        for x in (query, *others)
-    )
-
-
-def _autocast_on(query: object) -> bool:
-    if not isinstance(query, Tensor):
-        return False
-    device = query.device.type  # meta is not one of autocast's devices: asking raises
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def _autocast_off(x: Tensor) -> contextlib.AbstractContextManager:
-    device = x.device.type
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same in a compiler, which takes no tensor twice as an argument of a Function."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    return tuple(
-        x.clone() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a call goes through autograd, which refuses forward mode rather than lose it."""
-    if forward_ad._current_level >= 0:
-        return True
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
 
 
 def additive_scores(
@@ -178,15 +111,15 @@ def additive_scores(
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2014, appendix A.1.2.
     """
-    if _autocast_on(query):
-        query, keys, v = _autocast(query, keys, v)
+    if autocast_on(query):
+        query, keys, v = as_autocast(query, keys, v)
     checks.scores(query, keys, v)
     single = query.dim() == 2
     q = query.unsqueeze(1) if single else query
     backend = choose("additive_scores", query, backend)
     if backend == "reference":
         out = reference.additive_scores(q, keys, v)
-    elif _needs_grad(query, keys, v):
+    elif needs_grad(query, keys, v):
         out = _Scores.apply(backend, *distinct(q, keys), v)
     else:
         out = OPS["additive_scores", backend](q, keys, v)
@@ -245,8 +178,8 @@ def additive_attention(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     k, powers = keys if isinstance(keys, PreparedKeys) else (keys, None)
-    if _autocast_on(query):
-        cast = _autocast(query, k, values, v, score_bias)
+    if autocast_on(query):
+        cast = as_autocast(query, k, values, v, score_bias)
         powers = powers if cast[1] is k else None
         query, k, values, v, score_bias = cast
     checks.attention(query, k, values, v, mask, score_bias)
@@ -263,7 +196,7 @@ def additive_attention(
             score_bias = score_bias.expand(B, S).unsqueeze(1)
         score_bias = score_bias.expand(B, 1 if single else query.shape[1], S)
     backend = choose("additive_attention", query, backend)
-    if backend != "reference" and not _needs_grad(query, k, values, v, score_bias):
+    if backend != "reference" and not needs_grad(query, k, values, v, score_bias):
         op = OPS["additive_attention", backend]
         return op(query, k, values, v, mask, score_bias, scale, powers)
     q = query.unsqueeze(1) if single else query

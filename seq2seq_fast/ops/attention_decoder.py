@@ -15,15 +15,8 @@ from ..library import choose
 from ..reference_decoder import Run
 from . import decoder_checks as checks
 from . import decoder_shapes  # noqa: F401, which registers them
-from .additive_attention import (
-    PreparedKeys,
-    _autocast_off,
-    _autocast_on,
-    _needs_grad,
-    _once,
-    _wanted,
-    distinct,
-)
+from .additive_attention import PreparedKeys
+from .autograd import autocast_off, autocast_on, distinct, needs_grad, once, wanted
 from .checks import instance
 from .dropout import dropout_factors
 from .kernels import OPS, product, products
@@ -94,10 +87,10 @@ class _Decoder(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=False))
         needs["weights"] = ctx.needs_input_grad[len(_INPUTS) :]
-        with torch.no_grad(), _autocast_off(ctx.saved_tensors[0]):
+        with torch.no_grad(), autocast_off(ctx.saved_tensors[0]):
             found = _backward(ctx.options, needs, grads, *ctx.saved_tensors)
         known = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
-        return _once(_wanted(found, ctx.needs_input_grad), known)
+        return once(wanted(found, ctx.needs_input_grad), known)
 
 
 _INPUTS = (
@@ -188,12 +181,48 @@ def _backward(
     options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, powers,
     dropout, state_dropout, *weights,
 ):  # fmt: skip
-    cell_type, query_after, _, backend, accumulates, detach = options
+    """Gradients of `_Decoder.forward`'s arguments."""
     layers, attention, location = _split(weights, inputs, hiddens)
-    L = hiddens.shape[0]
-    fed = contexts[:-1] if query_after else contexts[1:]
+    fed = contexts[:-1] if options.query_after else contexts[1:]
     if gates is None:
-        gates = _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention)
+        gates = _recomputed(options.cell_type, inputs, hiddens, fed, dropout, layers, attention)
+    need_state = needs["hidden"] or needs["cell"]
+    run = hiddens, cells, gates, queries, contexts, w, locations
+    steps, of_location = _recurrence_backward(
+        options, grads, run, layers, attention, location, powers, dropout, state_dropout, need_state
+    )
+    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = steps
+    dx, fed = dgates[..., : layers[0].shape[0]], fed if attention else None
+    found = _layer_gradients(needs["weights"], dgates, inputs, hiddens, fed, dropout, layers)
+    if attention:
+        _, _, _, keys, values, v = attention
+        need_query, need_bias, need_keys, _, need_v = needs["weights"][len(layers) :][:5]
+        state = hiddens[-1, 1:] if options.query_after else hiddens[-1, :-1]
+        need = need_query or need_bias
+        found += _products(dq, state, sums=True) if need else [None, None]
+        if location:
+            dkeys, dv, *of_location = of_location
+        else:
+            _, dkeys, dv = OPS["additive_scores_backward", options.backend](
+                ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
+            )
+        dvalues = torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1))
+        found += [dkeys, dvalues, dv, *(of_location if location else [])]
+    dinputs = None
+    if needs["inputs"]:
+        dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
+    dcontext = dcontext if options.query_after else None
+    return dinputs, dhidden, dcell, dcontext, *6 * [None], *found
+
+
+def _recurrence_backward(
+    options, grads, run, layers, attention, location, powers, dropout, state_dropout, need_state
+):  # fmt: skip
+    """What the backend's op makes of gradients of `_results`: those of gates, queries, scores,
+    contexts and of the states before the first step; and those of keys, v and a location, which
+    it makes where there is one."""
+    hiddens, cells, gates, queries, contexts, w, locations = run
+    cell_type, query_after, _, backend, adds, detach = options
 
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
@@ -202,35 +231,36 @@ def _backward(
         in_place = backend == "native" and grad is not None and grad.stride(-1) == 1
         return grad if in_place else dense(grad, like)
 
-    outputs, steps, rows, last, last_cell, last_location = grads
+    of_outputs, of_contexts, of_weights, of_hidden, of_cell, of_location = grads
     args = (
-        rows_of(outputs, hiddens[-1, 1:]),
-        rows_of(steps, contexts[1:]),
-        dense(rows, w),
-        dense(last, hiddens[:, -1]),
-        dense(last_cell, cells[:, -1]) if cell_type == "lstm" else cells,
-        hiddens, cells, gates, queries, w, layers, attention,
-        powers, dropout, cell_type, query_after, needs["hidden"] or needs["cell"],
+        rows_of(of_outputs, hiddens[-1, 1:]),
+        rows_of(of_contexts, contexts[1:]),
+        dense(of_weights, w),
+        dense(of_hidden, hiddens[:, -1]),
+        dense(of_cell, cells[:, -1]) if cell_type == "lstm" else cells,
+        hiddens, cells, gates, queries, w, layers, attention, powers, dropout, cell_type,
+        query_after, need_state,
     )  # fmt: skip
-    of_location: list[Tensor] = []
-    if location or state_dropout is not None:
-        last_location = dense(last_location, locations[-1]) if location else locations
-        location = location and [*location[:2], locations]
-        more = (last_location, location, accumulates, detach, state_dropout)
-        *found, dkeys, dv, dconv, dprojection, dstate = OPS["extended_decoder_backward", backend](
-            *args, *more
-        )
-        of_location = [dconv, dprojection, dstate] if location else []
+    if not location and state_dropout is None:
+        return OPS["attention_decoder_backward", backend](*args), []
+    if location:
+        of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
     else:
-        found = OPS["attention_decoder_backward", backend](*args)
-    dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = found
-    n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
+        of_location = locations
+    more = (of_location, location, adds, detach, state_dropout)
+    found = OPS["extended_decoder_backward", backend](*args, *more)
+    return found[:7], found[7:]
+
+
+def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers):
+    """Of weights and bias of each layer; the first one reads [inputs; fed] where fed is given."""
+    n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], dgates.shape[-1]
     dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]
     found = []
-    for i in range(L):
-        need_input, need_hidden, need_bias = needs["weights"][3 * i : 3 * i + 3]
+    for i in range(len(layers) // 3):
+        need_input, need_hidden, need_bias = needs[3 * i : 3 * i + 3]
         rows, state = _layer_inputs(inputs, hiddens, dropout, i), hiddens[i, :-1]
-        if attention and i == 0:
+        if fed is not None and i == 0:
             rows = torch.cat([rows, fed], -1)
         one_bias = layers[3 * i + 2].dim() == 1
         if need_input and need_hidden and need_bias and one_bias and n_in == n_hidden == G:
@@ -239,27 +269,10 @@ def _backward(
         found += _products(dx[i], rows) if need_input else [None]
         found += _products(dh[i], state) if need_hidden else [None]
         found.append(dgates[i].sum((0, 1) if one_bias else 0) if need_bias else None)
-    if attention:
-        *_, keys, values, v = attention
-        need_query, need_bias, need_keys, _, need_v = needs["weights"][3 * L : 3 * L + 5]
-        state = hiddens[-1, 1:] if query_after else hiddens[-1, :-1]
-        need = need_query or need_bias
-        found += _products(dq, state, sums=True) if need else [None, None]
-        if not location:
-            _, dkeys, dv = OPS["additive_scores_backward", backend](
-                ds.transpose(0, 1), queries.transpose(0, 1), keys, v, False, need_keys, need_v
-            )
-        found.append(dkeys)
-        found.append(torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1)))
-        found += [dv, *of_location]
-    dinputs = None
-    if needs["inputs"]:
-        dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
-    dcontext = dcontext if query_after else None
-    return dinputs, dhidden, dcell, dcontext, *6 * [None], *found
+    return found
 
 
-def _weights_of(layers, cell_type):
+def layer_weights(layers, cell_type):
     """nn.LSTM's, nn.GRU's or nn.RNN's weights in the ops' order: w_input, w_hidden and bias of each
     layer, but the first w_input is over [input; context] still."""
     weights = []
@@ -340,7 +353,7 @@ def attention_decoder(
         checks.listed("query", query, "weight and bias", 2)
     if feedback is not None:
         instance("feedback", feedback, Feedback)
-    autocast = _autocast_on(inputs)
+    autocast = autocast_on(inputs)
     if query is not None and query[1] is None and isinstance(query[0], Tensor):
         query = query[0], query[0].new_zeros(query[0].shape[:1])
     attention = (*((None, None) if query is None else query), keys, values, v)
@@ -359,7 +372,7 @@ def attention_decoder(
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
 
-    with _autocast_off(inputs):
+    with autocast_off(inputs):
         steps, first = cast(inputs).transpose(0, 1).contiguous(), cast(hidden).contiguous()
         found = _decode(
             steps,
@@ -407,7 +420,7 @@ def _decode(
     inputs, hidden, cell, layers, attention, mask, powers, context, factors, options, feedback,
     location,
 ):  # fmt: skip
-    weights = [*_weights_of(layers, options.cell_type), *attention, *location]
+    weights = [*layer_weights(layers, options.cell_type), *attention, *location]
     E = inputs.shape[2]
     if not attention and weights[0].shape[1] > E:  # the same at every step: a part of the bias
         from_context, bias = context @ weights[0][:, E:].T, weights[2]
@@ -420,7 +433,7 @@ def _decode(
             input_dropout = input_dropout.transpose(0, 1).contiguous()
     args = (hidden, cell, weights, mask, powers, context, factors)
     fed_back = (steps, readout, input_dropout)
-    grad = _needs_grad(inputs, hidden, cell, context, *weights, *readout)
+    grad = needs_grad(inputs, hidden, cell, context, *weights, *readout)
     if options.backend == "reference" or not grad:
         run = _run(options, inputs, *args, fed_back)
         results = _results(run)

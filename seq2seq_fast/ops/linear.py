@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..library import asked_for
-from .additive_attention import _autocast_on, _needs_grad, _once, _wanted
+from .autograd import autocast_on, needs_grad, once, wanted
 from .kernels import product
 from .modules import has_hooks
 
@@ -30,17 +30,17 @@ class _Linear(torch.autograd.Function):
                 product(grad.T, x) if need_weight else None,
                 grad.sum(0) if need_bias else None,
             )
-        return _once(_wanted(found, ctx.needs_input_grad), (grad, x, weight))
+        return once(wanted(found, ctx.needs_input_grad), (grad, x, weight))
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x) of x (..., K); layers that are more than a weight and a bias are called."""
     plain = type(layer) is nn.Linear and not has_hooks(layer)
-    plain = plain and x.is_cpu and x.dtype == torch.float32 and not _autocast_on(x)
+    plain = plain and x.is_cpu and x.dtype == torch.float32 and not autocast_on(x)
     if not plain or asked_for(None) == "reference":
         return layer(x)
     rows, weight, bias = x.flatten(0, -2), layer.weight, layer.bias
-    if _needs_grad(rows, weight, bias):
+    if needs_grad(rows, weight, bias):
         out = _Linear.apply(rows, weight, bias)
     else:
         out = _product(rows, weight, bias)

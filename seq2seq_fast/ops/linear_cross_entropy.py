@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..library import asked_for, choose
 from . import checks
-from .additive_attention import _autocast_off, _autocast_on, _needs_grad, _once, _wanted
+from .autograd import autocast_off, autocast_on, needs_grad, once, wanted
 
 _op = torch.ops.seq2seq_fast.linear_cross_entropy
 
@@ -38,9 +38,9 @@ class _Loss(torch.autograd.Function):
         *inputs, d_input, d_weight, d_bias = ctx.saved_tensors
         with torch.no_grad():
             found = [d_input * grad, d_weight * grad, d_bias * grad]
-        found = _wanted(found, ctx.needs_input_grad[:3])
+        found = wanted(found, ctx.needs_input_grad[:3])
         known = [x for x in (grad, *inputs) if x is not None]
-        return *_once(found, known), *[None] * 7
+        return *once(found, known), *[None] * 7
 
 
 def loss_of_steps(
@@ -59,7 +59,7 @@ def loss_of_steps(
 ) -> Tensor:
     """`linear_cross_entropy` of input (B, T, K) and target (B, T); logits (B, T, V) has [:, t]
     already for each t of `steps`, without gradients of its own."""
-    autocast = _autocast_on(input)
+    autocast = autocast_on(input)
     checks.linear_cross_entropy(
         input, linear_weight, linear_bias, target, weight, reduction, label_smoothing, autocast
     )
@@ -76,7 +76,7 @@ def loss_of_steps(
         return None if x is None else x.to(within)
 
     choose("linear_cross_entropy", input, backend)  # an error where it is not there
-    with _autocast_off(input):
+    with autocast_off(input):
         args = (cast(input), cast(linear_weight), cast(linear_bias))
         if asked_for(backend) == "reference":
             loss = F.cross_entropy(
@@ -90,7 +90,7 @@ def loss_of_steps(
         else:
             options = (list(steps), label_smoothing, ignore_index, reduction == "mean")
             others = (target, cast(weight), cast(logits), *options)
-            if _needs_grad(*args):
+            if needs_grad(*args):
                 loss = _Loss.apply(*args, *others)
             else:
                 loss, *_ = _op(*args, *others, False, False, False)

@@ -9,16 +9,8 @@ from torch import Tensor
 from ..library import choose
 from ..reference_decoder import location_features, next_location
 from . import checks
-from .additive_attention import (
-    PreparedKeys,
-    _autocast_off,
-    _autocast_on,
-    _needs_grad,
-    _once,
-    _wanted,
-    additive_attention,
-    distinct,
-)
+from .additive_attention import PreparedKeys, additive_attention
+from .autograd import autocast_off, autocast_on, distinct, needs_grad, once, wanted
 from .kernels import OPS, fake
 
 CHANNELS = ("previous", "cumulative")
@@ -134,14 +126,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         query, keys, values, v, weights, *location = ctx.saved_tensors
-        with torch.no_grad(), _autocast_off(query):
+        with torch.no_grad(), autocast_off(query):
             dquery, dkeys, dv, *of_location = OPS["location_attention_backward", "native"](
                 *(g.contiguous() for g in grads), query, keys, values, v, weights, location,
                 ctx.accumulates, ctx.detach,
             )  # fmt: skip
             dvalues = weights.unsqueeze(2) * grads[0].unsqueeze(1)
         found = (None, dquery, dkeys, dvalues, dv, None, *of_location)
-        return _once(_wanted(found, ctx.needs_input_grad), (*grads, *ctx.saved_tensors))
+        return once(wanted(found, ctx.needs_input_grad), (*grads, *ctx.saved_tensors))
 
 
 def location_attention(
@@ -186,7 +178,7 @@ def location_attention(
         TypeError, ValueError: naming the argument, what came and what was expected.
     """
     k = keys.keys if isinstance(keys, PreparedKeys) else keys
-    autocast = _autocast_on(query)
+    autocast = autocast_on(query)
     checks.attention(query, k, values, v, mask, None, autocast)
     if query.dim() != 2:
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected (B, A)")
@@ -201,14 +193,14 @@ def location_attention(
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
     dtype = torch.float64 if query.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
-    with _autocast_off(query):
+    with autocast_off(query):
         q, k, values, v, *place = (x.to(within) for x in (query, k, values, v, *parts(location, k)))
         v = v if scale == 1 else v * scale
         if backend != "native" or not q.is_cpu:
             placed = k + location_features(place[2], place[0]) @ place[1].T
             context, weights = additive_attention(q, placed, values, v, mask=mask, backend=backend)
             after = next_location(place[2], weights, adds, detach)
-        elif _needs_grad(q, k, values, v, *place):
+        elif needs_grad(q, k, values, v, *place):
             k, values = distinct(k, values)
             context, weights, after = _Attention.apply(
                 (adds, detach), q, k, values, v, mask, *place

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..library import is_reference
-from .additive_attention import _autocast, _autocast_off, _autocast_on, _needs_grad, _once, _wanted
+from .autograd import as_autocast, autocast_off, autocast_on, needs_grad, once, wanted
 from .kernels import product
 
 
@@ -50,7 +50,7 @@ class _Readout(torch.autograd.Function):
         features, weight = ctx.saved_tensors
         need_output, need_context, need_weight, need_bias, _, _ = ctx.needs_input_grad
         grads = [None] * 6
-        with torch.no_grad(), _autocast_off(grad):
+        with torch.no_grad(), autocast_off(grad):
             rows = grad.flatten(0, 1)
             if need_output or need_context:
                 of_features = product(rows, weight).unflatten(0, grad.shape[:2])[:, 1:]
@@ -59,7 +59,7 @@ class _Readout(torch.autograd.Function):
                 # The first step's features are zero: its gradient goes nowhere.
                 of_weight = product(rows.T, features.flatten(0, 1))
                 grads[2], grads[3] = of_weight[:, :-1], of_weight[:, -1]
-        return _once(_wanted(grads, ctx.needs_input_grad), (grad, features, weight))
+        return once(wanted(grads, ctx.needs_input_grad), (grad, features, weight))
 
 
 def readout(
@@ -75,11 +75,11 @@ def readout(
     weight (V, H + D) is over [output; context], bias is (V,). made (B, T + 1, V) has [:, t] already
     for each t of `steps`; it is filled up in place.
     """
-    if _autocast_on(outputs):
-        outputs, contexts, weight, bias, made = _autocast(outputs, contexts, weight, bias, made)
+    if autocast_on(outputs):
+        outputs, contexts, weight, bias, made = as_autocast(outputs, contexts, weight, bias, made)
     if is_reference("attention_decoder", outputs, None):
         logits = F.linear(torch.cat([outputs, contexts], -1), weight, bias)
         return F.pad(logits, (0, 0, 1, 0))
-    if _needs_grad(outputs, contexts, weight, bias):
+    if needs_grad(outputs, contexts, weight, bias):
         return _Readout.apply(outputs, contexts, weight, bias, made, steps)
     return _logits(_features(outputs, contexts), weight, bias, made, steps)
