@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from . import reference
 
-INPUT_BLOCKS = {"lstm": 4, "gru": 3, "rnn": 1}
 BLOCKS = {"lstm": 4, "gru": 4, "rnn": 1}
 
 

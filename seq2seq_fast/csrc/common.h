@@ -71,6 +71,11 @@ inline Tensor view(const Tensor& x, std::initializer_list<int64_t> sizes,
   return Tensor(out);
 }
 
+// x (B, W) as (B, 1, W): one query, or one step, of each row
+inline Tensor one_of_each(const Tensor& x) {
+  return view(x, {x.size(0), 1, x.size(1)}, {x.stride(0), 0, x.stride(1)});
+}
+
 inline Tensor transposed(const Tensor& x) {
   return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
 }

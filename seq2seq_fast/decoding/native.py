@@ -70,7 +70,7 @@ class _Attended(NamedTuple):
 
     parts: list[Tensor]  # of the source, and how a location is seen in it
     mask: Tensor | None
-    adds: tuple[int, ...]  # of each channel of the location
+    accumulates: tuple[int, ...]  # of each channel of the location
 
 
 def _source(
@@ -84,8 +84,8 @@ def _source(
     powers = keys.new_empty(0) if powers is None else powers
     context = None if state.context is None else _floats(state.context)
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
-    place, adds = _located(decoder, source, state)
-    return context, _Attended(parts + place, source.mask, adds)
+    location, adds_up = _located(decoder, source, state)
+    return context, _Attended(parts + location, source.mask, adds_up)
 
 
 def _channels(decoder: "Decoder") -> tuple[str, ...]:
@@ -102,12 +102,12 @@ def _located(
         return [], ()
     attention = decoder.attention
     assert attention is not None
-    place = state.location
-    if place is None:
+    before = state.location
+    if before is None:
         B, S, _ = source.values.shape
-        place = source.values.new_zeros(B, len(channels), S)
+        before = source.values.new_zeros(B, len(channels), S)
     weights = attention.location_conv.weight, attention.location_dense.weight
-    return [_floats(x) for x in (*weights, place)], accumulates(channels)
+    return [_floats(x) for x in (*weights, before)], accumulates(channels)
 
 
 def generate(
@@ -144,8 +144,8 @@ def generate_as_is(
     keys, powers = source.keys
     powers = keys.new_empty(0) if powers is None else powers
     parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
-    place, adds = _located(decoder, source, state)
-    attended = _Attended(parts + place, source.mask, adds)
+    location, adds_up = _located(decoder, source, state)
+    attended = _Attended(parts + location, source.mask, adds_up)
     return _decode(decoder, packed, hidden, cell, context, attended, None, None, options)
 
 
@@ -183,7 +183,7 @@ def _decode(
             float(options.temperature),
             min(options.top_k, decoder.output_dim),
             float(options.top_p),
-            attended.adds,
+            attended.accumulates,
         )
     except RuntimeError:
         raised = interruption()
@@ -204,7 +204,7 @@ def step(
 ) -> tuple[Tensor, "DecoderState", Tensor | None]:
     """`Decoder.step` from packed weights."""
     context, attended = _source(decoder, source, state)
-    logits, hidden, cell, after, weights, place = torch.ops.seq2seq_fast.decoder_step.default(
+    logits, hidden, cell, after, weights, location = torch.ops.seq2seq_fast.decoder_step.default(
         *packed.weights,
         decoder.cell_type,
         decoder.query_after,
@@ -217,6 +217,6 @@ def step(
         hidden,
         None if state.cell is None else cell,
         after if decoder.query_after else None,
-        place if attended.adds else None,
+        location if attended.accumulates else None,
     )
     return logits, state, None if isinstance(source, Tensor) else weights

@@ -115,12 +115,11 @@ def _(grad_context, grad_weights, grad_next, query, keys, values, v, weights, lo
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, query, keys, values, v, mask, *location):
-        adds, ctx.detach = options
+        ctx.accumulates, ctx.detach = options
         context, weights, after = OPS["location_attention", "native"](
-            query, keys, values, v, mask, location, adds
+            query, keys, values, v, mask, location, ctx.accumulates
         )
         ctx.save_for_backward(query, keys, values, v, weights, *location)
-        ctx.accumulates = adds
         return context, weights, after
 
     @staticmethod
@@ -189,24 +188,24 @@ def location_attention(
 
     check(location, tensor, *k.shape)
     backend = choose("location_attention", query, backend)
-    adds, detach = accumulates(location.channels), location.detach
+    adds_up, detach = accumulates(location.channels), location.detach
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
     dtype = torch.float64 if query.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
     with autocast_off(query):
-        q, k, values, v, *place = (x.to(within) for x in (query, k, values, v, *parts(location, k)))
+        q, k, values, v, *seen = (x.to(within) for x in (query, k, values, v, *parts(location, k)))
         v = v if scale == 1 else v * scale
         if backend != "native" or not q.is_cpu:
-            placed = k + location_features(place[2], place[0]) @ place[1].T
+            placed = k + location_features(seen[2], seen[0]) @ seen[1].T
             context, weights = additive_attention(q, placed, values, v, mask=mask, backend=backend)
-            after = next_location(place[2], weights, adds, detach)
-        elif needs_grad(q, k, values, v, *place):
+            after = next_location(seen[2], weights, adds_up, detach)
+        elif needs_grad(q, k, values, v, *seen):
             k, values = distinct(k, values)
             context, weights, after = _Attention.apply(
-                (adds, detach), q, k, values, v, mask, *place
+                (adds_up, detach), q, k, values, v, mask, *seen
             )
         else:
             context, weights, after = OPS["location_attention", "native"](
-                q, k, values, v, mask, place, adds
+                q, k, values, v, mask, seen, adds_up
             )
     return context.to(dtype), weights.to(dtype), after

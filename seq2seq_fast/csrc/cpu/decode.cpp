@@ -235,7 +235,7 @@ std::vector<Candidate> Engine::best(const Search& search) const {
     const float* logits = readout.logits(m);
     const Normaliser r = readout.normaliser(m);
     const double so_far = search.log_probs[k];
-    choose(m);  // whatever it is, there is one
+    choose(m);  // for what it bars: one token at least is left
     for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
       const int64_t v = chunk * packed.chunk_width();
       double least = best.size() < most ? -INFINITY : best.back().log_prob;

@@ -10,7 +10,6 @@ namespace seq2seq_fast {
 namespace {
 
 constexpr size_t kBehindLayers = 5 + PackedReadout::kTensors;  // tensors
-constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
 // Chunks of the readout that one thread may be left alone with for a while.
 constexpr int64_t kManyChunks = 16;
 

@@ -4,14 +4,6 @@
 #include <cmath>
 
 namespace seq2seq_fast::decoder {
-namespace {
-
-// (B, W) as (B, 1, W)
-Tensor one_step(const Tensor& x) {
-  return view(x, {x.size(0), 1, x.size(1)}, {x.stride(0), 0, x.stride(1)});
-}
-
-}  // namespace
 
 void fill(const Tensor& out, const Tensor& bias) {
   const int64_t W = bias.size(bias.dim() - 1), stride = bias.stride(bias.dim() - 1);
@@ -40,18 +32,18 @@ Source::Source(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
 
 void Source::attend(const Tensor& query, const Tensor& context, const Tensor& weights) const {
   if (prepared)
-    return seq2seq_fast::attend(one_step(query), *prepared, values, v, mask, std::nullopt, 1.0,
-                                one_step(context), one_step(weights));
-  auto [c, w] = attention_double(one_step(query), keys, values, v, mask, std::nullopt, 1.0);
-  copy(one_step(context), c);
-  copy(one_step(weights), w);
+    return seq2seq_fast::attend(one_of_each(query), *prepared, values, v, mask, std::nullopt, 1.0,
+                                one_of_each(context), one_of_each(weights));
+  auto [c, w] = attention_double(one_of_each(query), keys, values, v, mask, std::nullopt, 1.0);
+  copy(one_of_each(context), c);
+  copy(one_of_each(weights), w);
 }
 
 static void backward_in_float(const Source& source, const Tensor& dcontext, const Tensor& dweights,
                               const Tensor& query, const Tensor& weights, const Tensor& dscores,
                               const Tensor& dquery) {
   const Keys& k = *source.prepared;
-  const Queries q(one_step(query), source.v);
+  const Queries q(one_of_each(query), source.v);
   const Rows<float> rows(source.values);
   const int64_t S = k.S, D = source.values.size(2), Hp = k.Hp;
   const bool v_last = q.max_v < INFINITY;  // as in scores_backward
@@ -89,10 +81,10 @@ void Source::attend_backward(const Tensor& dcontext, const Tensor& dweights, con
   if (prepared)
     return backward_in_float(*this, dcontext, dweights, query, weights, dscores, dquery);
   auto [dq, dk, dvalues, dv, ds] = attention_backward_double(
-      one_step(dcontext), one_step(dweights), one_step(query), keys, values, v, one_step(weights),
-      1.0, {true, false, false}, false, true);
-  copy(one_step(dquery), dq);
-  copy(one_step(dscores), ds);
+      one_of_each(dcontext), one_of_each(dweights), one_of_each(query), keys, values, v,
+      one_of_each(weights), 1.0, {true, false, false}, false, true);
+  copy(one_of_each(dquery), dq);
+  copy(one_of_each(dscores), ds);
 }
 
 }  // namespace seq2seq_fast::decoder

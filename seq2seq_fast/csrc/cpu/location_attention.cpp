@@ -9,17 +9,11 @@
 namespace seq2seq_fast {
 namespace {
 
-// (B, A) as (B, 1, A), for the checks that other queries have too
-Tensor one_query(const Tensor& x) {
-  return view(x, {x.size(0), 1, x.size(1)}, {x.stride(0), 0, x.stride(1)});
-}
-
 void check_location(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& v,
                     const std::vector<Tensor>& location) {
   STD_TORCH_CHECK(query.dim() == 2 && location.size() == 3,
-                  "expected query (B, A) and three of"
-                  " location");
-  check_attention(one_query(query), keys, values, v, std::nullopt, std::nullopt);
+                  "expected query (B, A) and three of location");
+  check_attention(one_of_each(query), keys, values, v, std::nullopt, std::nullopt);
   check_shape(location[2], keys.size(0), location[0].size(1), keys.size(1),
               "expected state (B, C, S)");
   STD_TORCH_CHECK(location[2].scalar_type() == query.scalar_type(),

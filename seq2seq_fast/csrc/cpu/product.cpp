@@ -23,9 +23,9 @@ constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
 // Of a task: enough for what is copied to be little, but such that a piece of them stays in the
 // cache's second level.
 constexpr int64_t kLeastRows = 96, kMostRows = 512;
-// Rows that meet a weight as it lies: at most kFewRows, and one for each kOfSums of k, beside which
+// Rows that meet a weight as it lies: at most kInPlace, and one for each kOfSums of k, beside which
 // adding up lanes at the end is little.
-constexpr int64_t kFewRows = 16, kOfSums = 32;
+constexpr int64_t kInPlace = 16, kOfSums = 32;
 constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
 // Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
@@ -160,7 +160,7 @@ void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor
 }
 bool are_few(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Float && a.stride(1) == 1 && b.stride(0) == 1 &&
-         b.size(1) > 1 && a.size(0) <= std::min(kFewRows, a.size(1) / kOfSums);
+         b.size(1) > 1 && a.size(0) <= std::min(kInPlace, a.size(1) / kOfSums);
 }
 
 // blas: which of the two is taken; None for the faster one.

@@ -17,7 +17,6 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
 constexpr int64_t kTensors = 5;        // of a layer: matrix and scales of both parts, bias
 
 struct Layer {
