@@ -146,6 +146,7 @@ def train(
         optimizer: over model's parameters.
         criterion: loss of logits (N, V) and targets (N,), N = B (T - 1), the start token left out.
         clip: largest norm of all gradients together, above 0; math.inf for any.
+        teacher_forcing_ratio: of steps that are fed trg's token, 0 to 1; see `Seq2Seq.forward`.
         progress: a line on standard error with batches, sequences ("words") a second and loss.
 
     Returns:

@@ -112,7 +112,8 @@ def _at_once(
         if widths != packed.widths:
             return None
         asked = checked(options, 0, decoder.output_dim, True)
-        # What depends on rows, and random numbers, which are not to be drawn in vain.
+        # What is checked against the rows that there are, and what asks a generator for a number,
+        # which must not be asked again should the engine refuse.
         if asked.prefix is not None or asked.max_length_ratio is not None or asked.sample:
             return None
         with torch.no_grad():

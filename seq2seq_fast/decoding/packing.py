@@ -63,7 +63,7 @@ class PackedDecoder(NamedTuple):
     dtype: str
     watch: WeightWatch
     projects_values: bool
-    widths: tuple[int, int, int]  # H, D, A: of panels they are not told to the last column
+    widths: tuple[int, int, int]  # H, D, A, which padded panels do not tell
 
 
 def pack_decoder(

@@ -182,7 +182,19 @@ class Decoder(nn.Module):
     def source(
         self, encoder_outputs: Tensor | PreparedSource, mask: Tensor | None = None
     ) -> Tensor | PreparedSource:
-        """What every step needs of the source, prepared: see `forward`."""
+        """What every step needs of the source, made once.
+
+        Args:
+            encoder_outputs: (B, S, D), of the dtype and device of the decoder's weights; what this
+                returned, which comes back as it is; without attention the context (B, D).
+            mask: (B, S) bool, True = attend, or None.
+
+        Returns:
+            `PreparedSource`; without attention the context.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
         if self.attention is not None:
             return self.attention.source(encoder_outputs, mask)
         if mask is not None:

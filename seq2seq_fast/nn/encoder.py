@@ -31,6 +31,10 @@ class Encoder(nn.Module):
         bidirectional: outputs, and states unless bridged, are 2 H wide, the forward half first.
         bridge_dim: width of the states handed to a decoder: hidden = tanh(bridge_hidden(state)),
             cell = bridge_cell(state). None hands them over as they are.
+
+    Attributes:
+        output_dim, state_dim: widths of outputs and of the states handed over. `Seq2Seq` reads
+            them, `cell_type` and `layers.num_layers` of an encoder of any kind.
     """
 
     packed: PackedLayers | None = None  # what prepare_inference left

@@ -100,7 +100,8 @@ class Seq2Seq(nn.Module):
 
         The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
         back the model's own argmax there are logits, one step at a time without gradients; of the
-        others some rows at a time (see `linear_cross_entropy`).
+        others some rows at a time (see `linear_cross_entropy`). The mean over no tokens, of T = 1
+        or nothing but ignore_index, is NaN, as PyTorch's.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
