@@ -118,13 +118,12 @@ def test_the_kernels_decode_as_plain_pytorch_does(
     kind, options, coverage_penalty, P, B, S, H, layers, V, seed, loop
 ):
     model, src = plain.make(kind, V, H, layers, seed), plain.sources(B, S, seed)
-    if not kind[1]:
-        coverage_penalty, options = 0.0, options | {"return_weights": False}
     options = options | {
         "n_best": min(options["beam_size"], 1 + seed % 3),
         "coverage_penalty": coverage_penalty,
         "prefix": torch.randint(3, V, (B, P)) if P else None,
     }
+    options = plain.suited(options, kind)
     with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP=loop):
         plain.check_same(model, src, *both(model, src, **options))
 
@@ -148,7 +147,7 @@ def test_greedy_decoding_in_one_launch(kind, options, P, B, S, H, layers, V, see
         "no_repeat_ngram": 0,
         "prefix": torch.randint(3, V, (B, P)) if P else None,
     }
-    options["return_weights"] &= kind[1]
+    options = plain.suited(options, kind)
     launches = torch.ops.seq2seq_fast_cuda_on_cpu.launches_together
     with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP="together"):
         before = launches()
