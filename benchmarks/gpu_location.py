@@ -33,7 +33,7 @@ def calls(system, mode, device, capture=captured):
 
     def library():
         out = ours.run(tokens, state, ours.source(values, mask))
-        return ours.fc_out(torch.cat([out.outputs, out.contexts], -1))
+        return ours.fc_out(out.features)
 
     backend = s2s.backends()["extended_decoder"][device][0]
     found = {f"library, {backend}": call(ours, library)}

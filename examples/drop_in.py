@@ -316,7 +316,7 @@ class TacotronDecoder(nn.Module):
                 ("previous", "cumulative"),
             ),
         )
-        x = torch.cat([out.outputs, out.contexts], 2)
+        x = out.features
         none = memory.new_empty(B, 0)
         hidden = self._over_steps(self.decoder_rnn, x, self.p_decoder_dropout, context=none).outputs
         features = torch.cat([hidden, out.contexts], 2)

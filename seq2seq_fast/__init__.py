@@ -6,11 +6,13 @@ from .library import backends, use_backend
 from .nn import Attention, Decoder, DecoderState, Encoder, PreparedSource, Seq2Seq
 from .ops.additive_attention import PreparedKeys, additive_attention, additive_scores, prepare_keys
 from .ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from .ops.attentional_vector import AttentionalVector
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.location import Location, location_attention
 
 __all__ = [
     "Attention",
+    "AttentionalVector",
     "Decoder",
     "DecoderOutput",
     "DecoderState",

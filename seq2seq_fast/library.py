@@ -40,19 +40,21 @@ SCHEMAS = {
     " int[] accumulates, bool detach)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # attention_decoder with what few models have: a location, of which backward gets the state
-    # before every step, and dropout of states.
+    # before every step, dropout of states, and attentional vectors.
     "extended_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
     " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
     " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
-    " Tensor[] location, int[] accumulates, Tensor? state_dropout)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor[] location, int[] accumulates, Tensor? state_dropout, Tensor[] vector, str activation,"
+    " Tensor? vector_dropout)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "extended_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after, bool need_state, Tensor grad_location,"
-    " Tensor[] location, int[] accumulates, bool detach, Tensor? state_dropout)"
+    " Tensor[] location, int[] accumulates, bool detach, Tensor? state_dropout,"
+    " Tensor grad_vectors, Tensor vectors, Tensor[] vector, str activation, Tensor? vector_dropout)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-    " Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
     # a with each of b in turn, and then, if they are wanted, the sums of its rows
@@ -66,12 +68,12 @@ SCHEMAS = {
     " Tensor cell, Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values, Tensor? seed,"
-    " float temperature, int top_k, float top_p, int[] accumulates)"
+    " float temperature, int top_k, float top_p, int[] accumulates, int[] vector)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One step of it, with all logits.
     "decoder_step": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor tokens,"
     " Tensor hidden, Tensor cell, Tensor? context, Tensor[] source, Tensor? mask,"
-    " int[] accumulates) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int[] accumulates, int[] vector) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # An encoder's layers, with weights packed as decoding has them.
     "recurrent_layers": "(Tensor x, Tensor? lengths, Tensor packed, Tensor layout, str cell_type,"
     " int hidden_dim, bool bidirectional) -> (Tensor, Tensor, Tensor)",
@@ -120,7 +122,7 @@ def _attention_backward(
 
 
 def _decoder(*args):
-    return reference_decoder.attention_decoder(*args)[:-1]  # there is no location
+    return reference_decoder.attention_decoder(*args)[:8]  # no location, no vectors
 
 
 def _product(a, b, blas=None):

@@ -34,6 +34,7 @@ class Run(NamedTuple):
     tokens: Tensor  # (F, B), what was fed back in each of F steps
     logits: Tensor  # (B, T + 1, V); [:, t] is written for the steps t that were fed its argmax
     locations: Tensor  # (T + 1, B, C, S), where was attended before each step
+    vectors: Tensor  # (T + 1, B, O), attentional vectors, the one before the first step first
 
 
 def activate(cell_type: str, gates: Tensor) -> Tensor:
@@ -112,6 +113,9 @@ def attention_decoder(
     accumulates: Sequence[int] = (),
     detach: bool = False,
     state_dropout: Tensor | None = None,
+    vector: Sequence[Tensor] = (),
+    activation: str = "tanh",
+    vector_dropout: Tensor | None = None,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -121,14 +125,15 @@ def attention_decoder(
         attention: w_context (I, D), w_query (A, H), b_query (A,), keys (B, S, A), values (B, S, D)
             and v (A,); or nothing for a decoder without attention.
         mask: (B, S) bool, True = attend.
-        context: (B, D), what the first step's cells read if the query comes after them; without
-            attention what the readout reads at every step.
+        context: (B, D), what the first step's cells read if the query comes after them, which is
+            (B, O) where there are attentional vectors; without attention what the readout reads at
+            every step.
         dropout: (L - 1, T, B, H), factors of what a layer hands to the next one.
         query_after: the query is the top layer's hidden state after the step, and the cells read
             the context of the step before; otherwise it is the state before the step, and they
             read that step's own context.
         feedback: the steps whose input is the argmax of the step before, read out by
-            readout = [embedding (V, E), weight (V, H + D), bias (V,)] and multiplied by
+            readout = [embedding (V, E), weight (V, H + D) or (V, O), bias (V,)] and multiplied by
             input_dropout (T, B, E).
         location: nothing, or filters (N, C, K), their projection (A, N), and where was attended
             before the first step (B, C, S). What the projection makes of `location_features`
@@ -138,21 +143,29 @@ def attention_decoder(
         detach: no gradient flows from a step to the weights of those before by the location.
         state_dropout: (L, T, B, H), factors of each layer's hidden state after a step, wherever it
             is read.
+        vector: nothing, or weight (O, H + D) and bias (O,) of the attentional vector: activation(
+            weight [output; context] + bias) after a step, "tanh" or "none", times vector_dropout
+            (T, B, O). The cells read that of the step before in place of its context, so that
+            w_context is (I, O), and the readout reads it alone. With query_after alone.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
     lstm = cell_type == "lstm"
     hiddens, cells = [hidden.unbind()], [cell.unbind() if lstm else (cell,) * L]
-    gates, queries, weights, tokens, contexts = [], [], [], [], []
+    gates, queries, weights, tokens = [], [], [], []
+    contexts: list[Tensor] = []
     logits, (A, S) = inputs.new_empty(0), (0, 0)
     if attention:
         w_context, w_query, b_query, keys, values, v = attention
         A, S = v.shape[0], keys.shape[1]
         layers = [torch.cat([layers[0], w_context], 1), *layers[1:]]
         if context is None:
-            context = values.new_zeros(B, values.shape[2])
+            context = values.new_zeros(B, vector[0].shape[0] if vector else values.shape[2])
+    vectors: list[Tensor] = []
     if context is not None:
-        contexts.append(context)
+        (vectors if vector else contexts).append(context)
+    if vector:
+        contexts.append(values.new_zeros(B, values.shape[2]))
     conv, projection, *locations = location or (None, None)
 
     def attend():
@@ -166,21 +179,29 @@ def attention_decoder(
         if locations:
             locations.append(next_location(locations[-1], w, accumulates, detach))
 
+    def features():
+        """What the readout reads after a step, and without attention before all of them too."""
+        return vectors[-1] if vector else torch.cat([hiddens[-1][-1], contexts[-1]], -1)
+
+    def join(t):
+        x = F.linear(torch.cat([hiddens[-1][-1], contexts[-1]], -1), *vector)
+        x = x.tanh() if activation == "tanh" else x
+        vectors.append(x if vector_dropout is None else x * vector_dropout[t])
+
     if feedback:
         embedding, w_out, b_out = readout
         logits = inputs.new_zeros(B, T + 1, w_out.shape[0])
     for t in range(T):
         x = inputs[t]
         if t in feedback:
-            features = torch.cat([hiddens[-1][-1], contexts[-1]], -1)
-            logits[:, t] = F.linear(features, w_out, b_out).detach()
+            logits[:, t] = F.linear(features(), w_out, b_out).detach()
             tokens.append(logits[:, t].argmax(-1))
             x = F.embedding(tokens[-1], embedding)
             x = x if input_dropout is None else x * input_dropout[t]
         if attention and not query_after:
             attend()
         if attention:
-            x = torch.cat([x, contexts[-1]], -1)
+            x = torch.cat([x, vectors[-1] if vector else contexts[-1]], -1)
         step: list[tuple[Tensor, Tensor, Tensor]] = []
         for i in range(L):
             if i > 0:
@@ -196,6 +217,8 @@ def attention_decoder(
         cells.append(memories)
         if attention and query_after:
             attend()
+        if vector:
+            join(t)
 
     def stack(rows, *empty, dim=0, wanted=bool(attention)):
         if not wanted:
@@ -213,6 +236,7 @@ def attention_decoder(
         torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=inputs.device),
         logits,
         torch.stack(locations) if locations else inputs.new_empty(0),
+        torch.stack(vectors) if vectors else inputs.new_empty(0),
     )
 
 

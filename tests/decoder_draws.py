@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 
 @st.composite
-def problems(draw, attention=None):
+def problems(draw, attention=None, vectors=False):
     """Arguments of `problem`: a failing draw is printed, so it had better be short."""
     largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
     sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
@@ -13,11 +13,18 @@ def problems(draw, attention=None):
         attention = draw(st.booleans()) or draw(st.booleans())
     T = sizes["T"]
     fed_back = draw(st.sets(st.integers(1, T - 1))) if T > 1 else ()
+    after = attention and draw(st.booleans())
+    if vectors and after:
+        sizes |= {
+            "joined": draw(st.sampled_from(["", "tanh", "none"])),
+            "O": draw(st.integers(1, 70)),
+            "vectors_dropped": draw(st.booleans()),
+        }
     return sizes | {
         "cell_type": draw(st.sampled_from([*MODULES])),
         "L": draw(st.integers(1, 3)),
         "attention": attention,
-        "after": attention and draw(st.booleans()),
+        "after": after,
         "dropout": draw(st.booleans()),
         "feedback": sorted(fed_back),
         "strided": draw(st.booleans()),

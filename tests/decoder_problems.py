@@ -14,7 +14,7 @@ ORDERS = [(c, after) for c in MODULES for after in (False, True)]
 def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
-    detach=False, states_dropped=False,
+    detach=False, states_dropped=False, joined="", O=6, vectors_dropped=False,  # noqa: E741
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -25,7 +25,8 @@ def problem(
         return x[..., ::step].requires_grad_()
 
     torch.manual_seed(seed)
-    weights = MODULES[cell_type](E + D, H, L, dtype=torch.float64).all_weights
+    fed, features = (O, O) if joined else (D, H + D)
+    weights = MODULES[cell_type](E + fed, H, L, dtype=torch.float64).all_weights
     args = {
         "inputs": draw(B, T, E),
         "hidden": draw(L, B, H),
@@ -48,15 +49,20 @@ def problem(
         conv, projection = draw(N, C, K, size=(C * K) ** -0.5), draw(A, N)
         state = draw(B, C, S) if start else None
         args["location"] = s2s.Location(conv, projection, channels, state, detach)
-    if after or not attention:
-        args["context"] = draw(B, D)
+    if (after and start) or not attention:
+        args["context"] = draw(B, fed)
+    if joined:
+        kept = (torch.rand(B, T, O, generator=g) < 0.7).double() / 0.7
+        args["vector"] = s2s.AttentionalVector(
+            draw(O, H + D, size=(H + D) ** -0.5), draw(O), joined, kept if vectors_dropped else 0.0
+        )
     if dropout:
         args["dropout"] = (torch.rand(L - 1, B, T, H, generator=g) < 0.7).double() / 0.7
     if states_dropped:
         args["state_dropout"] = (torch.rand(L, B, T, H, generator=g) < 0.7).double() / 0.7
     if feedback:
         factors = torch.rand(B, T, E, generator=g).double() if dropout else None
-        args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, H + D), draw(V), factors)
+        args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, features), draw(V), factors)
     return args
 
 
@@ -70,6 +76,8 @@ def tensors(args):
         conv, projection, _, state, _ = args["location"]
         named |= {"conv": conv, "projection": projection}
         named |= {} if state is None else {"location": state}
+    if "vector" in args:
+        named |= {"vector.weight": args["vector"].weight, "vector.bias": args["vector"].bias}
     if "feedback" in args:
         named["embedding"] = args["feedback"].embedding
     return {k: x for k, x in named.items() if x.requires_grad}
@@ -79,7 +87,7 @@ def cast(x, dtype):
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         grad = x.requires_grad
         return x.detach().to(dtype).requires_grad_(grad)
-    if isinstance(x, (s2s.Feedback, s2s.Location)):
+    if isinstance(x, (s2s.Feedback, s2s.Location, s2s.AttentionalVector)):
         return type(x)(*(cast(y, dtype) for y in x))
     if isinstance(x, (list, tuple)):
         return type(x)(cast(y, dtype) for y in x)

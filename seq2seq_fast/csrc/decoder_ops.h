@@ -27,6 +27,12 @@ struct DecoderCall {
   std::vector<int64_t> accumulates = {};
   std::optional<Tensor> state_dropout = std::nullopt;
   Tensor locations = inputs;
+  // vector: nothing, or weight and bias; vectors (T + 1, B, O), of which the first is there
+  // already.
+  std::vector<Tensor> vector = {};
+  bool tanh = true;
+  std::optional<Tensor> vector_dropout = std::nullopt;
+  Tensor vectors = inputs;
 };
 
 struct DecoderBackwardCall {
@@ -43,7 +49,17 @@ struct DecoderBackwardCall {
   std::vector<int64_t> accumulates = {};
   bool detach = false;
   std::optional<Tensor> state_dropout = std::nullopt;
+  Tensor grad_vectors = grad_hidden, vectors = grad_hidden;
+  std::vector<Tensor> vector = {};
+  bool tanh = true;
+  std::optional<Tensor> vector_dropout = std::nullopt;
 };
+
+// Of an attentional vector
+inline bool is_tanh(const std::string& activation) {
+  STD_TORCH_CHECK(activation == "tanh" || activation == "none", "expected activation tanh or none");
+  return activation == "tanh";
+}
 
 // Gradients of keys, v, conv, projection and the state before the first step; empty tensors where
 // there is no location.
@@ -71,12 +87,20 @@ struct DecoderOps {
                        std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                        std::vector<int64_t> feedback, std::vector<Tensor> readout,
                        std::optional<Tensor> input_dropout, std::vector<Tensor> location,
-                       std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout) {
+                       std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout,
+                       std::vector<Tensor> vector, std::string activation,
+                       std::optional<Tensor> vector_dropout) {
     const Tensor locations = locations_of(inputs, attention, location);
-    const Run run = decode({inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
-                            cell_of(cell_type), query_after, feedback, readout, input_dropout,
-                            location, accumulates, state_dropout, locations});
-    return std::tuple_cat(run.results(), std::tuple(locations));
+    const Tensor vectors = vectors_of(inputs, hidden, attention, vector, context);
+    STD_TORCH_CHECK(vector.empty() || query_after, "expected query_after of attentional vectors");
+    if (!vector.empty()) context = std::nullopt;
+    const Run run =
+        decode({inputs,         hidden,        cell,      layers,        attention,
+                mask,           powers,        context,   dropout,       cell_of(cell_type),
+                query_after,    feedback,      readout,   input_dropout, location,
+                accumulates,    state_dropout, locations, vector,        is_tanh(activation),
+                vector_dropout, vectors});
+    return std::tuple_cat(run.results(), std::tuple(locations, vectors));
   }
 };
 
@@ -108,7 +132,9 @@ struct DecoderBackwardOps {
                        std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                        bool need_state, Tensor grad_location, std::vector<Tensor> location,
                        std::vector<int64_t> accumulates, bool detach,
-                       std::optional<Tensor> state_dropout) {
+                       std::optional<Tensor> state_dropout, Tensor grad_vectors, Tensor vectors,
+                       std::vector<Tensor> vector, std::string activation,
+                       std::optional<Tensor> vector_dropout) {
     const auto [d, of_location] = retreat({{grad_outputs, grad_contexts, grad_weights},
                                            grad_hidden,
                                            grad_cell,
@@ -124,9 +150,15 @@ struct DecoderBackwardOps {
                                            location,
                                            accumulates,
                                            detach,
-                                           state_dropout});
+                                           state_dropout,
+                                           grad_vectors,
+                                           vectors,
+                                           vector,
+                                           is_tanh(activation),
+                                           vector_dropout});
     const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
-    return std::tuple_cat(d.results(need_state), std::tuple(dkeys, dv, dconv, dprojection, dstate));
+    return std::tuple_cat(d.results(need_state),
+                          std::tuple(dkeys, dv, dconv, dprojection, dstate, d.vectors));
   }
 };
 

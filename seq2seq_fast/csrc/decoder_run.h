@@ -86,6 +86,27 @@ inline Tensor locations_of(const Tensor& inputs, const std::vector<Tensor>& atte
   copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
   return locations;
 }
+// Attentional vectors before each of T steps and behind the last one (T + 1, B, O), to be filled in
+// but for the first, which is `first` or zeros.
+inline Tensor vectors_of(const Tensor& inputs, const Tensor& hidden,
+                         const std::vector<Tensor>& attention, const std::vector<Tensor>& vector,
+                         const std::optional<Tensor>& first) {
+  if (vector.empty()) return empty(inputs, {0});
+  STD_TORCH_CHECK(attention.size() == 6 && vector.size() == 2 && vector[0].dim() == 2 &&
+                      vector[1].dim() == 1 && vector[1].size(0) == vector[0].size(0) &&
+                      vector[0].size(1) == hidden.size(2) + attention[4].size(2) &&
+                      attention[0].size(1) == vector[0].size(0) && vector[1].is_contiguous() &&
+                      vector[0].scalar_type() == inputs.scalar_type(),
+                  "expected six tensors of attention, weight (O, H + D) and bias (O,)");
+  const Tensor vectors = empty(inputs, {inputs.size(0) + 1, inputs.size(1), vector[0].size(0)});
+  Tensor before = at(vectors, 0);
+  if (first)
+    copy(before, *first);
+  else
+    torch::stable::zero_(before);
+  return vectors;
+}
+
 // (B, C, S), the last of them
 inline Tensor last_location(const Tensor& x) {
   return view(x, {x.size(1), x.size(2), x.size(3)}, {x.stride(1), x.stride(2), x.stride(3)},
@@ -102,7 +123,7 @@ struct States {
 
 // To be filled in but for those of the last state, which the loop goes on from.
 struct Gradients {
-  Tensor gates, queries, scores, contexts, hidden, cell, context;
+  Tensor gates, queries, scores, contexts, hidden, cell, context, vectors;
   // Those of the state before the first step are empty unless they are needed.
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results(
       bool need_state) const {
@@ -122,7 +143,8 @@ inline Gradients gradients_of(const Given& given, const States& run, const Tenso
                  like(given.contexts),
                  like(grad_hidden),
                  like(grad_cell),
-                 attends ? empty(run.gates, {B, given.contexts.size(2)}) : empty(run.gates, {0})};
+                 attends ? empty(run.gates, {B, given.contexts.size(2)}) : empty(run.gates, {0}),
+                 empty(run.gates, {0})};
   copy(d.hidden, grad_hidden);
   copy(d.cell, grad_cell);
   if (!query_after || T == 0) torch::stable::zero_(d.context);

@@ -148,6 +148,8 @@ def prepare_inference(decoder: "Decoder", dtype: str | None, project_values: boo
         return
     if project_values and decoder.attention is None:
         raise ValueError("project_values: got True, expected False of a decoder without attention")
+    if project_values and "attentional" in decoder._modules:
+        raise ValueError("project_values: got True, expected False with attentional vectors")
     decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
 
@@ -200,7 +202,7 @@ def score(
     decoder.check_state(state, prepared)
     fed, wanted = trg[:, :-1], trg[:, 1:].long()
     out = decoder.steps(fed, state, prepared)
-    logits = linear(decoder.fc_out, torch.cat([out.outputs, out.contexts], -1))
+    logits = linear(decoder.fc_out, out.features)
     if logits.dtype != torch.float64:
         logits = logits.float()
     log_probs = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")

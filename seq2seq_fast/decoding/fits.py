@@ -37,7 +37,8 @@ def check_fits(decoder: "Decoder") -> None:
     check_layers(decoder)
     V, H, D, layers = decoder.output_dim, decoder.hidden_dim, decoder.context_dim, decoder.layers
     E = decoder.embedding.weight.shape[1]
-    wanted = {"input_size": E + D, "hidden_size": H, "num_layers": decoder.n_layers}
+    features, fed = H + D, decoder.fed_dim
+    wanted = {"input_size": E + fed, "hidden_size": H, "num_layers": decoder.n_layers}
     for name, expected in wanted.items():
         if getattr(layers, name) != expected:
             got = getattr(layers, name)
@@ -47,7 +48,10 @@ def check_fits(decoder: "Decoder") -> None:
             )
     like = decoder.fc_out.weight
     _weight("embedding.weight", decoder.embedding.weight, (V, E), like)
-    _linear("fc_out", decoder.fc_out, (V, H + D), like)
+    if "attentional" in decoder._modules:
+        _linear("attentional", decoder.attentional, (fed, features), like)
+        features = fed
+    _linear("fc_out", decoder.fc_out, (V, features), like)
     for weight in layers.parameters():
         _weight(decoder.cell_type, weight, weight.shape, like)
     if decoder.attention is not None:

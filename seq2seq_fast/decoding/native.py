@@ -40,6 +40,8 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the decoder is {weight.dtype}"
     if device == "cuda" and _channels(decoder):
         return "the attention sees its location, which is for the CPU"
+    if device == "cuda" and "attentional" in decoder._modules:
+        return "the decoder has attentional vectors, which are for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
     return None
@@ -86,6 +88,13 @@ def _source(
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
     location, adds_up = _located(decoder, source, state)
     return context, _Attended(parts + location, source.mask, adds_up)
+
+
+def _vector(decoder: "Decoder") -> tuple[int, ...]:
+    """Width of attentional vectors and whether they are tanh's, or nothing."""
+    if "attentional" not in decoder._modules:
+        return ()
+    return decoder.fed_dim, int(decoder.attentional_activation == "tanh")
 
 
 def _channels(decoder: "Decoder") -> tuple[str, ...]:
@@ -184,6 +193,7 @@ def _decode(
             min(options.top_k, decoder.output_dim),
             float(options.top_p),
             attended.accumulates,
+            _vector(decoder),
         )
     except RuntimeError:
         raised = interruption()
@@ -212,6 +222,7 @@ def step(
         *_states(state),
         context,
         *attended,
+        _vector(decoder),
     )
     state = type(state)(
         hidden,

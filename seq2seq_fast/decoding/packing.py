@@ -99,15 +99,15 @@ def _in_float32(decoder: "Decoder") -> "Decoder":
     if decoder.fc_out.weight.dtype == torch.float32:
         return decoder
     wide = copy.copy(decoder)
-    names = [name for _, name in modules_of(decoder)]
-    wide._modules = {name: copy.deepcopy(decoder._modules.get(name)) for name in names}
+    names = [name for _, name in modules_of(decoder) if name in decoder._modules]
+    wide._modules = {name: copy.deepcopy(decoder._modules[name]) for name in names}
     return wide.float()
 
 
 def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
     """Those whose weights decoding reads, as `WeightWatch` takes them."""
     tables: dict[str, Any] = decoder._modules
-    for name in ("embedding", decoder.cell_type, "fc_out", "attention"):
+    for name in ("embedding", decoder.cell_type, "fc_out", "attention", "attentional"):
         yield tables, name
 
 
@@ -196,8 +196,11 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     packed += context
+    joined = decoder.attentional if "attentional" in decoder._modules else None
+    packed += _pack_linear(joined, dtype) if joined is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
-    return packed + pack_screen(decoder, dtype, seek and dtype != torch.int8)
+    seek = seek and dtype != torch.int8 and joined is None  # its bounds are of output and context
+    return packed + pack_screen(decoder, dtype, seek)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:

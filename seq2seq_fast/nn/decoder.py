@@ -13,6 +13,7 @@ from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder, let_go
 from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
+from ..ops.attentional_vector import AttentionalVector, activation_name
 from ..ops.checks import flag, probability
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
@@ -27,7 +28,8 @@ class DecoderState(NamedTuple):
 
     Args:
         hidden, cell: (n_layers, B, H); cell is None but of an LSTM.
-        context: (B, D) of the step before, with query_after; None for zeros.
+        context: (B, D) of the step before, with query_after; the attentional vector (B, O) of a
+            decoder that has it; None for zeros.
         location: (B, C, S), where was attended before, of an attention that sees it; None for
             zeros.
     """
@@ -44,7 +46,7 @@ class Decoder(nn.Module):
     Args:
         output_dim: size of the vocabulary (V).
         emb_dim, hidden_dim (H), n_layers: widths and depth.
-        dropout: on the embedded token and between layers.
+        dropout: on the embedded token, between layers and on attentional vectors.
         cell_type: "lstm", "gru" or "rnn" (tanh); the layers are the module of that name.
         attention: False for a decoder that reads one fixed context vector at every step.
         query_after: the query is the top layer's hidden state after the step, and the layers read
@@ -54,9 +56,14 @@ class Decoder(nn.Module):
         attention_dim: width that the scores are summed over; None for H.
         location, location_filters, location_kernel_size: what the scores see of where was
             attended before; see `Attention`.
+        attentional_dim: width of attentional vectors (O), activation(attentional([output;
+            context])), which the layers and fc_out read in place of the context, with query_after;
+            None for none. See `AttentionalVector`.
+        attentional_activation: "tanh" or "none".
         recompute: keep no gates for backward over a sequence, but make them anew there.
     """
 
+    attentional: nn.Linear
     packed: PackedDecoder | None = None  # what prepare_inference left
     loops: Loops | None = None  # what decoding on a GPU left
 
@@ -76,6 +83,8 @@ class Decoder(nn.Module):
         location: Sequence[str] | None = (),
         location_filters: int = 32,
         location_kernel_size: int = 31,
+        attentional_dim: int | None = None,
+        attentional_activation: str = "tanh",
         recompute: bool = False,
     ):
         super().__init__()
@@ -105,14 +114,32 @@ class Decoder(nn.Module):
             if attention
             else None
         )
-        layers = recurrent(cell_type, emb_dim + encoder_dim, hidden_dim, n_layers, dropout)
+        features, fed = hidden_dim + encoder_dim, encoder_dim
+        if attentional_dim is not None:
+            checks.at_least_one(attentional_dim=attentional_dim)
+            activation_name("attentional_activation", attentional_activation)
+            if not (attention and query_after):
+                raise ValueError(
+                    f"attentional_dim: got {attentional_dim}, expected None without query_after"
+                    " and attention"
+                )
+            self.attentional = nn.Linear(features, attentional_dim)
+            self.attentional_activation = attentional_activation
+            features = fed = attentional_dim
+        layers = recurrent(cell_type, emb_dim + fed, hidden_dim, n_layers, dropout)
         self.add_module(cell_type, layers)
-        self.fc_out = nn.Linear(hidden_dim + encoder_dim, output_dim)
+        self.fc_out = nn.Linear(features, output_dim)
         self.dropout = nn.Dropout(dropout)
 
     @property
     def layers(self) -> nn.RNNBase:
         return getattr(self, self.cell_type)
+
+    @property
+    def fed_dim(self) -> int:
+        """Width of what the layers read beside the token: D, or O of attentional vectors."""
+        joins = "attentional" in self._modules
+        return self.attentional.weight.shape[0] if joins else self.context_dim
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
         super()._apply(fn, recurse)  # to(), double(), cuda(): where weights may become others
@@ -140,13 +167,14 @@ class Decoder(nn.Module):
                 every step but the first the projection of the keys. Without attention the
                 context (B, D).
             mask: (B, S) bool, True = attend; given to `precompute` where that was used.
-            context: (B, D), what the step before returned, of a decoder with query_after.
+            context: (B, D), what the step before returned, of a decoder with query_after; (B, O)
+                of one with attentional vectors.
             location: (B, C, S), what the step before returned, of a decoder with location; None
                 at the first step, for zeros, which are taken too where it is forgotten later.
 
         Returns:
-            logits (B, V), hidden and cell; with query_after the context (B, D) too, and the
-            location (B, C, S) of a decoder that has it.
+            logits (B, V), hidden and cell; with query_after the context (B, D) too, or the
+            attentional vector (B, O), and the location (B, C, S) of a decoder that has it.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -211,11 +239,11 @@ class Decoder(nn.Module):
         if packed is not None and len(input) > 0:
             return native.step(self, packed, input, state, source)
         out = self.steps(input.unsqueeze(1), state, source)
-        features = torch.cat([out.outputs[:, 0], out.contexts[:, 0]], -1)
-        context = out.contexts[:, 0] if self.query_after else None
+        fed = out.contexts if out.vectors is None else out.vectors
+        context = fed[:, 0] if self.query_after else None
         weights = None if out.weights is None else out.weights[:, 0]
         state = DecoderState(out.hidden, out.cell, context, out.location)
-        return linear(self.fc_out, features), state, weights
+        return linear(self.fc_out, out.features[:, 0]), state, weights
 
     def _packed_for_steps(self) -> PackedDecoder | None:
         """The weights, if they lie prepared as a step that needs no gradient reads them."""
@@ -248,7 +276,7 @@ class Decoder(nn.Module):
             feedback: the steps, from 1 on, whose input is the argmax of the step before instead.
 
         Returns:
-            `DecoderOutput`, of which `fc_out` reads [outputs; contexts].
+            `DecoderOutput`, of which `fc_out` reads `features`.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -273,7 +301,7 @@ class Decoder(nn.Module):
         check_layers(self)
         make_weights(self.layers, self.fc_out)
         embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
-        factors, between_layers = self._dropout_factors(*embedded.shape[:2])
+        factors, between_layers, of_vectors = self._dropout_factors(*embedded.shape[:2])
         if factors is not None:
             embedded = embedded * factors
             factors = factors.transpose(0, 1)
@@ -284,6 +312,7 @@ class Decoder(nn.Module):
             query = self.attention.Wa.weight, self.attention.Wa.bias
             attends |= {"query": query, **source._asdict()}
             attends["location"] = self.attention.located(state.location)
+            attends["vector"] = self._vector(of_vectors)
         else:
             attends["context"] = source
         fed_back = None
@@ -307,17 +336,27 @@ class Decoder(nn.Module):
         embedded = dropout_rate("decoder.dropout", self.dropout)
         return embedded > 0 or rate_between_layers(self.layers) > 0
 
-    def _dropout_factors(self, T: int, B: int) -> tuple[Tensor | None, Tensor | None]:
-        """(T, B, E) of embedded tokens and (n_layers - 1, B, T, H) between layers, or None."""
-        embedded = dropout_rate("decoder.dropout", self.dropout)
-        between, like = rate_between_layers(self.layers), self.embedding.weight
-        factors = of_layers = None
-        if embedded > 0 and T > 0:
-            factors = dropout_factors((T, B, like.shape[1]), embedded, like)
+    def _vector(self, factors: Tensor | None) -> AttentionalVector | None:
+        if "attentional" not in self._modules:
+            return None
+        joined, dropout = self.attentional, 0.0 if factors is None else factors
+        make_weights(joined)
+        return AttentionalVector(joined.weight, joined.bias, self.attentional_activation, dropout)
+
+    def _dropout_factors(self, T: int, B: int) -> list[Tensor | None]:
+        """(T, B, E) of embedded tokens, (n_layers - 1, B, T, H) between layers and (B, T, O) of
+        attentional vectors, or None."""
+        p, like = dropout_rate("decoder.dropout", self.dropout), self.embedding.weight
+        between = rate_between_layers(self.layers)
+        found: list[Tensor | None] = [None, None, None]
+        if p > 0 and T > 0:
+            found[0] = dropout_factors((T, B, like.shape[1]), p, like)
         if between > 0 and T > 0:
             shape = (self.layers.num_layers - 1, T, B, self.layers.hidden_size)
-            of_layers = dropout_factors(shape, between, like).transpose(1, 2)
-        return factors, of_layers
+            found[1] = dropout_factors(shape, between, like).transpose(1, 2)
+        if p > 0 and T > 0 and "attentional" in self._modules:
+            found[2] = dropout_factors((T, B, self.fed_dim), p, like).transpose(0, 1)
+        return found
 
     def check_state(self, state: DecoderState, source: Tensor | PreparedSource) -> None:
         """state is one of a prepared source's rows."""
@@ -331,6 +370,6 @@ class Decoder(nn.Module):
         if state.context is not None:
             if not self.query_after:
                 raise ValueError("context: got a Tensor, expected None without query_after")
-            checks.context("context", state.context, self.context_dim, weight, len(values))
+            checks.context("context", state.context, self.fed_dim, weight, len(values))
         channels = () if self.attention is None else getattr(self.attention, "location", ())
         checks.location(state.location, channels, values)

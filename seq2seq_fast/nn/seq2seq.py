@@ -76,9 +76,11 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         out, feedback = self._decode(src, trg, teacher_forcing_ratio)
+        features = out.outputs, out.contexts
+        if out.vectors is not None:
+            features = out.vectors, out.vectors.detach()[..., :0]
         return readout(
-            out.outputs,
-            out.contexts,
+            *features,
             self.decoder.fc_out.weight,
             bias_of(self.decoder.fc_out),
             out.logits,
@@ -108,7 +110,7 @@ class Seq2Seq(nn.Module):
         """
         out, feedback = self._decode(src, trg, teacher_forcing_ratio)
         return loss_of_steps(
-            torch.cat([out.outputs, out.contexts], -1),
+            out.features,
             self.decoder.fc_out.weight,
             bias_of(self.decoder.fc_out),
             trg[:, 1:].long(),

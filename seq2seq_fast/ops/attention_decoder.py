@@ -16,6 +16,7 @@ from ..reference_decoder import Run
 from . import decoder_checks as checks
 from . import decoder_shapes  # noqa: F401, which registers them
 from .additive_attention import PreparedKeys
+from .attentional_vector import AttentionalVector
 from .autograd import autocast_off, autocast_on, distinct, needs_grad, once, wanted
 from .checks import instance
 from .dropout import dropout_factors
@@ -29,7 +30,8 @@ class Feedback(NamedTuple):
     Args:
         steps: whole numbers, ascending, from 1 on.
         embedding: (V, E).
-        weight, bias: (V, H + D) and (V,), of the readout over [output; context].
+        weight, bias: (V, H + D) and (V,), of the readout over [output; context]; (V, O) over an
+            attentional vector.
         dropout: (B, T, E), factors of the embedded tokens, or None.
     """
 
@@ -51,6 +53,7 @@ class DecoderOutput(NamedTuple):
         tokens: (B, F), what was fed back at each of F steps, or None.
         logits: (B, T + 1, V), of which [:, t] has been made for feedback's steps t, or None.
         location: (B, C, S), the location's state after the last step, or None; of float32 at least.
+        vectors: (B, T, O), attentional vectors, or None.
     """
 
     outputs: Tensor
@@ -61,6 +64,14 @@ class DecoderOutput(NamedTuple):
     tokens: Tensor | None
     logits: Tensor | None
     location: Tensor | None
+    vectors: Tensor | None
+
+    @property
+    def features(self) -> Tensor:
+        """(B, T, H + D), or (B, T, O) where there are attentional vectors: what a readout reads."""
+        if self.vectors is not None:
+            return self.vectors
+        return torch.cat([self.outputs, self.contexts], -1)
 
 
 class _Decoder(torch.autograd.Function):
@@ -68,16 +79,16 @@ class _Decoder(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, inputs, hidden, cell, context, mask, powers, dropout, state_dropout, options, run,
-        *weights,
+        ctx, inputs, hidden, cell, context, mask, powers, dropout, state_dropout, vector_dropout,
+        options, run, *weights,
     ):  # fmt: skip
         if run is None:
-            factors = dropout, state_dropout
+            factors = dropout, state_dropout, vector_dropout
             run = _run(options, inputs, hidden, cell, weights, mask, powers, context, factors)
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
-            run.locations, powers, dropout, state_dropout, *weights,
+            run.locations, run.vectors, powers, dropout, state_dropout, vector_dropout, *weights,
         )  # fmt: skip
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -94,8 +105,8 @@ class _Decoder(torch.autograd.Function):
 
 
 _INPUTS = (
-    "inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "state_dropout", "options",
-    "run",
+    "inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "state_dropout",
+    "vector_dropout", "options", "run",
 )  # fmt: skip
 
 
@@ -106,37 +117,41 @@ class _Options(NamedTuple):
     backend: str
     accumulates: tuple[int, ...] = ()  # of each channel of a location; none where there is none
     detach: bool = False
+    activation: str = ""  # of an attentional vector; none where there is none
 
 
 def _run(
     options, inputs, hidden, cell, weights, mask, powers, context, factors, feedback=([], [], None)
 ):  # fmt: skip
-    """`Run` of the backend's op; factors are those of dropout between layers and of states."""
-    layers, attention, location = _split(weights, inputs, hidden)
-    (dropout, state_dropout), adds = factors, options.accumulates
+    """`Run` of the backend's op; factors are those of dropout between layers, of states and of
+    attentional vectors."""
+    layers, attention, location, vector = _split(options, weights, inputs, hidden)
+    (dropout, state_dropout, vector_dropout), adds = factors, options.accumulates
+    of_vector = vector, options.activation or "none", vector_dropout
     args = (
         inputs, hidden, cell, layers, attention, mask, powers, context, dropout, *options[:2],
         *feedback,
     )  # fmt: skip
     if options.backend == "reference":
         of_location = (location, adds, options.detach)
-        return reference.attention_decoder(*args, *of_location, state_dropout)
-    if location or state_dropout is not None:
+        return reference.attention_decoder(*args, *of_location, state_dropout, *of_vector)
+    if location or vector or state_dropout is not None:
         op = OPS["extended_decoder", options.backend]
-        return Run(*op(*args, location, adds, state_dropout))
+        return Run(*op(*args, location, adds, state_dropout, *of_vector))
     op = OPS["attention_decoder", options.backend]
-    return Run(*op(*args), inputs.new_empty(0))
+    return Run(*op(*args), *(inputs.new_empty(0) for _ in range(2)))
 
 
-def _split(weights, inputs, hidden):
-    """The ops' layers, attention and location, of weights of which the first is over [input;
-    context]: a gradient of its parts would be put together in passes over all of it."""
+def _split(options, weights, inputs, hidden):
+    """The ops' layers, attention, location and vector, of weights of which the first is over
+    [input; context]: a gradient of its parts would be put together in passes over all of it."""
     n, E = 3 * hidden.shape[0], inputs.shape[2]
-    layers, attention, location = list(weights[:n]), list(weights[n : n + 5]), weights[n + 5 :]
+    layers, attention, others = list(weights[:n]), list(weights[n : n + 5]), list(weights[n + 5 :])
+    vector = [others.pop(), others.pop()][::-1] if options.activation else []
     if attention:
         attention = [layers[0][:, E:], *attention]
         layers[0] = layers[0][:, :E]
-    return layers, attention, list(location)
+    return layers, attention, others, vector
 
 
 def _results(run: Run):
@@ -150,6 +165,7 @@ def _results(run: Run):
         run.hiddens[:, -1].clone(),  # not a part of the outputs' memory, which callers may change
         run.cells[:, -1] if has_cells else run.cells,
         run.locations[-1].clone() if len(run.locations) else run.locations,
+        run.vectors[1:] if len(run.vectors) else run.vectors,
     )
 
 
@@ -178,18 +194,20 @@ def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
 
 
 def _backward(
-    options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, powers,
-    dropout, state_dropout, *weights,
+    options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, vectors,
+    powers, dropout, state_dropout, vector_dropout, *weights,
 ):  # fmt: skip
     """Gradients of `_Decoder.forward`'s arguments."""
-    layers, attention, location = _split(weights, inputs, hiddens)
-    fed = contexts[:-1] if options.query_after else contexts[1:]
+    layers, attention, location, vector = _split(options, weights, inputs, hiddens)
+    fed = vectors if vector else contexts
+    fed = fed[:-1] if options.query_after else fed[1:]
     if gates is None:
         gates = _recomputed(options.cell_type, inputs, hiddens, fed, dropout, layers, attention)
     need_state = needs["hidden"] or needs["cell"]
-    run = hiddens, cells, gates, queries, contexts, w, locations
-    steps, of_location = _recurrence_backward(
-        options, grads, run, layers, attention, location, powers, dropout, state_dropout, need_state
+    run = hiddens, cells, gates, queries, contexts, w, locations, vectors
+    factors = dropout, state_dropout, vector_dropout
+    steps, of_location, dvectors = _recurrence_backward(
+        options, grads, run, layers, attention, location, vector, powers, factors, need_state
     )
     dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = steps
     dx, fed = dgates[..., : layers[0].shape[0]], fed if attention else None
@@ -208,21 +226,25 @@ def _backward(
             )
         dvalues = torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1))
         found += [dkeys, dvalues, dv, *(of_location if location else [])]
+        if vector:
+            joined = torch.cat([hiddens[-1, 1:], contexts[1:]], -1)
+            found += _products(dvectors, joined, sums=True)
     dinputs = None
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if options.query_after else None
-    return dinputs, dhidden, dcell, dcontext, *6 * [None], *found
+    return dinputs, dhidden, dcell, dcontext, *7 * [None], *found
 
 
 def _recurrence_backward(
-    options, grads, run, layers, attention, location, powers, dropout, state_dropout, need_state
+    options, grads, run, layers, attention, location, vector, powers, factors, need_state
 ):  # fmt: skip
     """What the backend's op makes of gradients of `_results`: those of gates, queries, scores,
-    contexts and of the states before the first step; and those of keys, v and a location, which
-    it makes where there is one."""
-    hiddens, cells, gates, queries, contexts, w, locations = run
-    cell_type, query_after, _, backend, adds, detach = options
+    contexts and of the states before the first step; those of keys, v and a location, which it
+    makes where there is one; and of attentional vectors before their activation."""
+    hiddens, cells, gates, queries, contexts, w, locations, vectors = run
+    cell_type, query_after, _, backend, adds, detach, activation = options
+    dropout, state_dropout, vector_dropout = factors
 
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
@@ -231,7 +253,7 @@ def _recurrence_backward(
         in_place = backend == "native" and grad is not None and grad.stride(-1) == 1
         return grad if in_place else dense(grad, like)
 
-    of_outputs, of_contexts, of_weights, of_hidden, of_cell, of_location = grads
+    of_outputs, of_contexts, of_weights, of_hidden, of_cell, of_location, of_vectors = grads
     args = (
         rows_of(of_outputs, hiddens[-1, 1:]),
         rows_of(of_contexts, contexts[1:]),
@@ -241,15 +263,18 @@ def _recurrence_backward(
         hiddens, cells, gates, queries, w, layers, attention, powers, dropout, cell_type,
         query_after, need_state,
     )  # fmt: skip
-    if not location and state_dropout is None:
-        return OPS["attention_decoder_backward", backend](*args), []
+    if not location and not vector and state_dropout is None:
+        return OPS["attention_decoder_backward", backend](*args), [], None
     if location:
         of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
     else:
         of_location = locations
-    more = (of_location, location, adds, detach, state_dropout)
-    found = OPS["extended_decoder_backward", backend](*args, *more)
-    return found[:7], found[7:]
+    of_vectors = rows_of(of_vectors, vectors[1:]) if vector else vectors
+    *found, dvectors = OPS["extended_decoder_backward", backend](
+        *args, of_location, location, adds, detach, state_dropout, of_vectors, vectors, vector,
+        activation or "none", vector_dropout,
+    )  # fmt: skip
+    return found[:7], found[7:], dvectors
 
 
 def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers):
@@ -304,6 +329,7 @@ def attention_decoder(
     state_dropout: float | Tensor = 0.0,
     feedback: Feedback | None = None,
     location: Location | None = None,
+    vector: AttentionalVector | None = None,
     recompute: bool = False,
     backend: str | None = None,
 ) -> DecoderOutput:
@@ -323,8 +349,9 @@ def attention_decoder(
         values: (B, S, D).
         v: (A,).
         mask: (B, S) bool, True = attend. A row masked everywhere has contexts of zero.
-        context: (B, D): with `query_after` what the first step reads (zeros if None). Without
-            query, keys, values and v the decoder has no attention, and every step reads it.
+        context: (B, D): with `query_after` what the first step reads (zeros if None), with `vector`
+            that of the step before it (B, O). Without query, keys, values and v the decoder has no
+            attention, and every step reads it.
         cell_type: "lstm", "gru" or "rnn" (tanh), with PyTorch's formulas.
         query_after: the query is the hidden state after the step, and the first layer reads the
             context of the step before (input feeding). Otherwise the query is the state before
@@ -336,6 +363,9 @@ def attention_decoder(
         feedback: the steps whose input is the argmax of the step before in place of inputs.
         location: what makes the scores see where was attended before; see `Location`. Triton has
             no kernels of it.
+        vector: what the layers and the readout read in place of the context, with `query_after`;
+            the first weight_ih is (G, E + O) then. See `AttentionalVector`. It has kernels on the
+            CPU alone.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
         backend: None for the best there is, "native", "triton" or "reference".
 
@@ -359,15 +389,24 @@ def attention_decoder(
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, state_dropout, feedback, recompute, location, autocast,
+        dropout, state_dropout, feedback, recompute, location, vector, autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
     extended = location is not None or isinstance(state_dropout, Tensor) or state_dropout > 0
-    op = "extended_decoder" if extended else "attention_decoder"
+    op = "extended_decoder" if extended or vector is not None else "attention_decoder"
+    if vector is not None and not inputs.is_cpu:
+        if backend not in (None, "reference"):
+            raise ValueError(
+                f"backend: {backend!r} was asked for, but attentional vectors have kernels on the"
+                " CPU alone"
+            )
+        backend = "reference"
     backend = choose(op, inputs, backend)
-    of_location = () if location is None else (accumulates(location.channels), location.detach)
+    adds_up = () if location is None else accumulates(location.channels)
+    detach = location is not None and location.detach
+    activation = "" if vector is None else vector.activation
 
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
@@ -386,14 +425,34 @@ def attention_decoder(
             (
                 _factors(dropout, steps, first, len(layers) - 1),
                 _factors(state_dropout, steps, first, len(layers)),
+                None if vector is None else _vector_factors(vector, steps, within),
             ),
-            _Options(cell_type, query_after, recompute, backend, *of_location),
+            _Options(cell_type, query_after, recompute, backend, adds_up, detach, activation),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
+            [] if vector is None else [cast(vector.weight), cast(_bias(vector)).contiguous()],
         )
-    *others, where = found
-    others = [x if x is None or x.dtype in (dtype, torch.int64) else x.to(dtype) for x in others]
-    return DecoderOutput(*[*others, where])
+    where = found[7]
+    others = [
+        x if x is None or x is where or x.dtype in (dtype, torch.int64) else x.to(dtype)
+        for x in found
+    ]
+    return DecoderOutput(*others)
+
+
+def _bias(vector: AttentionalVector) -> Tensor:
+    if vector.bias is None:
+        return vector.weight.new_zeros(vector.weight.shape[0])
+    return vector.bias
+
+
+def _vector_factors(vector: AttentionalVector, inputs: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(T, B, O), or None."""
+    if isinstance(vector.dropout, Tensor):
+        return vector.dropout.to(dtype).transpose(0, 1).contiguous()
+    if vector.dropout == 0:
+        return None
+    return dropout_factors((*inputs.shape[:2], vector.weight.shape[0]), vector.dropout, inputs)
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, n: int):
@@ -418,9 +477,9 @@ def _replaced(inputs: Tensor, steps: Sequence[int], rows: Tensor) -> Tensor:
 
 def _decode(
     inputs, hidden, cell, layers, attention, mask, powers, context, factors, options, feedback,
-    location,
+    location, vector,
 ):  # fmt: skip
-    weights = [*layer_weights(layers, options.cell_type), *attention, *location]
+    weights = [*layer_weights(layers, options.cell_type), *attention, *location, *vector]
     E = inputs.shape[2]
     if not attention and weights[0].shape[1] > E:  # the same at every step: a part of the bias
         from_context, bias = context @ weights[0][:, E:].T, weights[2]
@@ -451,7 +510,7 @@ def _decode(
             inputs, *distinct(hidden, cell), context if attention else None, mask, powers, *factors,
             options, run, *distinct(*weights),
         )  # fmt: skip
-    outputs, contexts, weights, hidden, cell, where = results
+    outputs, contexts, weights, hidden, cell, where, vectors = results
     if options.cell_type != "lstm":
         cell = None
     if not attention:
@@ -460,4 +519,5 @@ def _decode(
         contexts, weights = contexts.transpose(0, 1), weights.transpose(0, 1)
     tokens, logits = (run.tokens.T, run.logits) if steps else (None, None)
     where = where if location else None
-    return outputs.transpose(0, 1), contexts, weights, hidden, cell, tokens, logits, where
+    vectors = vectors.transpose(0, 1) if vector else None
+    return outputs.transpose(0, 1), contexts, weights, hidden, cell, tokens, logits, where, vectors

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..reference_decoder import BLOCKS
+from .attentional_vector import check as check_vector
 from .checks import DTYPES, STRIDED, bools, flag, powers, probability
 from .checks import tensor as check_tensor
 from .location import check as check_location
@@ -57,6 +58,7 @@ def decoder(
     feedback: Sequence | None,
     recompute: bool,
     location: object,
+    vector: object,
     autocast: bool,
 ) -> None:
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
@@ -85,7 +87,14 @@ def decoder(
         raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
     if location is not None and all(x is None for x in attention):
         raise ValueError("location: got a Location, expected None without keys and values")
-    D = _source(tensor, attention, key_powers, mask, context, B, H)
+    D = _source(tensor, attention, key_powers, mask, context, B, H, vector is not None)
+    features = H + D  # which the readout reads; the first layer reads D
+    if vector is not None:
+        if not query_after or attention[2] is None:
+            raise ValueError("vector: got one, expected None without query_after and attention")
+        D = features = check_vector(vector, tensor, B, T, H, D)
+        if context is not None:
+            tensor("context", context, "(B, O)", B, D)
     if location is not None and attention[2] is not None:
         check_location(location, tensor, *attention[2].shape)
     G = GATES[kind] * H
@@ -105,10 +114,10 @@ def decoder(
         else:
             probability(name, x)
     if feedback is not None:
-        _feedback(tensor, feedback, B, T, E, H + D)
+        _feedback(tensor, feedback, B, T, E, features)
 
 
-def _source(tensor, attention, key_powers, mask, context, B: int, H: int) -> int:
+def _source(tensor, attention, key_powers, mask, context, B: int, H: int, vector: bool) -> int:
     """The context's width D."""
     given = [x is not None for x in attention]
     if any(given) != all(given):
@@ -136,7 +145,7 @@ def _source(tensor, attention, key_powers, mask, context, B: int, H: int) -> int
             raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected (B, S) = {(B, S)}")
         if mask.device != keys.device:
             raise ValueError(f"mask: is on {mask.device}, expected {keys.device} as keys are")
-    if context is not None:
+    if context is not None and not vector:
         tensor("context", context, "(B, D)", B, values.shape[2])
     return values.shape[2]
 

@@ -45,10 +45,12 @@ def forward(
 
 @fake("extended_decoder")
 def extended(inputs, *args):
-    *of_decoder, location, _, _ = args
+    *of_decoder, location, _, _, vector, _, _ = args
     found = forward(inputs, *of_decoder)
-    states = (inputs.shape[0] + 1, *location[2].shape) if location else 0
-    return *found, inputs.new_empty(states)
+    (T, B, _) = inputs.shape
+    states = (T + 1, *location[2].shape) if location else 0
+    vectors = (T + 1, B, vector[0].shape[0]) if vector else 0
+    return *found, inputs.new_empty(states), inputs.new_empty(vectors)
 
 
 @fake("attention_decoder_backward")
@@ -74,9 +76,14 @@ def backward(
 
 @fake("extended_decoder_backward")
 def extended_backward(*args):
-    *of_decoder, grad_location, location, _, _, _ = args
-    found = backward(*of_decoder)
+    *of_decoder, grad_location, location, _, _, _, grad_vectors, _, vector, _, _ = args
+    *found, first = backward(*of_decoder)
+    if vector:  # which is what the cells read before the first step
+        first = grad_vectors.new_empty(grad_vectors.shape[1:])
+    of_vectors = grad_vectors.new_empty(grad_vectors.shape)
     if not location:
-        return *found, *(grad_location.new_empty(0) for _ in range(5))
+        none = (grad_location.new_empty(0) for _ in range(5))
+        return *found, first, *none, of_vectors
     *_, keys, _, v = of_decoder[11]
-    return *found, *(x.new_empty(x.shape) for x in (keys, v, *location[:2], grad_location))
+    of_location = (x.new_empty(x.shape) for x in (keys, v, *location[:2], grad_location))
+    return *found, first, *of_location, of_vectors

@@ -41,20 +41,23 @@ void advance_units(Cell cell, const float* raw, const float* hidden_before,
 template <typename A>
 struct Feedback {
   std::vector<int64_t> steps;
-  std::vector<Tensor> readout;  // embedding (V, E), weight (V, H + D), bias (V,)
+  std::vector<Tensor> readout;  // embedding (V, E), weight (V, H + D) or (V, O), bias (V,)
   std::optional<Tensor> dropout;
   Tensor tokens, logits;  // (F, B), (B, T + 1, V)
 
   bool is(size_t i, int64_t t) const { return i < steps.size() && steps[i] == t; }
 
   // Writes logits[:, steps[i]] and tokens[i], and what they embed to (B, E).
-  void read(size_t i, const Tensor& hidden, const Tensor& context, const Tensor& out) const {
+  void read(size_t i, const std::vector<Tensor>& features, const Tensor& out) const {
     const auto& [embedding, weight, bias] = std::tie(readout[0], readout[1], readout[2]);
-    const int64_t t = steps[i], B = hidden.size(0), H = hidden.size(1), E = embedding.size(1);
+    const int64_t t = steps[i], B = out.size(0), E = embedding.size(1);
     const int64_t V = weight.size(0), ld = logits.stride(0);
     const Tensor rows = view(logits, {B, V}, {ld, 1}, t * V);
-    product(rows, hidden, transposed(columns(weight, 0, H)), &bias);
-    product(rows, context, transposed(columns(weight, H, context.size(1))), &rows);
+    int64_t column = 0;
+    for (const Tensor& x : features) {
+      product(rows, x, transposed(columns(weight, column, x.size(1))), column ? &rows : &bias);
+      column += x.size(1);
+    }
     int64_t* ids = data<int64_t>(tokens) + static_cast<int64_t>(i) * B;
     const Rows<A> table(embedding);
     const A* factors = dropout ? data<A>(*dropout) + t * B * E : nullptr;
@@ -106,6 +109,7 @@ class Forward {
     if (!source) return;
     w_context_.emplace(source->w_context, layout, Blocks::of_input(cell), few);
     w_query_.emplace(source->w_query, Layout::plain(source->w_query.size(0)), Blocks{}, few);
+    if (!call.vector.empty()) w_vector_.emplace(call.vector[0], H_, few);
   }
 
   void run() {
@@ -115,18 +119,50 @@ class Forward {
         empty(call_.inputs, {B_, feedback_.steps.empty() ? 0 : call_.inputs.size(2)});
     for (int64_t t = 0; t < T_; ++t) {
       if (feedback_.is(next, t)) {
-        feedback_.read(next, at(run_.hiddens, L_ - 1, t),
-                       source_ ? at(run_.contexts, t) : *call_.context, fed_back);
+        feedback_.read(next, features(t), fed_back);
         begin_gates(t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
       if (source_ && !call_.query_after) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance_layer(l, t);
       if (source_ && call_.query_after) attend(t, t + 1);
+      if (w_vector_) join(t);
     }
   }
 
  private:
+  // What the readout reads before step t.
+  std::vector<Tensor> features(int64_t t) const {
+    if (w_vector_) return {at(call_.vectors, t)};
+    return {at(run_.hiddens, L_ - 1, t), source_ ? at(run_.contexts, t) : *call_.context};
+  }
+
+  // The attentional vector after step t: that of tanh is a cell that has no state.
+  void join(int64_t t) {
+    const int64_t O = call_.vectors.size(2), D = run_.contexts.size(2);
+    const A* top = data<A>(run_.hiddens) + ((L_ - 1) * (T_ + 1) + t + 1) * B_ * H_;
+    const A* contexts = data<A>(run_.contexts) + (t + 1) * B_ * D;
+    const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
+    A* out = data<A>(call_.vectors) + (t + 1) * B_ * O;
+    const Packed<A>&of_output = w_vector_->output, &of_context = w_vector_->context;
+    const int64_t work = of_output.operations() + of_context.operations();
+    over_panels(of_output.layout.panels(), B_, work, [&](int64_t p, int64_t b, int64_t n) {
+      Buffer<A> tile(n * kPanel);
+      of_output.to_tile(p, top + b * H_, H_, n, data<A>(call_.vector[1]), 0, tile, H_);
+      of_context.to_tile(p, contexts + b * D, D, n, nullptr, 0, tile, D);
+      const int64_t first = p * kPanel, units = of_output.layout.units(p);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = (b + i) * O + first;
+        const A* raw = tile + i * kPanel;
+        if (call_.tanh)
+          advance_units(Cell::kRnn, raw, nullptr, nullptr, units, out + at, O, out + at, nullptr);
+        else
+          std::copy_n(raw, units, out + at);
+        for (int64_t j = at; factors && j < at + units; ++j) out[j] *= factors[j];
+      }
+    });
+  }
+
   // The first layer's gates of `steps` from t on: the bias, and what comes of their inputs.
   void begin_gates(int64_t t, int64_t steps, const Tensor& x) {
     const Tensor w = transposed(layers_[0].w_input), &bias = layers_[0].bias;
@@ -196,8 +232,9 @@ class Forward {
       x = call_.dropout ? dropped - slab
                         : data<A>(run_.hiddens) + ((l - 1) * (T_ + 1) + t + 1) * slab;
     } else if (source_) {
-      width = run_.contexts.size(2);
-      x = data<A>(run_.contexts) + (call_.query_after ? t : t + 1) * B_ * width;
+      const Tensor& fed = w_vector_ ? call_.vectors : run_.contexts;
+      width = fed.size(2);
+      x = data<A>(fed) + (call_.query_after ? t : t + 1) * B_ * width;
     }
     const Packed<A>& w_hidden = w_hidden_[l];
     // An encoder begins with zeros, whose product is a tenth of its work in ten steps.
@@ -236,6 +273,7 @@ class Forward {
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
+  std::optional<OfVector<A>> w_vector_;
 };
 
 Run decode(const DecoderCall& call) {

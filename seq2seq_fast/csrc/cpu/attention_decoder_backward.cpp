@@ -59,11 +59,18 @@ class Backward {
     if (!source) return;
     w_context_.emplace(transposed(source->w_context), Layout::plain(source->w_context.size(1)));
     w_query_.emplace(transposed(source->w_query), Layout::plain(H_));
+    if (call.vector.empty()) return;
+    const Tensor& w = call.vector[0];
+    const int64_t D = w.size(1) - H_;
+    w_vector_.emplace_back(transposed(columns(w, 0, H_)), Layout::plain(H_));
+    w_vector_.emplace_back(transposed(columns(w, H_, D)), Layout::plain(D));
   }
 
   void run() {
     if (source_ && T_ > 0) copy(at(d_.contexts, T_ - 1), at(call_.given.contexts, T_ - 1));
+    if (joins() && T_ > 0) copy(at(d_.vectors, T_ - 1), at(call_.grad_vectors, T_ - 1));
     for (int64_t t = T_ - 1; t >= 0; --t) {
+      if (joins()) part(t);
       if (source_ && call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) {
         retreat_layer(l, t);
@@ -76,6 +83,37 @@ class Backward {
  private:
   A* hidden(int64_t l) const { return data<A>(d_.hidden) + l * B_ * H_; }
   A* gates(int64_t l, int64_t t) const { return data<A>(d_.gates) + (l * T_ + t) * B_ * G_; }
+
+  bool joins() const { return !w_vector_.empty(); }
+
+  // From the attentional vector's gradient to that before its activation, and on to the context and
+  // the top layer's hidden state.
+  void part(int64_t t) {
+    const int64_t O = d_.vectors.size(2), D = call_.given.contexts.size(2);
+    const A* after = data<A>(call_.vectors) + (t + 1) * B_ * O;
+    const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
+    A* d = data<A>(d_.vectors) + t * B_ * O;
+    parallel(B_, O / 2, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * O; i < end * O; ++i) {
+        const A factor = factors ? factors[i] : A(1);
+        const A x = factor != 0 ? after[i] / factor : A(0);  // before dropout
+        d[i] *= factor;
+        if (call_.tanh) d[i] *= 1 - x * x;
+      }
+    });
+    const Tensor& given = call_.given.contexts;
+    A *top = hidden(L_ - 1), *contexts = data<A>(d_.contexts) + t * B_ * D;
+    const int64_t of_output = w_vector_[0].layout.panels();
+    over_panels(of_output + w_vector_[1].layout.panels(), B_, w_vector_[0].operations(),
+                [&](int64_t p, int64_t b, int64_t n) {
+                  const A* from = d + b * O;
+                  if (p < of_output)
+                    return w_vector_[0].product(p, from, O, n, top + b * H_, H_, top + b * H_, H_);
+                  const A* init = data<A>(given) + t * given.stride(0) + b * given.stride(1);
+                  w_vector_[1].product(p - of_output, from, O, n, init, given.stride(1),
+                                       contexts + b * D, D);
+                });
+  }
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
@@ -138,10 +176,12 @@ class Backward {
       if (call_.dropout) factors = data<A>(*call_.dropout) + ((l - 1) * T_ + t) * B_ * H_;
     } else if (source_) {
       const int64_t of = call_.query_after ? t - 1 : t;  // whose context the step read
-      width = call_.given.contexts.size(2);
-      dx = of < 0 ? data<A>(d_.context) : data<A>(d_.contexts) + of * B_ * width;
-      init = of < 0 ? nullptr : data<A>(call_.given.contexts) + of * call_.given.contexts.stride(0);
-      ld_init = call_.given.contexts.stride(1);
+      const Tensor& given = joins() ? call_.grad_vectors : call_.given.contexts;
+      width = given.size(2);
+      dx = of < 0 ? data<A>(d_.context)
+                  : data<A>(joins() ? d_.vectors : d_.contexts) + of * B_ * width;
+      init = of < 0 ? nullptr : data<A>(given) + of * given.stride(0);
+      ld_init = given.stride(1);
     }
     const int64_t hidden_panels = t > 0 || call_.need_state ? w_hidden.layout.panels() : 0;
     const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
@@ -176,14 +216,20 @@ class Backward {
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
+  std::deque<Packed<A>> w_vector_;  // to output and context
 };
 
 std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
   std::optional<Source> source;
   if (!call.attention.empty())
     source.emplace(call.attention, std::nullopt, call.powers, call.location.empty());
-  const Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
-                                   source.has_value(), call.query_after);
+  Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
+                             source.has_value(), call.query_after);
+  if (!call.vector.empty()) {
+    d.vectors = empty(call.grad_vectors, call.grad_vectors.sizes());
+    d.context = empty(d.gates, {d.vectors.size(1), d.vectors.size(2)});
+    if (d.vectors.size(0) == 0) torch::stable::zero_(d.context);
+  }
   ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
   const std::vector<Layer> layers = layers_of(call.layers);
   OfLocation of_location = of_no_location(d.gates);

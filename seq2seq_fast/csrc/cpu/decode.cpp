@@ -158,7 +158,7 @@ void Engine::take(Search& search, int32_t token) {
   const int32_t m = search.first, b = live_[m].source;
   const Readout& readout = step_.readout();
   if (scores_come_late())
-    late_.add(m, b, token, step_.outputs(), step_.contexts(), m);
+    late_.add(m, b, token, step_.features(0), step_.features(1), m);
   else if (o_.keep_scores)
     sums_[b] += readout.normaliser(m).log_prob(readout.logits(m)[token]);
   const Candidate next = {0, m, token};
@@ -372,8 +372,11 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
 }
 
 PackedDecoder model_of(const Tensor& packed, const Tensor& layout, const std::string& cell_type,
-                       bool query_after, const Tensor& hidden, const DecoderSource& from) {
-  PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after);
+                       bool query_after, const std::vector<int64_t>& vector, const Tensor& hidden,
+                       const DecoderSource& from) {
+  STD_TORCH_CHECK(vector.empty() || (vector.size() == 2 && vector[0] > 0),
+                  "expected the width of attentional vectors, and whether they are tanh's");
+  PackedDecoder model(packed_tensors(packed, layout), cell_type, query_after, vector);
   STD_TORCH_CHECK(model.fits(hidden.size(2), from.D, from.A, from.attends()),
                   "expected states and a source of the decoder's widths");
   return model;
@@ -397,7 +400,8 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                std::optional<Tensor> prefix, int64_t max_length, std::vector<int64_t> whole,
                double length_penalty, double coverage_penalty, bool return_weights,
                bool return_scores, bool project_values, std::optional<Tensor> seed,
-               double temperature, int64_t top_k, double top_p, std::vector<int64_t> accumulates) {
+               double temperature, int64_t top_k, double top_p, std::vector<int64_t> accumulates,
+               std::vector<int64_t> vector) {
   const int64_t B = hidden.size(1);
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
   for (const auto& x : {limits, prefix})
@@ -409,8 +413,9 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
                            whole[4],         whole[5],       whole[6],      length_penalty,
                            coverage_penalty, return_weights, return_scores, sampling};
-  const DecoderSource from(source, mask, context, B, accumulates);
-  const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
+  const DecoderSource from(source, mask, vector.empty() ? context : std::nullopt, B, accumulates);
+  const PackedDecoder model =
+      model_of(packed, layout, cell_type, query_after, vector, hidden, from);
   STD_TORCH_CHECK(model.has(options.bos) && model.has(options.eos),
                   "expected bos and eos of the vocabulary");
   STD_TORCH_CHECK(!project_values || from.attends(), "expected values to project");
@@ -426,15 +431,16 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
-// One step of B rows, their tokens (B,): all logits (B, V), states, context, weights and location
-// after it.
+// One step of B rows, their tokens (B,): all logits (B, V), states, context or attentional vector,
+// weights and location after it.
 Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool query_after,
                      Tensor tokens, Tensor hidden, Tensor cell, std::optional<Tensor> context,
                      std::vector<Tensor> source, std::optional<Tensor> mask,
-                     std::vector<int64_t> accumulates) {
+                     std::vector<int64_t> accumulates, std::vector<int64_t> vector) {
   const int64_t B = hidden.size(1);
-  const DecoderSource from(source, mask, context, B, accumulates);
-  const PackedDecoder model = model_of(packed, layout, cell_type, query_after, hidden, from);
+  const DecoderSource from(source, mask, vector.empty() ? context : std::nullopt, B, accumulates);
+  const PackedDecoder model =
+      model_of(packed, layout, cell_type, query_after, vector, hidden, from);
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() &&
                       tokens.numel() == B && model.context.panels == 0,
                   "expected int64 tokens (B,), and weights that project no values");
@@ -446,7 +452,8 @@ Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool q
   }
   DecoderStep step(model, from, hidden, cell, context, B, false, {});
   step.run(live, {1, 1}, false);
-  const Tensor logits = empty(hidden, {B, model.V}), contexts = empty(hidden, {B, from.D}),
+  const Operand fed = model.O > 0 ? step.vectors() : step.contexts();  // in the next step
+  const Tensor logits = empty(hidden, {B, model.V}), after = empty(hidden, {B, fed.K}),
                attention = empty(hidden, {B, from.S}), h = empty(hidden, hidden.sizes()),
                c = empty(cell, cell.sizes()),
                place = from.location ? empty(hidden, from.place.sizes()) : empty(hidden, {0});
@@ -456,14 +463,14 @@ Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool q
       std::copy_n(step.readout().logits(b), model.V, to(logits) + b * model.V);
   });
   for (int64_t b = 0; b < B; ++b) {
-    std::copy_n(step.contexts().x + b * from.D, from.D, to(contexts) + b * from.D);
+    std::copy_n(fed.x + b * fed.ld, fed.K, to(after) + b * fed.K);
     std::copy_n(step.weights(b), from.S, to(attention) + b * from.S);
     if (!from.location) continue;
     const int64_t numbers = from.location->state_numbers();
     std::copy_n(step.location(b), numbers, to(place) + b * numbers);
   }
   step.copy_states(B, to(h), to(c));
-  return {logits, h, c, contexts, attention, place};
+  return {logits, h, c, after, attention, place};
 }
 
 // n bytes, of the device that like is on, in large pages of their own where the system has them.

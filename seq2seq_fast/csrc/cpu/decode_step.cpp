@@ -9,7 +9,7 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr size_t kBehindLayers = 5 + PackedReadout::kTensors;  // tensors
+constexpr size_t kBehindLayers = 8 + PackedReadout::kTensors;  // tensors
 // Chunks of the readout that one thread may be left alone with for a while.
 constexpr int64_t kManyChunks = 16;
 
@@ -23,7 +23,7 @@ static std::vector<PackedDecoder::Layer> layers_of(const std::vector<PackedTenso
 }
 
 PackedDecoder::PackedDecoder(const std::vector<PackedTensor>& x, const std::string& cell_type,
-                             bool after)
+                             bool after, const std::vector<int64_t>& vector_)
     : cell(cell_of(cell_type)),
       query_after(after),
       V(x.at(0).sizes[0]),
@@ -35,6 +35,10 @@ PackedDecoder::PackedDecoder(const std::vector<PackedTensor>& x, const std::stri
       query(x.at(x.size() - kBehindLayers), x.at(x.size() - kBehindLayers + 1)),
       b_query(floats(x.at(x.size() - kBehindLayers + 2))),
       context(x.at(x.size() - kBehindLayers + 3), x.at(x.size() - kBehindLayers + 4)),
+      vector(x.at(x.size() - kBehindLayers + 5), x.at(x.size() - kBehindLayers + 6)),
+      b_vector(floats(x.at(x.size() - kBehindLayers + 7))),
+      O(vector_.empty() ? 0 : vector_.at(0)),
+      tanh(O > 0 && vector_.at(1) != 0),
       readout(x.data() + x.size() - PackedReadout::kTensors, V) {}
 
 static bool over(const Matrix& matrix, int64_t K, int64_t panels) {
@@ -49,13 +53,15 @@ bool PackedDecoder::fits(int64_t H, int64_t D, int64_t A, bool attends) const {
   if (gates_of_tokens && panels_of_tokens != panels) return false;
   for (size_t l = 0; l < layers.size(); ++l) {
     const bool apart = layers[l].hidden.panels > 0;
-    const int64_t from_below = l > 0 ? H : E + (context.panels > 0 ? 0 : D);
+    const int64_t from_below = l > 0 ? H : E + (context.panels > 0 ? 0 : O > 0 ? O : D);
     if (!over(layers[l].input, from_below + (apart ? 0 : H), panels)) return false;
     if (apart && !over(layers[l].hidden, H, panels)) return false;
   }
   if (context.panels > 0 && !over(context, D, panels)) return false;
   if (attends ? !over(query, H, plain(A)) : query.panels > 0) return false;
-  return over(readout.matrix, H + D, plain(V));
+  if (O == 0) return vector.panels == 0 && over(readout.matrix, H + D, plain(V));
+  return attends && query_after && context.panels == 0 && over(vector, H + D, plain(O)) &&
+         over(readout.matrix, O, plain(V));
 }
 
 DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<Tensor>& mask_,
@@ -113,6 +119,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       cover_(cover),
       query_ld_(model.query.panels * model.query.width),
       weights_ld_(round_up(source.S, kRows)),
+      vectors_ld_(model.vector.panels * model.vector.width),
       of_location_(source.location ? source.location->state_numbers() : 0),
       tokens_(most),
       sources_(most),
@@ -126,6 +133,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
       hidden_{Buffer<float>(L_ * most * Hp_), Buffer<float>(L_ * most * Hp_)},
       cell_{Buffer<float>(lstm_ ? L_ * most * Hp_ : 0), Buffer<float>(lstm_ ? L_ * most * Hp_ : 0)},
       contexts_{Buffer<float>(most * source.D), Buffer<float>(most * source.D)},
+      vectors_{Buffer<float>(most * vectors_ld_), Buffer<float>(most * vectors_ld_)},
       covered_{Buffer<float>(cover ? most * source.S : 0),
                Buffer<float>(cover ? most * source.S : 0)},
       located_{Buffer<float>(most * of_location_), Buffer<float>(most * of_location_)} {
@@ -144,10 +152,20 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   };
   load(hidden_state, hidden_[now_]);
   if (lstm_) load(cell_state, cell_[now_]);
-  if (context)
+  if (model.O > 0) {
+    STD_TORCH_CHECK(
+        !context || (context->dim() == 2 && context->size(0) == B && context->size(1) == model.O),
+        "expected an attentional vector (B, O) of each row");
+    for (int64_t b = 0; b < B; ++b) {
+      float* row = vectors_[kept_] + b * vectors_ld_;
+      std::fill_n(row, vectors_ld_, 0.f);
+      if (context) std::copy_n(floats(*context) + b * model.O, model.O, row);
+    }
+  } else if (context) {
     std::copy_n(floats(*context), B * source_.D, +contexts_[kept_]);
-  else
+  } else {
     std::fill_n(+contexts_[kept_], B * source_.D, 0.f);
+  }
   if (cover_) std::fill_n(+covered_[kept_], B * source_.S, 0.f);
   if (source_.location) std::copy_n(floats(source_.place), B * of_location_, +located_[kept_]);
   if (source_.attends() && !model_.query_after) query_all(B);
@@ -164,6 +182,7 @@ void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool
   if (source_.attends() && model_.query_after) {
     query_all(rows);
     attend(live);
+    if (model_.O > 0) join(rows);
   }
   read_out(rows, left, seek);
 }
@@ -181,7 +200,7 @@ void DecoderStep::follow(const std::vector<Live>& live) {
   const auto rows = static_cast<int64_t>(live.size());
   bool moved = false;
   for (int64_t m = 0; m < rows; ++m) moved |= live[m].parent != m;
-  const bool context_moves = ahead_ || model_.query_after || !source_.attends();
+  const bool context_moves = ahead_ || (model_.query_after && model_.O == 0) || !source_.attends();
   const int from = now_, to = moved ? 1 - now_ : now_;
   const int kept = ahead_ ? 1 - kept_ : kept_, keeps = moved ? 1 - kept : kept;
   const int64_t E = model_.E, D = source_.D, states = lstm_ ? 2 : 1;
@@ -197,6 +216,8 @@ void DecoderStep::follow(const std::vector<Live>& live) {
         if (lstm_) std::copy_n(cell(from, l) + parent * Hp_, Hp_, cell(to, l) + m * Hp_);
       }
       if (context_moves) std::copy_n(contexts_[kept] + parent * D, D, contexts_[keeps] + m * D);
+      std::copy_n(vectors_[kept] + parent * vectors_ld_, vectors_ld_,
+                  vectors_[keeps] + m * vectors_ld_);
       if (ahead_)
         std::copy_n(weights_[kept] + parent * weights_ld_, source_.S,
                     weights_[keeps] + m * weights_ld_);
@@ -278,7 +299,10 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
   const Operand state = {hidden(now, l), Hp_, H_};
   const Factor input =
       l == 0 ? Factor(layer.input, rows, {inputs_, model_.E, model_.E},
-                      projected ? Operand() : contexts(), apart ? Operand() : state)
+                      projected      ? Operand()
+                      : model_.O > 0 ? vectors()
+                                     : contexts(),
+                      apart ? Operand() : state)
              : Factor(layer.input, rows, {hidden(next, l - 1), Hp_, H_}, apart ? Operand() : state);
   const Factor hidden_part(layer.hidden, apart ? rows : 0, state);
   const int64_t width = blocks * unit_;
@@ -332,6 +356,20 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
                   {model_.b_query + panel * width, 0, queries_ + panel * width, query_ld_});
 }
 
+// The attentional vectors after the step: those of tanh are a cell that has no state.
+void DecoderStep::join(int64_t rows) {
+  const Factor features(model_.vector, rows, outputs(), contexts());
+  const int64_t width = model_.vector.width;
+  parallel(model_.vector.panels, model_.vector.operations(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      float* out = vectors_[kept_] + p * width;
+      features.multiply(p, 0, rows, {model_.b_vector + p * width, 0, out, vectors_ld_});
+      for (int64_t m = 0; m < rows && model_.tanh; ++m, out += vectors_ld_)
+        loops.advance(Cell::kRnn, out, nullptr, nullptr, width, out, kBlock, out, nullptr);
+    }
+  });
+}
+
 // The readout, and meanwhile what the next step has of the same hidden states: its queries, and of
 // few rows its attention, which one thread makes while others read weights.
 void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
@@ -340,7 +378,7 @@ void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
   const bool ahead = asks && left.most > 1 && rows <= kFewRows && chunks >= kManyChunks && !cover_;
   const Factor states = query_factor(queries > 0 ? rows : 0);
   std::atomic<int64_t> to_make = queries;
-  readout_.run({outputs(), contexts(), attended()}, rows, seek, left, [&](int64_t chunk) {
+  readout_.run({features(0), features(1), attended()}, rows, seek, left, [&](int64_t chunk) {
     // Chunks are taken from both ends: queries come with the first of them.
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t at = i / 2 % chunks;

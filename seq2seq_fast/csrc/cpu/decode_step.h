@@ -20,7 +20,8 @@ namespace seq2seq_fast {
 // part of the first layer's gates with their bias (V, panels, gates of a panel); of each layer the
 // matrix over [input; hidden], or over the input alone and over the hidden state, and the bias
 // (panels, gates, units); query matrix and bias; the first layer's matrix over the context, where
-// its input has none; what PackedReadout takes.
+// its input has none; matrix and bias of the attentional vector, where there is one; what
+// PackedReadout takes.
 struct PackedDecoder {
   struct Layer {
     Matrix input, hidden;  // `hidden` is empty where `input` has both
@@ -35,10 +36,14 @@ struct PackedDecoder {
   std::vector<Layer> layers;
   Matrix query;
   const float* b_query;
-  Matrix context;
+  Matrix context, vector;
+  const float* b_vector;
+  int64_t O;  // width of attentional vectors, which layers and readout read; 0 for none
+  bool tanh;
   PackedReadout readout;
+  // vector: O and whether its activation is tanh, or nothing
   PackedDecoder(const std::vector<PackedTensor>& tensors, const std::string& cell_type,
-                bool query_after);
+                bool query_after, const std::vector<int64_t>& vector);
   // Whether its matrices are those of these widths, and it attends or not.
   bool fits(int64_t H, int64_t D, int64_t A, bool attends) const;
   bool has(int64_t token) const { return token >= 0 && token < V; }
@@ -81,8 +86,9 @@ struct Project {
 
 class DecoderStep {
  public:
-  // States (L, B, H), context (B, D) or none; `most` rows at once. Where `cover`, the
-  // weights of each hypothesis are added up. `project`: the values, where that can be done.
+  // States (L, B, H), context (B, D), or the attentional vector (B, O), or none; `most` rows at
+  // once. Where `cover`, the weights of each hypothesis are added up. `project`: the values, where
+  // that can be done.
   DecoderStep(const PackedDecoder& model, const DecoderSource& source, const Tensor& hidden_state,
               const Tensor& cell_state, const std::optional<Tensor>& context, int64_t most,
               bool cover, Project project);
@@ -97,6 +103,12 @@ class DecoderStep {
   Readout& readout() { return readout_; }
   Operand outputs() const { return {hidden(now_, L_ - 1), Hp_, H_}; }
   Operand contexts() const { return {contexts_[kept_], source_.D, source_.D}; }
+  Operand vectors() const { return {vectors_[kept_], vectors_ld_, model_.O}; }
+  // What the readout reads, side by side.
+  Operand features(int i) const {
+    if (model_.O > 0) return i == 0 ? vectors() : Operand();
+    return i == 0 ? outputs() : contexts();
+  }
   const float* weights(int64_t m) const { return weights_[kept_] + m * weights_ld_; }  // (S,)
   const float* covered(int64_t m) const { return covered_[kept_] + m * source_.S; }
   // (C, S), of a source that has one
@@ -113,6 +125,7 @@ class DecoderStep {
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
   void query_all(int64_t rows);
+  void join(int64_t rows);
   void read_out(int64_t rows, const StepsLeft& left, bool seek);
   Attended attended() const { return {weights_[kept_], weights_ld_, sources_}; }
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }
@@ -122,7 +135,7 @@ class DecoderStep {
   const DecoderSource& source_;
   const int64_t most_, L_, H_, unit_, Hp_;
   const bool lstm_, cover_;
-  const int64_t query_ld_, weights_ld_, of_location_;
+  const int64_t query_ld_, weights_ld_, vectors_ld_, of_location_;
   int now_ = 0;   // which of two buffers holds the states before the step, and then those after it
   int kept_ = 0;  // the same for what a step need not change
   // One row's steps go through the weights forwards and backwards by turns: what was read last is
@@ -135,7 +148,7 @@ class DecoderStep {
   Buffer<float> inputs_, queries_, weights_[2];
   ProjectedValues of_gates_, of_logits_;
   Readout readout_;
-  Buffer<float> hidden_[2], cell_[2], contexts_[2], covered_[2], located_[2];
+  Buffer<float> hidden_[2], cell_[2], contexts_[2], vectors_[2], covered_[2], located_[2];
 };
 
 }  // namespace seq2seq_fast

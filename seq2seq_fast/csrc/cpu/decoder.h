@@ -176,6 +176,15 @@ void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f)
   });
 }
 
+// Weights (O, H + D) of the attentional vector, over [output; context].
+template <typename A>
+struct OfVector {
+  Packed<A> output, context;
+  OfVector(const Tensor& w, int64_t H, bool in_place)
+      : output(columns(w, 0, H), Layout::plain(w.size(0)), Blocks{}, in_place),
+        context(columns(w, H, w.size(1) - H), Layout::plain(w.size(0)), Blocks{}, in_place) {}
+};
+
 // What is attended to.
 struct Source {
   Tensor w_context, w_query, b_query, keys, values, v;

@@ -156,6 +156,7 @@ class Forward {
 };
 
 Run decode(const DecoderCall& call) {
+  STD_TORCH_CHECK(call.vector.empty(), "attentional vectors have kernels on the CPU alone");
   STD_TORCH_CHECK(call.inputs.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Device device(call.inputs);

@@ -202,6 +202,7 @@ class Backward {
 };
 
 std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
+  STD_TORCH_CHECK(call.vector.empty(), "attentional vectors have kernels on the CPU alone");
   const Tensor& gates = call.run.gates;
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
