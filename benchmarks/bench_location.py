@@ -1,6 +1,7 @@
 """Decoders whose attention sees where it has attended before, at shapes of speech and summarisation
-systems, against a loop over PyTorch's cells with the keys projected once per source: all steps with
-their gradients, and greedy decoding of one source."""
+systems, and one that reads attentional vectors, of a translation system, against a loop over
+PyTorch's cells with the keys projected once per source: all steps with their gradients, and greedy
+decoding of one source."""
 
 from dataclasses import dataclass
 
@@ -27,21 +28,24 @@ class System:
     query_after: bool
     cell: str = "lstm"
     V: int = 80
+    vector: int = 0
 
     def shape(self):
-        return {name: getattr(self, name) for name in ("B", "T", "S", "H", "A", "D")} | {
-            "filters": f"{self.filters} x {self.width}"
-        }
+        sizes = {name: getattr(self, name) for name in ("B", "T", "S", "H", "A", "D")}
+        if self.vector:
+            return sizes | {"vector": self.vector}
+        return sizes | {"filters": f"{self.filters} x {self.width}"}
 
     def models(self):
         """The same decoder in plain PyTorch and of the library."""
         torch.manual_seed(0)
         args = (self.V, self.E, self.H, self.D, self.A, self.location, self.filters, self.width)
-        theirs = plain.LocatedDecoder(*args, self.query_after, self.cell)
+        theirs = plain.OneLayerDecoder(*args, self.query_after, self.cell, self.vector)
         ours = s2s.Decoder(
             self.V, self.E, self.H, 1, 0.0, cell_type=self.cell, query_after=self.query_after,
             encoder_dim=self.D, attention_dim=self.A, location=self.location,
             location_filters=self.filters, location_kernel_size=self.width,
+            attentional_dim=self.vector or None,
         )  # fmt: skip
         ours.load_state_dict(theirs.library_state_dict())
         return theirs, ours
@@ -65,9 +69,11 @@ SYSTEMS = [
     System("SpeechBrain", 8, 20, 400, 1024, 128, 1024, 512, 10, 201, ("previous",), True, "gru"),
     System("pointer-generator", 16, 30, 400, 512, 128, 512, 512, 1, 1, ("cumulative",), True),
 ]
+# IWSLT's, of a bidirectional encoder.
+JOEYNMT = System("JoeyNMT", 64, 30, 30, 512, 256, 512, 512, 1, 1, (), True, vector=512)
 QUICK = FULL = {
-    "test_training": (("system",), [(system,) for system in SYSTEMS]),
-    "test_greedy": (("system",), [(SYSTEMS[1],)]),
+    "test_training": (("system",), [(system,) for system in [*SYSTEMS, JOEYNMT]]),
+    "test_greedy": (("system",), [(SYSTEMS[1],), (JOEYNMT,)]),
 }
 
 

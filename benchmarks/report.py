@@ -215,7 +215,8 @@ def _sections(results: dict) -> list[tuple]:
         ("", _models, _rows(results, "model")),
         ("Decoding, the encoder left out:", _decoding, _rows(results, "decoding")),
         (
-            "Decoders whose attention sees where it has attended before:",
+            "Decoders whose attention sees where it has attended before, and one that reads"
+            " attentional vectors:",
             _located,
             _rows(results, "located"),
         ),

@@ -110,41 +110,51 @@ class Hoisted(Seq2Seq):
         return nn.functional.pad(decoder.fc_out(features), (0, 0, 1, 0))
 
 
-class LocatedDecoder(nn.Module):
+class OneLayerDecoder(nn.Module):
     """A decoder of one layer whose attention sees where it has attended before, as speech systems
     have it: the weights of the step before (ESPnet, SpeechBrain), and the sum of all before
-    (Tacotron 2), or that alone (pointer-generator). Keys are projected once per source."""
+    (Tacotron 2), or that alone (pointer-generator). Or, of this width, one that reads attentional
+    vectors (JoeyNMT). Keys are projected once per source."""
 
-    def __init__(self, V, E, H, D, A, location, filters, width, query_after, cell_type="lstm"):
+    def __init__(
+        self, V, E, H, D, A, location, filters, width, query_after, cell_type="lstm", vector=0
+    ):
         super().__init__()
         self.embedding = nn.Embedding(V, E)
         self.attention = Attention(H)
         self.attention.Wa, self.attention.Ua = nn.Linear(H, A), nn.Linear(D, A)
         self.attention.Va = nn.Linear(A, 1)
-        self.attention.location_conv = nn.Conv1d(
-            len(location), filters, width, padding=width // 2, bias=False
-        )
-        self.attention.location_dense = nn.Linear(filters, A, bias=False)
-        self.cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell_type](E + D, H)
-        self.fc_out = nn.Linear(H + D, V)
+        if location:
+            self.attention.location_conv = nn.Conv1d(
+                len(location), filters, width, padding=width // 2, bias=False
+            )
+            self.attention.location_dense = nn.Linear(filters, A, bias=False)
+        if vector:
+            self.attentional = nn.Linear(H + D, vector)
+        self.cell = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell_type](E + (vector or D), H)
+        self.fc_out = nn.Linear(vector or H + D, V)
         self.location, self.query_after, self.cell_type = location, query_after, cell_type
 
     def attend(self, hidden, keys, values, mask, place):
         a = self.attention
-        places = a.location_dense(a.location_conv(place).transpose(1, 2))
-        scores = a.Va(torch.tanh(a.Wa(hidden).unsqueeze(1) + keys + places)).squeeze(2)
+        if self.location:
+            keys = keys + a.location_dense(a.location_conv(place).transpose(1, 2))
+        scores = a.Va(torch.tanh(a.Wa(hidden).unsqueeze(1) + keys)).squeeze(2)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
         context = torch.bmm(weights.unsqueeze(1), values).squeeze(1)
+        if not self.location:
+            return context, weights, place
         channels = zip(self.location, place.unbind(1), strict=True)
         place = [weights if name == "previous" else x + weights for name, x in channels]
         return context, weights, torch.stack(place, 1)
 
     def start(self, values):
-        """The state before the first step: hidden, cell, context, location."""
-        B, S, D = values.shape
+        """The state before the first step: hidden, cell, context or vector, location."""
+        B, S, _ = values.shape
         hidden = values.new_zeros(B, self.cell.hidden_size)
         place = values.new_zeros(B, len(self.location), S)
-        return hidden, hidden, values.new_zeros(B, D), place
+        fed = self.cell.input_size - self.embedding.embedding_dim
+        return hidden, hidden, values.new_zeros(B, fed), place
 
     def step(self, token, state, keys, values, mask):
         hidden, cell, context, place = state
@@ -157,8 +167,10 @@ class LocatedDecoder(nn.Module):
             hidden = self.cell(x, hidden)
         if self.query_after:
             context, weights, place = self.attend(hidden, keys, values, mask, place)
-        logits = self.fc_out(torch.cat([hidden, context], 1))
-        return logits, (hidden, cell, context, place), weights
+        features = torch.cat([hidden, context], 1)
+        if hasattr(self, "attentional"):
+            features = context = torch.tanh(self.attentional(features))
+        return self.fc_out(features), (hidden, cell, context, place), weights
 
     def forward(self, tokens, values, mask):
         keys, state, logits = self.attention.Ua(values), self.start(values), []

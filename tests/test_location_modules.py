@@ -67,7 +67,7 @@ def test_one_query_of_the_attention_alone(location):
 def test_against_a_loop_over_pytorch_s_cells(location, cell_type, after):
     """Logits, their gradients and greedy decoding, from the same state dict in float64."""
     torch.manual_seed(0)
-    theirs = plain.LocatedDecoder(9, 4, 7, 10, 5, location, 3, 5, after, cell_type).double()
+    theirs = plain.OneLayerDecoder(9, 4, 7, 10, 5, location, 3, 5, after, cell_type).double()
     ours = s2s.Decoder(
         9, 4, 7, 1, 0.0, cell_type=cell_type, query_after=after, encoder_dim=10, attention_dim=5,
         location=location, location_filters=3, location_kernel_size=5,
