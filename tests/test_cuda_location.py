@@ -1,5 +1,5 @@
-"""The CUDA kernels of location-sensitive attention, and dropped states, without a GPU: run on the
-CPU by tests/cuda_on_cpu."""
+"""The CUDA kernels of location-sensitive attention, dropped states and attentional vectors, without
+a GPU: run on the CPU by tests/cuda_on_cpu."""
 
 import shutil
 
@@ -46,6 +46,34 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(cell_type, after, opt
         after = False
     used = accuracy(dict(cell_type=cell_type, after=after, seed=0) | options)
     assert used is not None and max(used.values()) <= 1, used
+
+
+VECTORS = {
+    "tanh": dict(joined="tanh"),
+    "none, fed back, dropout": dict(
+        joined="none", dropout=True, feedback=[1, 3, 4], vectors_dropped=True
+    ),
+    "one layer, strided": dict(joined="tanh", L=1, strided=True, start=False, vectors_dropped=True),
+    "with a location": dict(joined="tanh", channels=BOTH, states_dropped=True),
+    "wide": dict(joined="tanh", B=2, T=3, O=150, H=33, D=9, feedback=[2]),
+    "one step": dict(joined="tanh", T=1),
+}
+
+
+@pytest.mark.parametrize("mode", ["steps", "together"])
+@pytest.mark.parametrize("cell_type", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("options", VECTORS.values(), ids=VECTORS)
+def test_attentional_vectors_keep_the_accuracy_rule(cell_type, options, mode, monkeypatch):
+    monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", mode)
+    used = accuracy(dict(cell_type=cell_type, after=True, seed=0) | options)
+    assert used is not None and max(used.values()) <= 1, used
+
+
+def test_no_attentional_vector_after_no_step():
+    args = cast(problem(T=0, after=True, joined="tanh"), torch.float32)
+    (found, _), (want, _) = results(args), results(args, backend="reference")
+    for name, x in want.items():
+        torch.testing.assert_close(found[name], x, msg=name)
 
 
 @pytest.mark.parametrize("mode", ["steps", "together"])

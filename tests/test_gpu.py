@@ -173,11 +173,15 @@ class TestDecoder:
             torch.testing.assert_close(found[name].cpu(), x, rtol=1e-4, atol=1e-4, msg=name)
 
     @pytest.mark.parametrize("after", [False, True])
-    def test_with_location_it_is_the_reference(self, after, gpu):
+    @pytest.mark.parametrize("joined", ["", "tanh"])
+    def test_with_location_and_vectors_it_is_the_reference(self, joined, after, gpu):
         """And a captured training step replays on new numbers."""
         if gpu.backend != "native":
             pytest.skip("of the compiled kernels")
+        if joined and not after:
+            pytest.skip("vectors are made of the context after the step")
         sizes = dict(B=5, S=150, A=200, D=70, H=130, N=32, K=31, after=after)
+        sizes |= dict(joined=joined, O=90, vectors_dropped=True)
         args, on_gpu = decoder_arguments(channels=("previous", "cumulative"), **sizes)
         want, tokens = decoder_problems.results(args, backend="reference")
         found, same = decoder_problems.results(on_gpu, backend=gpu.backend)

@@ -55,6 +55,16 @@ struct DecoderBackwardCall {
   std::optional<Tensor> vector_dropout = std::nullopt;
 };
 
+inline Gradients gradients_of(const DecoderBackwardCall& call) {
+  Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
+                             !call.attention.empty(), call.query_after);
+  if (call.vector.empty()) return d;
+  d.vectors = empty(call.grad_vectors, call.grad_vectors.sizes());
+  d.context = empty(d.gates, {d.vectors.size(1), d.vectors.size(2)});
+  if (d.vectors.size(0) == 0) torch::stable::zero_(d.context);
+  return d;
+}
+
 // Of an attentional vector
 inline bool is_tanh(const std::string& activation) {
   STD_TORCH_CHECK(activation == "tanh" || activation == "none", "expected activation tanh or none");

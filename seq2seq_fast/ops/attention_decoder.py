@@ -364,8 +364,8 @@ def attention_decoder(
         location: what makes the scores see where was attended before; see `Location`. Triton has
             no kernels of it.
         vector: what the layers and the readout read in place of the context, with `query_after`;
-            the first weight_ih is (G, E + O) then. See `AttentionalVector`. It has kernels on the
-            CPU alone.
+            the first weight_ih is (G, E + O) then. See `AttentionalVector`. Triton has no kernels
+            of it.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
         backend: None for the best there is, "native", "triton" or "reference".
 
@@ -396,13 +396,6 @@ def attention_decoder(
     within = torch.float64 if dtype == torch.float64 else torch.float32
     extended = location is not None or isinstance(state_dropout, Tensor) or state_dropout > 0
     op = "extended_decoder" if extended or vector is not None else "attention_decoder"
-    if vector is not None and not inputs.is_cpu:
-        if backend not in (None, "reference"):
-            raise ValueError(
-                f"backend: {backend!r} was asked for, but attentional vectors have kernels on the"
-                " CPU alone"
-            )
-        backend = "reference"
     backend = choose(op, inputs, backend)
     adds_up = () if location is None else accumulates(location.channels)
     detach = location is not None and location.detach

@@ -223,13 +223,7 @@ std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
   std::optional<Source> source;
   if (!call.attention.empty())
     source.emplace(call.attention, std::nullopt, call.powers, call.location.empty());
-  Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
-                             source.has_value(), call.query_after);
-  if (!call.vector.empty()) {
-    d.vectors = empty(call.grad_vectors, call.grad_vectors.sizes());
-    d.context = empty(d.gates, {d.vectors.size(1), d.vectors.size(2)});
-    if (d.vectors.size(0) == 0) torch::stable::zero_(d.context);
-  }
+  const Gradients d = gradients_of(call);
   ask_for_huge_pages(d.gates.data_ptr(), d.gates.numel() * d.gates.element_size());
   const std::vector<Layer> layers = layers_of(call.layers);
   OfLocation of_location = of_no_location(d.gates);

@@ -2,8 +2,9 @@
 //
 // Steps that follow each other without one being fed another's argmax are one launch, see
 // decoder_loop.cuh, or 2 L + 2 launches each: the query's product, attention, and for each layer
-// the product of [x | hidden state] with its weights side by side, then its cell. Everything is
-// allocated before the first step and nothing waits for the GPU, so that a CUDA graph can hold it.
+// the product of [x | hidden state] with its weights side by side, then its cell; attentional
+// vectors take two more. Everything is allocated before the first step and nothing waits for the
+// GPU, so that a CUDA graph can hold it.
 #include <torch/csrc/stable/library.h>
 
 #include "../decoder_ops.h"
@@ -30,12 +31,16 @@ class Forward {
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
         fed_(empty(call.inputs, {B_, call.feedback.empty() ? 0 : call.inputs.size(2)})),
-        together_(place || call.state_dropout
+        together_(place || call.state_dropout || !call.vector.empty()
                       ? nullptr
                       : TogetherForward::make(device, call.layers, source, call.dropout, call.kind,
                                               call.query_after, run)) {
     if (place) placed_.emplace(empty(call.inputs, source->keys.sizes()));
-    if (!call.feedback.empty())
+    if (joins()) {
+      joined_.emplace(empty(call.inputs, {B_, call.vector[0].size(1)}));
+      unjoined_.emplace(empty(call.inputs, {B_, call.vector[0].size(0)}));
+    }
+    if (!call.feedback.empty() && !joins())
       features_.emplace(empty(call.inputs, {B_, call.readout[1].size(1)}));
   }
 
@@ -62,7 +67,20 @@ class Forward {
       if (source_ && !call_.query_after) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance(l, t);
       if (source_ && call_.query_after) attend(t, t + 1);
+      if (joins()) join(t);
     }
+  }
+
+  bool joins() const { return !call_.vector.empty(); }
+
+  // The attentional vector after step t, of what the top layer and attention have left.
+  void join(int64_t t) {
+    product(*unjoined_, *joined_, call_.vector[0]);
+    VectorArguments a{float_rows(*unjoined_), {floats_of(call_.vector[1]), 0}};
+    if (call_.vector_dropout) a.factors = float_rows(at(*call_.vector_dropout, t));
+    a.vector = float_rows(at(call_.vectors, t + 1)), a.to_input = float_rows(operands_[0]);
+    a.B = static_cast<int>(B_), a.H = size_of(*unjoined_, 1), a.tanh = call_.tanh;
+    launch_join(device_, a);
   }
 
   // For launches of steps, step t the first one.
@@ -76,20 +94,22 @@ class Forward {
       copy(columns(operands_[l], width(l), H_), at(run_.hiddens, l, t));
     }
     if (source_ && call_.query_after)
-      copy(columns(operands_[0], 0, width(0)), at(run_.contexts, t));
+      copy(columns(operands_[0], 0, width(0)), at(joins() ? call_.vectors : run_.contexts, t));
   }
 
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
 
   // The argmax of what step t - 1 made in place of step t's input.
   void feed(int64_t t, size_t i) {
-    const Tensor context = source_ ? at(run_.contexts, t) : *call_.context;
-    copy(columns(*features_, 0, H_), at(run_.hiddens, L_ - 1, t));
-    copy(columns(*features_, H_, context.size(1)), context);
+    if (!joins()) {
+      const Tensor context = source_ ? at(run_.contexts, t) : *call_.context;
+      copy(columns(*features_, 0, H_), at(run_.hiddens, L_ - 1, t));
+      copy(columns(*features_, H_, context.size(1)), context);
+    }
     const int64_t V = call_.readout[1].size(0), E = call_.inputs.size(2),
                   ld = run_.logits.stride(0);
     const Tensor logits = view(run_.logits, {B_, V}, {ld, 1}, t * V);
-    product(logits, *features_, call_.readout[1]);
+    product(logits, joins() ? at(call_.vectors, t) : *features_, call_.readout[1]);
     FeedbackArguments a{floats_of(logits), ld, view_of(call_.readout[2]),
                         view_of(call_.readout[0])};
     if (call_.input_dropout) a.factors = floats_of(at(*call_.input_dropout, t));
@@ -109,7 +129,12 @@ class Forward {
     if (place_) follow(t, true);
     one_query_attention(device_, one, place_ ? *placed_ : s.keys, s.values, s.v, s.softmax,
                         place_ ? std::nullopt : std::optional(s.powers), at(run_.contexts, t + 1),
-                        weights, {floats_of(operands_[0]), operands_[0].stride(0)});
+                        weights, {to_context().data, to_context().ld});
+  }
+
+  // Where else a context goes, to be read.
+  FloatRows to_context() const {
+    return joins() ? float_rows(*joined_, H_) : float_rows(operands_[0]);
   }
 
   // The location before step t, and where it is wanted what step t has for keys.
@@ -136,6 +161,8 @@ class Forward {
     if (l + 1 < L_) {
       a.to_next = float_rows(operands_[l + 1]);
       if (call_.dropout) a.factors = float_rows(at(*call_.dropout, l, t));
+    } else if (joins()) {
+      a.to_next = float_rows(*joined_);
     }
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_advance(device_, call_.kind, a);
@@ -150,13 +177,13 @@ class Forward {
   std::optional<Tensor> placed_;              // keys (B, S, A) of a step
   const Tensor fed_;                          // (B, E)
   std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
+  std::optional<Tensor> joined_, unjoined_;   // [output | context], and its product (B, O)
   std::unique_ptr<TogetherForward> together_;
   // Of each layer: (G, width + H), (G,) or (B, G), and [x | hidden state] (B, width + H)
   std::vector<Tensor> weights_, biases_, operands_;
 };
 
 Run decode(const DecoderCall& call) {
-  STD_TORCH_CHECK(call.vector.empty(), "attentional vectors have kernels on the CPU alone");
   STD_TORCH_CHECK(call.inputs.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
   const Device device(call.inputs);

@@ -41,6 +41,7 @@ class Backward {
       weights_.push_back(side_by_side(w_x, call.layers[3 * l + 1], run_.gates.size(3)));
       products_.push_back(empty(run_.gates, {B_, weights_[l].size(1)}));
     }
+    if (joins()) of_joined_.emplace(empty(run_.gates, {B_, call.vector[0].size(1)}));
   }
 
   void run() {
@@ -59,6 +60,7 @@ class Backward {
  private:
   void run_steps() {
     for (int64_t t = T_ - 1; t >= 0; --t) {
+      if (joins()) part(t);
       if (source_ && call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
       if (source_ && !call_.query_after) attend(t);
@@ -68,7 +70,7 @@ class Backward {
   // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
-    if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout ||
+    if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout || joins() ||
         L_ > kMostLoopLayers || B_ == 0)
       return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
@@ -140,6 +142,7 @@ class Backward {
       a.grad.next = float_rows(products_[l + 1]);
       if (call_.dropout) a.grad.factors = float_rows(at(*call_.dropout, l, t));
     } else {
+      if (joins()) a.grad.next = float_rows(*of_joined_);
       a.grad.output = float_rows(at(call_.given.outputs, t));
       // The query of this step, or, if it comes before, of the next one.
       if (source_ && (call_.query_after || t + 1 < T_)) a.grad.query = float_rows(of_query_);
@@ -160,6 +163,21 @@ class Backward {
     product(products_[l], grad_gates, transposed(weights_[l]));
   }
 
+  bool joins() const { return !call_.vector.empty(); }
+
+  // From the attentional vector's gradient to that before its activation, and on to the output and
+  // the context that it was made of.
+  void part(int64_t t) {
+    const Tensor grad = at(d_.vectors, t);
+    VectorBackwardArguments a{float_rows(at(call_.grad_vectors, t))};
+    if (t + 1 < T_) a.carried = float_rows(products_[0]);
+    if (call_.vector_dropout) a.factors = float_rows(at(*call_.vector_dropout, t));
+    a.vector = float_rows(at(call_.vectors, t + 1)), a.grad = float_rows(grad);
+    a.B = static_cast<int>(B_), a.H = size_of(grad, 1), a.tanh = call_.tanh;
+    launch_part(device_, a);
+    product(*of_joined_, grad, transposed(call_.vector[0]));
+  }
+
   // What does not depend on the step.
   OneQueryBackwardArguments attention() const {
     const Source& s = *source_;
@@ -174,7 +192,10 @@ class Backward {
   void attend(int64_t t) {
     OneQueryBackwardArguments a = attention();
     a.grad_context = float_rows(at(call_.given.contexts, t));
-    if (!call_.query_after || t + 1 < T_) a.carried = float_rows(products_[0]);
+    if (joins())
+      a.carried = float_rows(*of_joined_, H_);
+    else if (!call_.query_after || t + 1 < T_)
+      a.carried = float_rows(products_[0]);
     a.grad_weights = float_rows(at(call_.given.weights, t)),
     a.weights = float_rows(at(run_.weights, t));
     a.query = float_rows(at(run_.queries, t));
@@ -199,10 +220,10 @@ class Backward {
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
   std::vector<Tensor> weights_, products_;
+  std::optional<Tensor> of_joined_;  // gradient of [output | context] that a vector is made of
 };
 
 std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
-  STD_TORCH_CHECK(call.vector.empty(), "attentional vectors have kernels on the CPU alone");
   const Tensor& gates = call.run.gates;
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
@@ -219,8 +240,7 @@ std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
                   call.accumulates, source->keys);
     of_place.emplace(device, *place, *source, states, call.grad_location, call.detach);
   }
-  const Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
-                                   source.has_value(), call.query_after);
+  const Gradients d = gradients_of(call);
   Backward(device, call, source, d, of_place ? &*of_place : nullptr).run();
   return {d, of_place ? of_place->results(call.run.queries, d.scores) : of_no_location(gates)};
 }

@@ -11,6 +11,26 @@ __global__ void __launch_bounds__(kCellThreads) sum_gradient(SumArguments a) {
   if (b < a.B) a.sum(b, h) = a.grad(b, h);
 }
 
+__global__ void __launch_bounds__(kCellThreads) join_vector(VectorArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, n = i % a.H;
+  if (b >= a.B) return;
+  float y = a.product(b, n) + a.bias(b, n);
+  if (a.tanh) y = tanhf(y);
+  if (a.factors.data != nullptr) y *= a.factors(b, n);
+  a.vector(b, n) = a.to_input(b, n) = y;
+}
+
+__global__ void __launch_bounds__(kCellThreads) part_vector(VectorBackwardArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, n = i % a.H;
+  if (b >= a.B) return;
+  const float factor = a.factors.data == nullptr ? 1.f : a.factors(b, n);
+  const float y = factor != 0.f ? a.vector(b, n) / factor : 0.f;  // before dropout
+  const float d = (a.given(b, n) + a.carried.get(b, n)) * factor;
+  a.grad(b, n) = a.tanh ? d * (1.f - y * y) : d;
+}
+
 template <typename A>
 void launch(const Device& device, void (*kernel)(A), const A& a) {
   device.launch(kernel, ceil_div(int64_t{a.B} * a.H, kCellThreads), dim3(kCellThreads), 0, a);
@@ -35,5 +55,9 @@ void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments
 }
 
 void launch_sum(const Device& device, const SumArguments& a) { launch(device, sum_gradient, a); }
+void launch_join(const Device& device, const VectorArguments& a) { launch(device, join_vector, a); }
+void launch_part(const Device& device, const VectorBackwardArguments& a) {
+  launch(device, part_vector, a);
+}
 
 }  // namespace seq2seq_fast

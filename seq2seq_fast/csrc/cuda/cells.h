@@ -1,4 +1,4 @@
-// Launches of recurrent cells. See cells.cuh.
+// Launches of recurrent cells, and of attentional vectors. See cells.cuh.
 #pragma once
 #include "cells.cuh"
 #include "launch.h"
@@ -8,5 +8,7 @@ namespace seq2seq_fast {
 void launch_advance(const Device& device, Cell cell, const CellArguments& a);
 void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments& a);
 void launch_sum(const Device& device, const SumArguments& a);
+void launch_join(const Device& device, const VectorArguments& a);
+void launch_part(const Device& device, const VectorBackwardArguments& a);
 
 }  // namespace seq2seq_fast
