@@ -364,6 +364,51 @@ class OpenNMTAttention(nn.Module):
         return self.linear_out(torch.cat([context, source], -1)), weights
 
 
+class OpenNMTDecoder(nn.Module):
+    """OpenNMT-py's InputFeedRNNDecoder of LSTM cells with attention of type "mlp", all steps as one
+    operation: what the attention returns is dropped in part, read out, and fed to the next step."""
+
+    def __init__(self, num_layers: int, input_size: int, rnn_size: int, dropout: float):
+        super().__init__()
+        widths = [input_size + rnn_size] + [rnn_size] * (num_layers - 1)
+        layers = nn.ModuleList(nn.LSTMCell(n, rnn_size) for n in widths)
+        self.rnn, self.attn = _named(layers=layers), OpenNMTAttention(rnn_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        emb: Tensor,
+        memory_bank: Tensor,
+        src_len: Tensor,
+        state: tuple[Tensor, Tensor],
+        input_feed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Embedded tokens (B, T, input_size), (B, S, rnn_size), (B,), hidden and cell (num_layers,
+        B, rnn_size), and what the last call ended with (B, rnn_size), zeros if None -> outputs
+        (B, T, rnn_size), weights (B, T, S), hidden and cell."""
+        p = self.dropout.p if self.training else 0.0
+        joined = self.attn.linear_out
+        of_context, of_output = joined.weight.chunk(2, 1)  # the library has the output first
+        out = s2s.attention_decoder(
+            emb,
+            *state,
+            [list(cell.parameters()) for cell in self.rnn.layers],
+            query=(self.attn.linear_query.weight, self.attn.linear_query.bias),
+            keys=self.attn.linear_context(memory_bank),
+            values=memory_bank,
+            v=self.attn.v.weight[0],
+            mask=within(src_len, memory_bank.shape[1]),
+            context=input_feed,
+            query_after=True,
+            dropout=p,
+            vector=s2s.AttentionalVector(
+                torch.cat([of_output, of_context], 1), joined.bias, "none", p
+            ),
+        )
+        assert out.vectors is not None and out.weights is not None and out.cell is not None
+        return out.vectors, out.weights, (out.hidden, out.cell)
+
+
 class PointerScores(nn.Module):
     """The logits of a pointer network: C tanh(v tanh(W query + U key)), -inf where it must not
     point (Bello et al., "Neural combinatorial optimization with reinforcement learning", 2016,

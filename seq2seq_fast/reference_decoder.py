@@ -116,6 +116,7 @@ def attention_decoder(
     vector: Sequence[Tensor] = (),
     activation: str = "tanh",
     vector_dropout: Tensor | None = None,
+    context_dropout: Tensor | None = None,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -147,6 +148,8 @@ def attention_decoder(
             weight [output; context] + bias) after a step, "tanh" or "none", times vector_dropout
             (T, B, O). The cells read that of the step before in place of its context, so that
             w_context is (I, O), and the readout reads it alone. With query_after alone.
+        context_dropout: (T, B, D) or (T, B, O), factors of the context, or vector, that the cells
+            read at a step.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -201,7 +204,8 @@ def attention_decoder(
         if attention and not query_after:
             attend()
         if attention:
-            x = torch.cat([x, vectors[-1] if vector else contexts[-1]], -1)
+            fed = vectors[-1] if vector else contexts[-1]
+            x = torch.cat([x, fed if context_dropout is None else fed * context_dropout[t]], -1)
         step: list[tuple[Tensor, Tensor, Tensor]] = []
         for i in range(L):
             if i > 0:

@@ -20,6 +20,8 @@ def problems(draw, attention=None, vectors=False):
             "O": draw(st.integers(1, 70)),
             "vectors_dropped": draw(st.booleans()),
         }
+    if attention and vectors:
+        sizes["contexts_dropped"] = draw(st.booleans())
     return sizes | {
         "cell_type": draw(st.sampled_from([*MODULES])),
         "L": draw(st.integers(1, 3)),

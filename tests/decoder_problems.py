@@ -15,6 +15,7 @@ def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
     detach=False, states_dropped=False, joined="", O=6, vectors_dropped=False,  # noqa: E741
+    contexts_dropped=False,
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -60,6 +61,8 @@ def problem(
         args["dropout"] = (torch.rand(L - 1, B, T, H, generator=g) < 0.7).double() / 0.7
     if states_dropped:
         args["state_dropout"] = (torch.rand(L, B, T, H, generator=g) < 0.7).double() / 0.7
+    if contexts_dropped:
+        args["context_dropout"] = (torch.rand(B, T, fed, generator=g) < 0.7).double() / 0.7
     if feedback:
         factors = torch.rand(B, T, E, generator=g).double() if dropout else None
         args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, features), draw(V), factors)

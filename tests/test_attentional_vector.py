@@ -316,6 +316,23 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(cast_later.vectors, half.vectors)
 
 
+@pytest.mark.parametrize("joined", ["", "tanh"])
+@pytest.mark.parametrize("name", ["context_dropout", "vector"])
+def test_probabilities_draw_factors_from_a_seed(joined, name):
+    args = cast(problem(T=40, after=True, joined=joined or "none", seed=1), torch.float32)
+    if name == "vector":
+        drops = {"vector": args["vector"]._replace(dropout=0.4)}
+    else:
+        drops = {"context_dropout": 0.4}
+    found = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        found.append(s2s.attention_decoder(**args | drops).vectors)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    zeros = (found[0] == 0).float().mean()
+    assert 0.3 < zeros < 0.5 if name == "vector" else zeros == 0
+
+
 def test_bad_input_is_refused():
     args = cast(problem(after=True, joined="tanh"), torch.float32)
     vector = args["vector"]
@@ -331,12 +348,19 @@ def test_bad_input_is_refused():
         r"vector.dropout: got shape \(3, 5, 7\)": {"vector": vector._replace(dropout=X(3, 5, 7))},
         r"context: got shape \(3, 3\), expected \(B, O\) = \(3, 6\)": {"context": X(3, 3)},
         "vector: got one, expected None without query_after": {"query_after": False},
+        r"context_dropout: got shape \(3, 5, 3\), expected .* \(3, 5, 6\)": {
+            "context_dropout": X(3, 5, 3)
+        },
+        "context_dropout: got 1.5": {"context_dropout": 1.5},
         r"layers\[0\]\[0\]: got shape \(28, 10\), expected .* \(28, 7\)": {"vector": None,
             "context": None},
     }  # fmt: skip
     for message, change in wrong.items():
         with pytest.raises((TypeError, ValueError), match=message):
             s2s.attention_decoder(**args | change)
+    bare = cast(problem(attention=False), torch.float32)
+    with pytest.raises(ValueError, match="context_dropout: got one, expected 0 without keys"):
+        s2s.attention_decoder(**bare, context_dropout=0.5)
     without = s2s.attention_decoder(**args | {"vector": vector._replace(bias=None)})
     zeros = s2s.attention_decoder(**args | {"vector": vector._replace(bias=X(6))})
     assert torch.equal(without.vectors, zeros.vectors)

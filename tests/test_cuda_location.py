@@ -35,6 +35,8 @@ OPTIONS = {
     "states dropped": dict(channels=BOTH, L=3, dropout=True, states_dropped=True),
     "states dropped, no location": dict(states_dropped=True, feedback=[2]),
     "states dropped, no attention": dict(states_dropped=True, attention=False, dropout=True),
+    "contexts dropped": dict(contexts_dropped=True, feedback=[2]),
+    "contexts dropped, located": dict(contexts_dropped=True, channels=BOTH, L=1),
     "wider than the source": dict(channels=BOTH, B=2, T=3, S=5, N=2, K=41),
 }
 
@@ -55,6 +57,7 @@ VECTORS = {
     ),
     "one layer, strided": dict(joined="tanh", L=1, strided=True, start=False, vectors_dropped=True),
     "with a location": dict(joined="tanh", channels=BOTH, states_dropped=True),
+    "dropped as it is read": dict(joined="tanh", contexts_dropped=True),
     "wide": dict(joined="tanh", B=2, T=3, O=150, H=33, D=9, feedback=[2]),
     "one step": dict(joined="tanh", T=1),
 }

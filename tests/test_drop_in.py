@@ -293,6 +293,42 @@ def test_opennmt():
         torch.testing.assert_close(found, expected[:, 0])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_opennmt_decoder(layers):
+    """The loop over cells with input feeding, evaluated."""
+    E = 5
+    module = drop_in.OpenNMTDecoder(layers, E, N, 0.4).eval()
+    assert f"rnn.layers.{layers - 1}.weight_ih" in module.state_dict()
+    assert "attn.linear_out.weight" in module.state_dict()
+
+    def plain(m, emb, memory, hidden, cell):
+        hidden, cell = list(hidden), list(cell)
+        feed, outputs, all_weights = memory.new_zeros(B, N), [], []
+        for x in emb.unbind(1):
+            x = torch.cat([x, feed], 1)
+            for i, layer in enumerate(m.rnn.layers):
+                hidden[i], cell[i] = layer(x, (hidden[i], cell[i]))
+                x = hidden[i]
+            feed, weights = m.attn(x, memory, LENGTHS)
+            outputs.append(feed)
+            all_weights.append(weights)
+        states = torch.stack(hidden), torch.stack(cell)
+        return torch.stack(outputs, 1), torch.stack(all_weights, 1), *states
+
+    def ours(m, emb, memory, *state):
+        outputs, weights, after = m(emb, memory, LENGTHS, state)
+        return outputs, weights, *after
+
+    inputs = [torch.randn(s) for s in ((B, T, E), (B, S, N), (layers, B, N), (layers, B, N))]
+    check(module, plain, *inputs, ours=ours)
+    first, _, state = module(inputs[0][:, :1], inputs[1], LENGTHS, tuple(inputs[2:]))
+    rest = module(inputs[0][:, 1:], inputs[1], LENGTHS, state, first[:, 0])[0]
+    torch.testing.assert_close(torch.cat([first, rest], 1), ours(module, *inputs)[0])
+    module.train()
+    dropped = ours(module, *inputs)[0]
+    assert 0.2 < (dropped == 0).float().mean() < 0.6
+
+
 @pytest.mark.parametrize("clip", [None, 10.0])
 def test_pointer(clip):
     def plain(m, query, source, mask):

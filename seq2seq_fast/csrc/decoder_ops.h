@@ -33,6 +33,10 @@ struct DecoderCall {
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
   Tensor vectors = inputs;
+  std::optional<Tensor> context_dropout = std::nullopt;  // (T, B, D or O)
+
+  // What the first layer reads of attention, each step's at the step that it is of (T + 1, B, ...)
+  const Tensor& fed(const Run& run) const { return vector.empty() ? run.contexts : vectors; }
 };
 
 struct DecoderBackwardCall {
@@ -53,6 +57,7 @@ struct DecoderBackwardCall {
   std::vector<Tensor> vector = {};
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
+  std::optional<Tensor> context_dropout = std::nullopt;
 };
 
 inline Gradients gradients_of(const DecoderBackwardCall& call) {
@@ -99,17 +104,18 @@ struct DecoderOps {
                        std::optional<Tensor> input_dropout, std::vector<Tensor> location,
                        std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout,
                        std::vector<Tensor> vector, std::string activation,
-                       std::optional<Tensor> vector_dropout) {
+                       std::optional<Tensor> vector_dropout,
+                       std::optional<Tensor> context_dropout) {
     const Tensor locations = locations_of(inputs, attention, location);
     const Tensor vectors = vectors_of(inputs, hidden, attention, vector, context);
     STD_TORCH_CHECK(vector.empty() || query_after, "expected query_after of attentional vectors");
     if (!vector.empty()) context = std::nullopt;
     const Run run =
-        decode({inputs,         hidden,        cell,      layers,        attention,
-                mask,           powers,        context,   dropout,       cell_of(cell_type),
-                query_after,    feedback,      readout,   input_dropout, location,
-                accumulates,    state_dropout, locations, vector,        is_tanh(activation),
-                vector_dropout, vectors});
+        decode({inputs,         hidden,        cell,           layers,        attention,
+                mask,           powers,        context,        dropout,       cell_of(cell_type),
+                query_after,    feedback,      readout,        input_dropout, location,
+                accumulates,    state_dropout, locations,      vector,        is_tanh(activation),
+                vector_dropout, vectors,       context_dropout});
     return std::tuple_cat(run.results(), std::tuple(locations, vectors));
   }
 };
@@ -144,7 +150,8 @@ struct DecoderBackwardOps {
                        std::vector<int64_t> accumulates, bool detach,
                        std::optional<Tensor> state_dropout, Tensor grad_vectors, Tensor vectors,
                        std::vector<Tensor> vector, std::string activation,
-                       std::optional<Tensor> vector_dropout) {
+                       std::optional<Tensor> vector_dropout,
+                       std::optional<Tensor> context_dropout) {
     const auto [d, of_location] = retreat({{grad_outputs, grad_contexts, grad_weights},
                                            grad_hidden,
                                            grad_cell,
@@ -165,7 +172,8 @@ struct DecoderBackwardOps {
                                            vectors,
                                            vector,
                                            is_tanh(activation),
-                                           vector_dropout});
+                                           vector_dropout,
+                                           context_dropout});
     const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
     return std::tuple_cat(d.results(need_state),
                           std::tuple(dkeys, dv, dconv, dprojection, dstate, d.vectors));

@@ -80,15 +80,16 @@ class _Decoder(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, inputs, hidden, cell, context, mask, powers, dropout, state_dropout, vector_dropout,
-        options, run, *weights,
+        context_dropout, options, run, *weights,
     ):  # fmt: skip
         if run is None:
-            factors = dropout, state_dropout, vector_dropout
+            factors = dropout, state_dropout, vector_dropout, context_dropout
             run = _run(options, inputs, hidden, cell, weights, mask, powers, context, factors)
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
-            run.locations, run.vectors, powers, dropout, state_dropout, vector_dropout, *weights,
+            run.locations, run.vectors, powers, dropout, state_dropout, vector_dropout,
+            context_dropout, *weights,
         )  # fmt: skip
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -106,7 +107,7 @@ class _Decoder(torch.autograd.Function):
 
 _INPUTS = (
     "inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "state_dropout",
-    "vector_dropout", "options", "run",
+    "vector_dropout", "context_dropout", "options", "run",
 )  # fmt: skip
 
 
@@ -123,10 +124,11 @@ class _Options(NamedTuple):
 def _run(
     options, inputs, hidden, cell, weights, mask, powers, context, factors, feedback=([], [], None)
 ):  # fmt: skip
-    """`Run` of the backend's op; factors are those of dropout between layers, of states and of
-    attentional vectors."""
+    """`Run` of the backend's op; factors are those of dropout between layers, of states, of
+    attentional vectors and of contexts."""
     layers, attention, location, vector = _split(options, weights, inputs, hidden)
-    (dropout, state_dropout, vector_dropout), adds = factors, options.accumulates
+    dropout, state_dropout, vector_dropout, context_dropout = factors
+    adds = options.accumulates
     of_vector = vector, options.activation or "none", vector_dropout
     args = (
         inputs, hidden, cell, layers, attention, mask, powers, context, dropout, *options[:2],
@@ -134,10 +136,11 @@ def _run(
     )  # fmt: skip
     if options.backend == "reference":
         of_location = (location, adds, options.detach)
-        return reference.attention_decoder(*args, *of_location, state_dropout, *of_vector)
-    if location or vector or state_dropout is not None:
+        others = state_dropout, *of_vector, context_dropout
+        return reference.attention_decoder(*args, *of_location, *others)
+    if location or vector or state_dropout is not None or context_dropout is not None:
         op = OPS["extended_decoder", options.backend]
-        return Run(*op(*args, location, adds, state_dropout, *of_vector))
+        return Run(*op(*args, location, adds, state_dropout, *of_vector, context_dropout))
     op = OPS["attention_decoder", options.backend]
     return Run(*op(*args), *(inputs.new_empty(0) for _ in range(2)))
 
@@ -195,17 +198,18 @@ def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
 
 def _backward(
     options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, vectors,
-    powers, dropout, state_dropout, vector_dropout, *weights,
+    powers, dropout, state_dropout, vector_dropout, context_dropout, *weights,
 ):  # fmt: skip
     """Gradients of `_Decoder.forward`'s arguments."""
     layers, attention, location, vector = _split(options, weights, inputs, hiddens)
     fed = vectors if vector else contexts
     fed = fed[:-1] if options.query_after else fed[1:]
+    fed = fed if context_dropout is None else fed * context_dropout
     if gates is None:
         gates = _recomputed(options.cell_type, inputs, hiddens, fed, dropout, layers, attention)
     need_state = needs["hidden"] or needs["cell"]
     run = hiddens, cells, gates, queries, contexts, w, locations, vectors
-    factors = dropout, state_dropout, vector_dropout
+    factors = dropout, state_dropout, vector_dropout, context_dropout
     steps, of_location, dvectors = _recurrence_backward(
         options, grads, run, layers, attention, location, vector, powers, factors, need_state
     )
@@ -233,7 +237,7 @@ def _backward(
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if options.query_after else None
-    return dinputs, dhidden, dcell, dcontext, *7 * [None], *found
+    return dinputs, dhidden, dcell, dcontext, *8 * [None], *found
 
 
 def _recurrence_backward(
@@ -244,7 +248,7 @@ def _recurrence_backward(
     makes where there is one; and of attentional vectors before their activation."""
     hiddens, cells, gates, queries, contexts, w, locations, vectors = run
     cell_type, query_after, _, backend, adds, detach, activation = options
-    dropout, state_dropout, vector_dropout = factors
+    dropout, state_dropout, vector_dropout, context_dropout = factors
 
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
@@ -263,7 +267,7 @@ def _recurrence_backward(
         hiddens, cells, gates, queries, w, layers, attention, powers, dropout, cell_type,
         query_after, need_state,
     )  # fmt: skip
-    if not location and not vector and state_dropout is None:
+    if not location and not vector and state_dropout is None and context_dropout is None:
         return OPS["attention_decoder_backward", backend](*args), [], None
     if location:
         of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
@@ -272,7 +276,7 @@ def _recurrence_backward(
     of_vectors = rows_of(of_vectors, vectors[1:]) if vector else vectors
     *found, dvectors = OPS["extended_decoder_backward", backend](
         *args, of_location, location, adds, detach, state_dropout, of_vectors, vectors, vector,
-        activation or "none", vector_dropout,
+        activation or "none", vector_dropout, context_dropout,
     )  # fmt: skip
     return found[:7], found[7:], dvectors
 
@@ -327,6 +331,7 @@ def attention_decoder(
     query_after: bool = False,
     dropout: float | Tensor = 0.0,
     state_dropout: float | Tensor = 0.0,
+    context_dropout: float | Tensor = 0.0,
     feedback: Feedback | None = None,
     location: Location | None = None,
     vector: AttentionalVector | None = None,
@@ -360,6 +365,9 @@ def attention_decoder(
         state_dropout: on each layer's hidden state after a step, wherever it is read from then on,
             as Tacotron 2 has it; the probability, or factors (L, B, T, H). An LSTM's cell is not
             dropped. It holds in evaluation too: 0 there. Triton has no kernels of it.
+        context_dropout: on the context, or attentional vector, that the first layer reads, and not
+            on what is returned, as SpeechBrain and JoeyNMT have it; the probability, or factors
+            (B, T, D) or (B, T, O). As state_dropout otherwise.
         feedback: the steps whose input is the argmax of the step before in place of inputs.
         location: what makes the scores see where was attended before; see `Location`. Triton has
             no kernels of it.
@@ -389,17 +397,20 @@ def attention_decoder(
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, state_dropout, feedback, recompute, location, vector, autocast,
+        dropout, state_dropout, context_dropout, feedback, recompute, location, vector, autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
-    extended = location is not None or isinstance(state_dropout, Tensor) or state_dropout > 0
-    op = "extended_decoder" if extended or vector is not None else "attention_decoder"
+    drops = any(isinstance(p, Tensor) or p > 0 for p in (state_dropout, context_dropout))
+    extended = drops or location is not None or vector is not None
+    op = "extended_decoder" if extended else "attention_decoder"
     backend = choose(op, inputs, backend)
     adds_up = () if location is None else accumulates(location.channels)
     detach = location is not None and location.detach
     activation = "" if vector is None else vector.activation
+
+    fed = layers[0][0].shape[1] - inputs.shape[2]  # D, or O of attentional vectors
 
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
@@ -418,7 +429,8 @@ def attention_decoder(
             (
                 _factors(dropout, steps, first, len(layers) - 1),
                 _factors(state_dropout, steps, first, len(layers)),
-                None if vector is None else _vector_factors(vector, steps, within),
+                None if vector is None else _row_factors(vector.dropout, steps, fed),
+                _row_factors(context_dropout, steps, fed),
             ),
             _Options(cell_type, query_after, recompute, backend, adds_up, detach, activation),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
@@ -439,13 +451,13 @@ def _bias(vector: AttentionalVector) -> Tensor:
     return vector.bias
 
 
-def _vector_factors(vector: AttentionalVector, inputs: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """(T, B, O), or None."""
-    if isinstance(vector.dropout, Tensor):
-        return vector.dropout.to(dtype).transpose(0, 1).contiguous()
-    if vector.dropout == 0:
+def _row_factors(dropout: float | Tensor, inputs: Tensor, width: int) -> Tensor | None:
+    """Factors (T, B, width) of one number of each row and step, or None."""
+    if isinstance(dropout, Tensor):
+        return dropout.to(inputs.dtype).transpose(0, 1).contiguous()
+    if dropout == 0:
         return None
-    return dropout_factors((*inputs.shape[:2], vector.weight.shape[0]), vector.dropout, inputs)
+    return dropout_factors((*inputs.shape[:2], width), dropout, inputs)
 
 
 def _factors(dropout: float | Tensor, inputs: Tensor, hidden: Tensor, n: int):

@@ -13,8 +13,9 @@ class AttentionalVector(NamedTuple):
     """activation(weight [output; context] + bias) after each step, which the first layer reads in
     the next one, and the readout in place of output and context: the attentional vector and input
     feeding of Luong, Pham, Manning, "Effective approaches to attention-based neural machine
-    translation" (2015). JoeyNMT has it so, and OpenNMT-py, whose additive attention has no
-    activation there.
+    translation" (2015). JoeyNMT has it so, but for its dropout, which is of [output; context] and,
+    by `context_dropout`, of what the first layer reads; and OpenNMT-py, whose additive attention
+    has no activation there.
 
     Args:
         weight: (O, H + D), as of `nn.Linear(H + D, O)`.

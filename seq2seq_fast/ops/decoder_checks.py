@@ -55,6 +55,7 @@ def decoder(
     query_after: bool,
     dropout: float | Tensor,
     state_dropout: float | Tensor,
+    context_dropout: float | Tensor,
     feedback: Sequence | None,
     recompute: bool,
     location: object,
@@ -105,14 +106,20 @@ def decoder(
         tensor(f"layers[{i}][1]", layer[1], "(gates, H)", G, H)
         tensor(f"layers[{i}][2]", layer[2], "(gates,)", G)
         tensor(f"layers[{i}][3]", layer[3], "(gates,)", G)
-    for name, x, spelled, n in (
-        ("dropout", dropout, "(L - 1, B, T, H)", L - 1),
-        ("state_dropout", state_dropout, "(L, B, T, H)", L),
+    for name, x, spelled, *shape in (
+        ("dropout", dropout, "(L - 1, B, T, H)", L - 1, B, T, H),
+        ("state_dropout", state_dropout, "(L, B, T, H)", L, B, T, H),
+        ("context_dropout", context_dropout, "(B, T, D)", B, T, D),
     ):
         if isinstance(x, Tensor):
-            tensor(name, x, spelled, n, B, T, H)
+            tensor(name, x, spelled, *shape)
         else:
             probability(name, x)
+    no_context = attention[2] is None and not (
+        isinstance(context_dropout, (int, float)) and context_dropout == 0
+    )
+    if no_context:
+        raise ValueError("context_dropout: got one, expected 0 without keys and values")
     if feedback is not None:
         _feedback(tensor, feedback, B, T, E, features)
 

@@ -98,7 +98,8 @@ class Forward {
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
-        dropped_(call.dropout ? (L_ - 1) * B_ * H_ : 0) {
+        dropped_(call.dropout ? (L_ - 1) * B_ * H_ : 0),
+        dropped_fed_(call.context_dropout ? B_ * call.fed(run).size(2) : 0) {
     const Cell cell = call.kind;
     const Layout layout = Layout::of(cell, H_);
     const bool few = in_place(T_, B_);
@@ -232,9 +233,14 @@ class Forward {
       x = call_.dropout ? dropped - slab
                         : data<A>(run_.hiddens) + ((l - 1) * (T_ + 1) + t + 1) * slab;
     } else if (source_) {
-      const Tensor& fed = w_vector_ ? call_.vectors : run_.contexts;
+      const Tensor& fed = call_.fed(run_);
       width = fed.size(2);
       x = data<A>(fed) + (call_.query_after ? t : t + 1) * B_ * width;
+      if (call_.context_dropout) {
+        const A* by = data<A>(*call_.context_dropout) + t * B_ * width;
+        for (int64_t i = 0; i < B_ * width; ++i) dropped_fed_[i] = x[i] * by[i];
+        x = dropped_fed_;
+      }
     }
     const Packed<A>& w_hidden = w_hidden_[l];
     // An encoder begins with zeros, whose product is a tenth of its work in ten steps.
@@ -270,7 +276,7 @@ class Forward {
   const Run& run_;
   const Location<A>* const location_;
   const int64_t T_, B_, L_, H_, G_;
-  Buffer<A> dropped_;
+  Buffer<A> dropped_, dropped_fed_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
   std::optional<OfVector<A>> w_vector_;

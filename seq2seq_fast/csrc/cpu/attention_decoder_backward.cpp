@@ -50,7 +50,8 @@ class Backward {
         G_(run_.gates.size(3)),
         H_(run_.hiddens.size(3)),
         first_hidden_(G_ - layers[0].w_hidden.size(0)),
-        dropped_(call.dropout ? B_ * H_ : 0) {
+        dropped_(B_ * std::max(call.dropout ? H_ : 0,
+                               call.context_dropout ? call.context_dropout->size(2) : 0)) {
     const auto add = [](std::deque<Packed<A>>& to, const Tensor& w) {
       to.emplace_back(transposed(w), Layout::plain(w.size(1)));
     };
@@ -182,6 +183,7 @@ class Backward {
                   : data<A>(joins() ? d_.vectors : d_.contexts) + of * B_ * width;
       init = of < 0 ? nullptr : data<A>(given) + of * given.stride(0);
       ld_init = given.stride(1);
+      if (call_.context_dropout) factors = data<A>(*call_.context_dropout) + t * B_ * width;
     }
     const int64_t hidden_panels = t > 0 || call_.need_state ? w_hidden.layout.panels() : 0;
     const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
@@ -202,8 +204,10 @@ class Backward {
       w_x->product(p, from, G_, n, nullptr, 0, dropped_ + b * width, width);
       const int64_t column = p * w_x->layout.step, units = w_x->layout.units(p);
       for (int64_t i = b; i < b + n; ++i)
-        for (int64_t j = i * width + column; j < i * width + column + units; ++j)
-          dx[j] += dropped_[j] * factors[j];
+        for (int64_t j = column; j < column + units; ++j) {
+          const int64_t at = i * width + j;
+          dx[at] = (init ? init[i * ld_init + j] : A(0)) + dropped_[at] * factors[at];
+        }
     });
   }
 

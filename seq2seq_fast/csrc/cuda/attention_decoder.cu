@@ -31,7 +31,7 @@ class Forward {
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
         fed_(empty(call.inputs, {B_, call.feedback.empty() ? 0 : call.inputs.size(2)})),
-        together_(place || call.state_dropout || !call.vector.empty()
+        together_(place || call.state_dropout || !call.vector.empty() || call.context_dropout
                       ? nullptr
                       : TogetherForward::make(device, call.layers, source, call.dropout, call.kind,
                                               call.query_after, run)) {
@@ -94,7 +94,7 @@ class Forward {
       copy(columns(operands_[l], width(l), H_), at(run_.hiddens, l, t));
     }
     if (source_ && call_.query_after)
-      copy(columns(operands_[0], 0, width(0)), at(joins() ? call_.vectors : run_.contexts, t));
+      copy(columns(operands_[0], 0, width(0)), at(call_.fed(run_), t));
   }
 
   int64_t width(int64_t l) const { return weights_[l].size(1) - H_; }
@@ -144,6 +144,9 @@ class Forward {
   }
 
   void advance(int64_t l, int64_t t) {
+    if (l == 0 && call_.context_dropout)
+      launch_scale(device_, {float_rows(operands_[0]), float_rows(at(*call_.context_dropout, t)),
+                             static_cast<int>(B_), static_cast<int>(width(0))});
     product(*product_, operands_[l], weights_[l]);
     CellArguments a{float_rows(*product_)};
     const Tensor& bias = biases_[l];

@@ -71,7 +71,7 @@ class Backward {
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
     if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout || joins() ||
-        L_ > kMostLoopLayers || B_ == 0)
+        call_.context_dropout || L_ > kMostLoopLayers || B_ == 0)
       return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
     std::vector<Tensor> kept;                       // until it is launched
@@ -161,6 +161,9 @@ class Backward {
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_retreat(device_, call_.kind, a);
     product(products_[l], grad_gates, transposed(weights_[l]));
+    if (l == 0 && call_.context_dropout)
+      launch_scale(device_, {float_rows(products_[0]), float_rows(at(*call_.context_dropout, t)),
+                             static_cast<int>(B_), static_cast<int>(width(0))});
   }
 
   bool joins() const { return !call_.vector.empty(); }

@@ -11,6 +11,12 @@ __global__ void __launch_bounds__(kCellThreads) sum_gradient(SumArguments a) {
   if (b < a.B) a.sum(b, h) = a.grad(b, h);
 }
 
+__global__ void __launch_bounds__(kCellThreads) scale(ScaleArguments a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
+  const int b = i / a.H, h = i % a.H;
+  if (b < a.B) a.x(b, h) *= a.factors(b, h);
+}
+
 __global__ void __launch_bounds__(kCellThreads) join_vector(VectorArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
   const int b = i / a.H, n = i % a.H;
@@ -55,6 +61,7 @@ void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments
 }
 
 void launch_sum(const Device& device, const SumArguments& a) { launch(device, sum_gradient, a); }
+void launch_scale(const Device& device, const ScaleArguments& a) { launch(device, scale, a); }
 void launch_join(const Device& device, const VectorArguments& a) { launch(device, join_vector, a); }
 void launch_part(const Device& device, const VectorBackwardArguments& a) {
   launch(device, part_vector, a);

@@ -145,6 +145,12 @@ struct SumArguments {
   int B, H;
 };
 
+// x (B, H) times factors, in place
+struct ScaleArguments {
+  FloatRows x, factors;
+  int B, H;
+};
+
 // Attentional vectors behind the product that they are made by, and their gradient before it.
 struct VectorArguments {
   FloatRows product, bias;     // (B, H), and (H,) for all rows
