@@ -324,7 +324,7 @@ def _asked_of_gpus() -> bool:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend: "native", "triton" or "reference". It holds
-    for the thread that is in the block. (Dropout's masks are made alike by all.)"""
+    for the thread that is in the block."""
     check_backend_name(name)
     before, _forced.name = _forced.name, name
     try:

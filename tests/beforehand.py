@@ -4,6 +4,7 @@ They take minutes on one core, most of which is idle meanwhile: so they have the
 and who marks a test with `@pytest.mark.awaits(name)` finds it at the end of the run.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,7 +49,7 @@ class Beforehand:
     def __init__(self, names: list[str]):
         self._places = threading.Semaphore(AT_ONCE)
         self._running: set[subprocess.Popen] = set()
-        self._ended: dict[str, subprocess.CompletedProcess] = {}
+        self._ended: dict[str, subprocess.CompletedProcess | OSError] = {}
         self._lock, self._stopped = threading.Lock(), False
         self._threads = {
             name: threading.Thread(target=self._run, args=(name,), daemon=True) for name in names
@@ -62,15 +63,19 @@ class Beforehand:
             with self._lock:
                 if self._stopped:
                     return
-                process = subprocess.Popen(
-                    ["nice", "-n", "19", *command],
-                    cwd=TESTS.parent,
-                    env=os.environ | environment | {BEGUN: "1"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,  # so that it can be stopped with all its children
-                )
+                try:
+                    process = subprocess.Popen(
+                        ["nice", "-n", "19", *command],
+                        cwd=TESTS.parent,
+                        env=os.environ | environment | {BEGUN: "1"},
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        start_new_session=True,  # so that it can be stopped with all its children
+                    )
+                except OSError as error:
+                    self._ended[name] = error
+                    return
                 self._running.add(process)
             out, err = process.communicate()
             with self._lock:
@@ -80,10 +85,14 @@ class Beforehand:
     def result(self, name: str) -> subprocess.CompletedProcess:
         """Of one that has ended, which this waits for."""
         self._threads[name].join()
-        return self._ended[name]
+        ended = self._ended[name]
+        if isinstance(ended, OSError):
+            raise ended
+        return ended
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+                    os.killpg(process.pid, signal.SIGKILL)

@@ -337,7 +337,7 @@ def test_bad_input_is_refused():
     args = cast(problem(after=True, joined="tanh"), torch.float32)
     vector = args["vector"]
     wrong = {
-        "vector: got str, expected an Attentional": {"vector": "x"},
+        "vector: got str, expected Attentional": {"vector": "x"},
         r"vector.weight: got shape \(6, 9\), expected \(O, H \+ D\)": {
             "vector": vector._replace(weight=X(6, 9))
         },
@@ -347,7 +347,7 @@ def test_bad_input_is_refused():
         "vector.dropout: got 2.0": {"vector": vector._replace(dropout=2.0)},
         r"vector.dropout: got shape \(3, 5, 7\)": {"vector": vector._replace(dropout=X(3, 5, 7))},
         r"context: got shape \(3, 3\), expected \(B, O\) = \(3, 6\)": {"context": X(3, 3)},
-        "vector: got one, expected None without query_after": {"query_after": False},
+        "vector: got an AttentionalVector, expected None without query": {"query_after": False},
         r"context_dropout: got shape \(3, 5, 3\), expected .* \(3, 5, 6\)": {
             "context_dropout": X(3, 5, 3)
         },
@@ -377,6 +377,39 @@ def test_bad_input_is_refused():
         )
     with pytest.raises(ValueError, match="project_values: got True, expected False with attention"):
         m.prepare_inference(project_values=True)
-    m.decoder.attentional = nn.Linear(H + D, O + 1).eval()
-    with pytest.raises(ValueError, match="decoder.lstm: has input_size 13, expected 14"):
-        m.generate(src, bos=BOS, eos=EOS, max_length=3, backend="native")
+    for wrong, message in (
+        (nn.Linear(H + D, O + 1), r"attentional.weight: got shape \(10, 17\), expected \(9, 17\)"),
+        (nn.Sequential(nn.Linear(H + D, O)), "attentional.weight: got NoneType, expected a Tensor"),
+        (None, "attentional.weight: got NoneType, expected a Tensor"),
+    ):
+        m.decoder.attentional = wrong
+        m.eval()
+        for call in (
+            lambda: m.generate(src, bos=BOS, eos=EOS, max_length=3, backend="native"),
+            lambda: m(src, torch.full((2, 4), 3)),
+        ):
+            with pytest.raises(ValueError, match="decoder." + message):
+                call()
+    with pytest.raises(ValueError, match="attentional_activation: got 'relu', expected one of"):
+        s2s.Decoder(9, 4, 7, 1, 0.0, attentional_activation="relu")
+    feedback = s2s.Feedback([2], X(9, 4), X(9, 11), X(9))
+    with pytest.raises(ValueError, match=r"feedback.weight: got .* expected \(V, O\) = \(9, 6\)"):
+        s2s.attention_decoder(**args, feedback=feedback)
+    with pytest.raises(TypeError, match="vector: got bool, expected AttentionalVector"):
+        s2s.attention_decoder(**args | {"query_after": False, "vector": True})
+
+
+def test_the_ops_refuse_factors_of_another_shape():
+    args = cast(problem(after=True, joined="tanh", vectors_dropped=True), torch.float32)
+
+    def call():
+        s2s.attention_decoder(**args).vectors.sum().backward()
+
+    for function, arguments in ops_called("seq2seq_fast::extended_decoder", call):
+        function(*arguments)
+        for wrong in (X(1), X(5, 3, 7), X(5, 3, 6).double()):
+            *others, _, context_dropout = arguments
+            with pytest.raises(RuntimeError, match="expected contiguous factors"):
+                function(*others, wrong, context_dropout)
+            with pytest.raises(RuntimeError, match="expected contiguous factors"):
+                function(*others, None, wrong)

@@ -405,7 +405,7 @@ def test_a_signal_ends_a_long_call(prepared, handler):
     steps = 30_000_000  # take minutes
 
     def stop(*_):
-        raise ValueError("enough")
+        raise ValueError("enough") from KeyError("why")
 
     before = signal.getsignal(signal.SIGINT)
     if handler is not None:
@@ -421,11 +421,46 @@ def test_a_signal_ends_a_long_call(prepared, handler):
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 10
-    assert (handler is None) or str(raised.value) == "enough"
+    if handler is not None:
+        assert str(raised.value) == "enough" and isinstance(raised.value.__cause__, KeyError)
     options = {"bos": BOS, "eos": EOS, "max_length": 3}
     found = s2s.generate(model.decoder, source, state, **options)
     plain = s2s.generate(model.decoder, source, state, backend="reference", **options)
     assert torch.equal(found.tokens, plain.tokens)
+
+
+def test_a_signal_is_the_main_thread_s_alone():
+    """Whatever the engine refuses other threads meanwhile."""
+    model, src = make(), sources(1, 9)
+    source, state = model.encode(src)
+    bad = state._replace(hidden=state.hidden[:1])
+    packed = pack_decoder(model.decoder, "float32")
+    asked = decoding.DecodingOptions(bos=BOS, eos=EOS, max_length=30_000_000, min_length=30_000_000)
+    over, seen = threading.Event(), []
+
+    def others():
+        while not over.is_set():
+            try:
+                native.generate(model.decoder, packed, source, bad, asked)
+            except RuntimeError:
+                pass
+            except BaseException as error:
+                seen.append(error)
+
+    threads = [threading.Thread(target=others) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(5):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(native.Interrupted) as raised:
+                native.generate(model.decoder, packed, source, state, asked)
+            assert isinstance(raised.value.__cause__, KeyboardInterrupt)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not seen
 
 
 def test_training_mode_warns_once_and_decodes_without_dropout(monkeypatch):

@@ -296,6 +296,56 @@ def test_forward_mode_is_refused():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("place", ["fc_out", "attention.Wa", "lstm"])
+def test_weights_that_are_made_of_others_in_16_bits(place, dtype):
+    """The engine, in float32, has the very numbers that the model has."""
+    model, plain, src = make(size=1.0).to(dtype), make(size=1.0).to(dtype), sources(3, 5)
+    name = "weight_hh_l0" if place == "lstm" else "weight"
+    module = _weight_normed(model.decoder.get_submodule(place), name)
+    with torch.no_grad():
+        getattr(plain.decoder.get_submodule(place), name).copy_(getattr(module, name))
+    for prepared in (False, True):
+        if prepared:
+            model.prepare_inference()
+        found, want = (m.generate(src, **OPTIONS).log_probs for m in (model, plain))
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("place", ["attention.Ua", "attention.Va", "attention.Wa", "fc_out"])
+def test_weights_that_hooks_make_are_packed_once(place, monkeypatch):
+    model, src = make(), sources(3, 5)
+    _pruned(model.decoder.get_submodule(place), "weight")
+    model.prepare_inference()
+    packings, pack = [], decoding.pack_decoder
+    monkeypatch.setattr(
+        decoding, "pack_decoder", lambda *a, **k: packings.append(1) or pack(*a, **k)
+    )
+    first = model.generate(src, **OPTIONS)
+    for _ in range(3):
+        assert torch.equal(model.generate(src, **OPTIONS).log_probs, first.log_probs)
+    assert not packings
+
+
+def test_one_power_iteration_a_call():
+    model, src, trg = make().train(), sources(3, 5), torch.randint(3, V, (3, 7))
+    fc_out = nn.utils.spectral_norm(model.decoder.fc_out)
+    (hook,) = fc_out._forward_pre_hooks.values()
+    counted, compute = [], hook.compute_weight
+    hook.compute_weight = lambda *args, **kw: counted.append(1) or compute(*args, **kw)
+    source, state = model.encode(src)
+    for call in (
+        lambda: model(src, trg, 1.0),
+        lambda: model(src, trg, 0.0),
+        lambda: model.loss(src, trg, 0.5),
+        lambda: model.score(src, trg),
+        lambda: model.decoder(trg[:, 0], *state[:2], source),
+    ):
+        counted.clear()
+        call()
+        assert len(counted) == 1
+
+
 NORMED = ["fc_out", "attention.Wa", "attention.Ua", "attention.Va", "embedding", "lstm"]
 
 

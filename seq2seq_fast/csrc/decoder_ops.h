@@ -63,7 +63,22 @@ struct DecoderBackwardCall {
 inline Gradients gradients_of(const DecoderBackwardCall& call) {
   Gradients d = gradients_of(call.given, call.run, call.grad_hidden, call.grad_cell,
                              !call.attention.empty(), call.query_after);
+  const Tensor& contexts = call.given.contexts;
+  check_factors(call.context_dropout, contexts,
+                call.attention.empty() ? 0 : call.attention[0].size(1));
   if (call.vector.empty()) return d;
+  const auto like_contexts = [&](const Tensor& x, int64_t more) {
+    return x.dim() == 3 && x.size(0) == contexts.size(0) + more && x.size(1) == contexts.size(1) &&
+           x.size(2) == call.vector[0].size(0) && x.scalar_type() == contexts.scalar_type();
+  };
+  STD_TORCH_CHECK(call.vector.size() == 2 && call.attention.size() == 6 && call.query_after &&
+                      like_contexts(call.grad_vectors, 0) && like_contexts(call.vectors, 1) &&
+                      call.vectors.is_contiguous() &&
+                      (call.vector[0].size(0) == 1 || call.grad_vectors.stride(2) == 1) &&
+                      call.vector[0].size(1) == call.run.hiddens.size(3) + contexts.size(2) &&
+                      call.attention[0].size(1) == call.vector[0].size(0),
+                  "expected vectors (T + 1, B, O), their gradient (T, B, O) and weight (O, H + D)");
+  check_factors(call.vector_dropout, contexts, call.vector[0].size(0));
   d.vectors = empty(call.grad_vectors, call.grad_vectors.sizes());
   d.context = empty(d.gates, {d.vectors.size(1), d.vectors.size(2)});
   if (d.vectors.size(0) == 0) torch::stable::zero_(d.context);
@@ -109,6 +124,8 @@ struct DecoderOps {
     const Tensor locations = locations_of(inputs, attention, location);
     const Tensor vectors = vectors_of(inputs, hidden, attention, vector, context);
     STD_TORCH_CHECK(vector.empty() || query_after, "expected query_after of attentional vectors");
+    check_factors(vector_dropout, inputs, vector.empty() ? 0 : vectors.size(2));
+    check_factors(context_dropout, inputs, attention.empty() ? 0 : attention[0].size(1));
     if (!vector.empty()) context = std::nullopt;
     const Run run =
         decode({inputs,         hidden,        cell,           layers,        attention,

@@ -86,6 +86,14 @@ inline Tensor locations_of(const Tensor& inputs, const std::vector<Tensor>& atte
   copy(view(locations, {B, C, S}, {C * S, S, 1}), state);
   return locations;
 }
+// Factors of dropout, if any, are (T, B, width).
+inline void check_factors(const std::optional<Tensor>& x, const Tensor& inputs, int64_t width) {
+  STD_TORCH_CHECK(
+      !x || (x->dim() == 3 && x->size(0) == inputs.size(0) && x->size(1) == inputs.size(1) &&
+             x->size(2) == width && x->is_contiguous() && x->scalar_type() == inputs.scalar_type()),
+      "expected contiguous factors (T, B, width) of inputs' dtype");
+}
+
 // Attentional vectors before each of T steps and behind the last one (T + 1, B, O), to be filled in
 // but for the first, which is `first` or zeros.
 inline Tensor vectors_of(const Tensor& inputs, const Tensor& hidden,
@@ -96,7 +104,8 @@ inline Tensor vectors_of(const Tensor& inputs, const Tensor& hidden,
                       vector[1].dim() == 1 && vector[1].size(0) == vector[0].size(0) &&
                       vector[0].size(1) == hidden.size(2) + attention[4].size(2) &&
                       attention[0].size(1) == vector[0].size(0) && vector[1].is_contiguous() &&
-                      vector[0].scalar_type() == inputs.scalar_type(),
+                      vector[0].scalar_type() == inputs.scalar_type() &&
+                      vector[1].scalar_type() == inputs.scalar_type(),
                   "expected six tensors of attention, weight (O, H + D) and bias (O,)");
   const Tensor vectors = empty(inputs, {inputs.size(0) + 1, inputs.size(1), vector[0].size(0)});
   Tensor before = at(vectors, 0);

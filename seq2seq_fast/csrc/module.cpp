@@ -21,7 +21,8 @@
 namespace seq2seq_fast {
 namespace {
 
-PyObject* raised = nullptr;  // by a signal's handler; who reads or writes it holds the GIL
+// By a signal's handler: of the thread that ran it, so that no other takes it away.
+thread_local PyObject* raised = nullptr;
 
 bool in_main_thread() {
 #ifdef __linux__

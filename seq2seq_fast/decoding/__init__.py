@@ -84,8 +84,9 @@ def generate(
                     found = stepwise.generate(decoder, prepared, state, asked)
         return _wanted(found, asked)
     except native.Interrupted as stopped:
-        assert stopped.__cause__ is not None
-        raise stopped.__cause__ from None
+        raised = stopped.__cause__
+    assert raised is not None
+    raise raised  # not in the block above, whose exception would become its context
 
 
 def _wanted(found: Generated, asked: DecodingOptions) -> Generated:
@@ -148,7 +149,7 @@ def prepare_inference(decoder: "Decoder", dtype: str | None, project_values: boo
         return
     if project_values and decoder.attention is None:
         raise ValueError("project_values: got True, expected False of a decoder without attention")
-    if project_values and "attentional" in decoder._modules:
+    if project_values and decoder.attentional_dim is not None:
         raise ValueError("project_values: got True, expected False with attentional vectors")
     decoder.packed = pack_decoder(decoder, dtype, project_values=project_values)
 
@@ -230,8 +231,11 @@ def check_targets(decoder: "Decoder", trg: object, eos: object) -> None:
 
 def check(decoder: "Decoder", src: object, backend: str | None, options: dict[str, Any]) -> None:
     """What can be asked of the arguments of `generate` before the source has been encoded."""
-    rows = src.shape[0] if isinstance(src, Tensor) and src.dim() > 0 else 0
-    checked(options, rows, decoder.output_dim, decoder.attention is not None)
+    attends = decoder.attention is not None
+    if isinstance(src, Tensor) and src.dim() > 1:
+        checked(options, src.shape[0], decoder.output_dim, attends)
+    else:  # no source that a prefix could have rows for, as the encoder will say
+        checked(options | {"prefix": None}, 0, decoder.output_dim, attends)
     if _ready(decoder, backend) is None:
         native.chosen(decoder, backend)
 

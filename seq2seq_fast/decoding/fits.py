@@ -48,20 +48,20 @@ def check_fits(decoder: "Decoder") -> None:
             )
     like = decoder.fc_out.weight
     _weight("embedding.weight", decoder.embedding.weight, (V, E), like)
-    if "attentional" in decoder._modules:
-        _linear("attentional", decoder.attentional, (fed, features), like)
+    if decoder.attentional_dim is not None:
+        check_linear("attentional", decoder.attentional, (fed, features), like)
         features = fed
-    _linear("fc_out", decoder.fc_out, (V, features), like)
+    check_linear("fc_out", decoder.fc_out, (V, features), like)
     for weight in layers.parameters():
         _weight(decoder.cell_type, weight, weight.shape, like)
     if decoder.attention is not None:
         A = decoder.attention.Ua.weight.shape[0]
-        _linear("attention.Wa", decoder.attention.Wa, (A, H), like)
-        _linear("attention.Ua", decoder.attention.Ua, (A, D), like)
+        check_linear("attention.Wa", decoder.attention.Wa, (A, H), like)
+        check_linear("attention.Ua", decoder.attention.Ua, (A, D), like)
         _weight("attention.Va.weight", decoder.attention.Va.weight, (1, A), like)
 
 
-def _linear(name: str, module: nn.Module, shape: tuple[int, int], like: Tensor) -> None:
+def check_linear(name: str, module: nn.Module, shape: tuple[int, int], like: Tensor) -> None:
     _weight(f"{name}.weight", getattr(module, "weight", None), shape, like)
     if getattr(module, "bias", None) is not None:
         _weight(f"{name}.bias", module.bias, shape[:1], like)

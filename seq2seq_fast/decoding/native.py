@@ -40,7 +40,7 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the decoder is {weight.dtype}"
     if device == "cuda" and _channels(decoder):
         return "the attention sees its location, which is for the CPU"
-    if device == "cuda" and "attentional" in decoder._modules:
+    if device == "cuda" and decoder.attentional_dim is not None:
         return "the decoder has attentional vectors, which are for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
@@ -92,7 +92,7 @@ def _source(
 
 def _vector(decoder: "Decoder") -> tuple[int, ...]:
     """Width of attentional vectors and whether they are tanh's, or nothing."""
-    if "attentional" not in decoder._modules:
+    if decoder.attentional_dim is None:
         return ()
     return decoder.fed_dim, int(decoder.attentional_activation == "tanh")
 

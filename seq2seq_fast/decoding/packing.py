@@ -99,16 +99,28 @@ def _in_float32(decoder: "Decoder") -> "Decoder":
     if decoder.fc_out.weight.dtype == torch.float32:
         return decoder
     wide = copy.copy(decoder)
-    names = [name for _, name in modules_of(decoder) if name in decoder._modules]
+    names = [name for name in (*_PARTS, decoder.cell_type) if name in decoder._modules]
     wide._modules = {name: copy.deepcopy(decoder._modules[name]) for name in names}
-    return wide.float()
+    wide = wide.float()
+    for module in wide.modules():
+        if module is wide:
+            continue
+        for name, x in vars(module).items():
+            if isinstance(x, Tensor):  # made of others by hooks, and no parameter
+                setattr(module, name, x.float())
+    return wide
+
+
+_PARTS = ("embedding", "fc_out", "attention", "attentional")
 
 
 def modules_of(decoder: "Decoder") -> Iterator[tuple[dict[str, Any], str]]:
-    """Those whose weights decoding reads, as `WeightWatch` takes them."""
-    tables: dict[str, Any] = decoder._modules
-    for name in ("embedding", decoder.cell_type, "fc_out", "attention", "attentional"):
-        yield tables, name
+    """Those whose weights are packed, as `WeightWatch` takes them: of the attention the query's
+    projection alone, since prepared sources have the rest."""
+    for name in ("embedding", decoder.cell_type, "fc_out", "attentional"):
+        yield decoder._modules, name
+    if decoder.attention is not None:
+        yield decoder.attention._modules, "Wa"
 
 
 _Kept = TypeVar("_Kept", PackedDecoder, "PackedLayers")
@@ -127,7 +139,7 @@ def watch_of(decoder: "Decoder") -> WeightWatch:
     for table, name in modules_of(decoder):
         if table.get(name) is not None:
             make_weights(*table[name].modules())
-    return WeightWatch(modules_of(decoder))
+    return WeightWatch(modules_of(decoder), [(decoder._modules, "attention")])
 
 
 class PackedLayers(NamedTuple):
@@ -196,7 +208,7 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
     packed += context
-    joined = decoder.attentional if "attentional" in decoder._modules else None
+    joined = None if decoder.attentional_dim is None else decoder.attentional
     packed += _pack_linear(joined, dtype) if joined is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
     seek = seek and dtype != torch.int8 and joined is None  # its bounds are of output and context

@@ -31,6 +31,7 @@ class WeightWatch:
     Args:
         modules: the tables that they are in, with their names there; what is not there must stay
             away.
+        places: the same of modules that must stay the same, whatever their tensors.
 
     Each call of `generate` asks, and at batch 1 it takes as long as a few steps of decoding do:
     this remembers where everything lay, rather than ask modules for their attributes.
@@ -38,9 +39,13 @@ class WeightWatch:
 
     __slots__ = ("_places", "_tensors")
 
-    def __init__(self, modules: Iterable[tuple[dict[str, Any], str]] = ()):
+    def __init__(
+        self,
+        modules: Iterable[tuple[dict[str, Any], str]] = (),
+        places: Iterable[tuple[dict[str, Any], str]] = (),
+    ):
         # What was in which place of which table; tensors, with address and version
-        self._places: list[tuple[dict, str, Any]] = []
+        self._places = [(table, name, table.get(name)) for table, name in places]
         # The alias keeps the memory, so that no other tensor's can come to lie there.
         self._tensors: list[tuple[Tensor, Tensor, int, int]] = []
         for table, name in modules:

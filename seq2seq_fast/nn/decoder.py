@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..decoding import native
-from ..decoding.fits import check_layers
+from ..decoding.fits import check_layers, check_linear
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder, let_go
 from ..library import asked_for
@@ -64,6 +64,7 @@ class Decoder(nn.Module):
     """
 
     attentional: nn.Linear
+    attentional_dim: int | None = None  # of modules too that were pickled before there was one
     packed: PackedDecoder | None = None  # what prepare_inference left
     loops: Loops | None = None  # what decoding on a GPU left
 
@@ -115,15 +116,16 @@ class Decoder(nn.Module):
             else None
         )
         features, fed = hidden_dim + encoder_dim, encoder_dim
+        activation_name("attentional_activation", attentional_activation)
         if attentional_dim is not None:
             checks.at_least_one(attentional_dim=attentional_dim)
-            activation_name("attentional_activation", attentional_activation)
             if not (attention and query_after):
                 raise ValueError(
                     f"attentional_dim: got {attentional_dim}, expected None without query_after"
                     " and attention"
                 )
             self.attentional = nn.Linear(features, attentional_dim)
+            self.attentional_dim = attentional_dim
             self.attentional_activation = attentional_activation
             features = fed = attentional_dim
         layers = recurrent(cell_type, emb_dim + fed, hidden_dim, n_layers, dropout)
@@ -138,8 +140,7 @@ class Decoder(nn.Module):
     @property
     def fed_dim(self) -> int:
         """Width of what the layers read beside the token: D, or O of attentional vectors."""
-        joins = "attentional" in self._modules
-        return self.attentional.weight.shape[0] if joins else self.context_dim
+        return self.context_dim if self.attentional_dim is None else self.attentional_dim
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Decoder":
         super()._apply(fn, recurse)  # to(), double(), cuda(): where weights may become others
@@ -299,7 +300,7 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """`run`, unchecked."""
         check_layers(self)
-        make_weights(self.layers, self.fc_out)
+        make_weights(self.layers)
         embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
         factors, between_layers, of_vectors = self._dropout_factors(*embedded.shape[:2])
         if factors is not None:
@@ -317,6 +318,7 @@ class Decoder(nn.Module):
             attends["context"] = source
         fed_back = None
         if feedback:
+            make_weights(self.fc_out)
             readout = self.embedding.weight, self.fc_out.weight, bias_of(self.fc_out)
             fed_back = Feedback(feedback, *readout, factors)
         return attention_decoder(
@@ -337,11 +339,14 @@ class Decoder(nn.Module):
         return embedded > 0 or rate_between_layers(self.layers) > 0
 
     def _vector(self, factors: Tensor | None) -> AttentionalVector | None:
-        if "attentional" not in self._modules:
+        if self.attentional_dim is None:
             return None
-        joined, dropout = self.attentional, 0.0 if factors is None else factors
-        make_weights(joined)
-        return AttentionalVector(joined.weight, joined.bias, self.attentional_activation, dropout)
+        make_weights(self.attentional)
+        shape = self.attentional_dim, self.hidden_dim + self.context_dim
+        check_linear("attentional", self.attentional, shape, self.fc_out.weight)
+        weight, bias = self.attentional.weight, self.attentional.bias
+        dropout = 0.0 if factors is None else factors
+        return AttentionalVector(weight, bias, self.attentional_activation, dropout)
 
     def _dropout_factors(self, T: int, B: int) -> list[Tensor | None]:
         """(T, B, E) of embedded tokens, (n_layers - 1, B, T, H) between layers and (B, T, O) of
@@ -354,7 +359,7 @@ class Decoder(nn.Module):
         if between > 0 and T > 0:
             shape = (self.layers.num_layers - 1, T, B, self.layers.hidden_size)
             found[1] = dropout_factors(shape, between, like).transpose(1, 2)
-        if p > 0 and T > 0 and "attentional" in self._modules:
+        if p > 0 and T > 0 and self.attentional_dim is not None:
             found[2] = dropout_factors((T, B, self.fed_dim), p, like).transpose(0, 1)
         return found
 

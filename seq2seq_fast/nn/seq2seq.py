@@ -13,7 +13,7 @@ from ..library import use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.checks import flag, whole
 from ..ops.linear_cross_entropy import loss_of_steps
-from ..ops.modules import bias_of
+from ..ops.modules import bias_of, make_weights
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
@@ -137,6 +137,8 @@ class Seq2Seq(nn.Module):
         else:
             forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
+        if not feedback:  # which makes them before
+            make_weights(self.decoder.fc_out)
         return self.decoder.steps(trg[:, :-1], state, source, feedback), feedback
 
     def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:

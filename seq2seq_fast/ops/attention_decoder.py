@@ -22,6 +22,7 @@ from .checks import instance
 from .dropout import dropout_factors
 from .kernels import OPS, product, products
 from .location import Location, accumulates, parts
+from .modules import bias_of
 
 
 class Feedback(NamedTuple):
@@ -230,9 +231,11 @@ def _backward(
             )
         dvalues = torch.bmm(w.permute(1, 2, 0), dcontexts.transpose(0, 1))
         found += [dkeys, dvalues, dv, *(of_location if location else [])]
-        if vector:
-            joined = torch.cat([hiddens[-1, 1:], contexts[1:]], -1)
-            found += _products(dvectors, joined, sums=True)
+        if vector and any(needs["weights"][-2:]):
+            features = torch.cat([hiddens[-1, 1:], contexts[1:]], -1)
+            found += _products(dvectors, features, sums=True)
+        elif vector:
+            found += [None, None]
     dinputs = None
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
@@ -435,7 +438,7 @@ def attention_decoder(
             _Options(cell_type, query_after, recompute, backend, adds_up, detach, activation),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
-            [] if vector is None else [cast(vector.weight), cast(_bias(vector)).contiguous()],
+            [] if vector is None else [cast(vector.weight), cast(bias_of(vector)).contiguous()],
         )
     where = found[7]
     others = [
@@ -443,12 +446,6 @@ def attention_decoder(
         for x in found
     ]
     return DecoderOutput(*others)
-
-
-def _bias(vector: AttentionalVector) -> Tensor:
-    if vector.bias is None:
-        return vector.weight.new_zeros(vector.weight.shape[0])
-    return vector.bias
 
 
 def _row_factors(dropout: float | Tensor, inputs: Tensor, width: int) -> Tensor | None:

@@ -13,9 +13,11 @@ class AttentionalVector(NamedTuple):
     """activation(weight [output; context] + bias) after each step, which the first layer reads in
     the next one, and the readout in place of output and context: the attentional vector and input
     feeding of Luong, Pham, Manning, "Effective approaches to attention-based neural machine
-    translation" (2015). JoeyNMT has it so, but for its dropout, which is of [output; context] and,
-    by `context_dropout`, of what the first layer reads; and OpenNMT-py, whose additive attention
-    has no activation there.
+    translation" (2015).
+
+    OpenNMT-py has it with additive attention and no activation, and weights over [context; output]:
+    its halves have to be exchanged. JoeyNMT has it with tanh, but drops what the vector is made of
+    and what the layers read (`context_dropout`), and not the vector that is read out.
 
     Args:
         weight: (O, H + D), as of `nn.Linear(H + D, O)`.
@@ -30,10 +32,8 @@ class AttentionalVector(NamedTuple):
     dropout: float | Tensor = 0.0
 
 
-def check(vector: object, tensor, B: int, T: int, H: int, D: int) -> int:
+def check(vector: AttentionalVector, tensor, B: int, T: int, H: int, D: int) -> int:
     """The vector's width O. tensor(name, x, spelled, *shape) checks what a tensor is."""
-    if not isinstance(vector, AttentionalVector):
-        raise TypeError(f"vector: got {type(vector).__name__}, expected an AttentionalVector")
     tensor("vector.weight", vector.weight, "(O, H + D)", None, H + D)
     width = vector.weight.shape[0]
     if width == 0:

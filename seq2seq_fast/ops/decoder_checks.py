@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..reference_decoder import BLOCKS
+from .attentional_vector import AttentionalVector
 from .attentional_vector import check as check_vector
-from .checks import DTYPES, STRIDED, bools, flag, powers, probability
+from .checks import DTYPES, STRIDED, bools, flag, instance, powers, probability
 from .checks import tensor as check_tensor
 from .location import check as check_location
 
@@ -88,12 +89,17 @@ def decoder(
         raise ValueError(f"cell: got a Tensor, expected None: cell_type is {kind!r}")
     if location is not None and all(x is None for x in attention):
         raise ValueError("location: got a Location, expected None without keys and values")
-    D = _source(tensor, attention, key_powers, mask, context, B, H, vector is not None)
-    features = H + D  # which the readout reads; the first layer reads D
     if vector is not None:
+        instance("vector", vector, AttentionalVector)
         if not query_after or attention[2] is None:
-            raise ValueError("vector: got one, expected None without query_after and attention")
+            raise ValueError(
+                "vector: got an AttentionalVector, expected None without query_after and attention"
+            )
+    D = _source(tensor, attention, key_powers, mask, context, B, H, vector is not None)
+    features, of_readout, fed = H + D, "(V, H + D)", "(B, T, D)"  # the first layer reads D
+    if isinstance(vector, AttentionalVector):
         D = features = check_vector(vector, tensor, B, T, H, D)
+        of_readout, fed = "(V, O)", "(B, T, O)"
         if context is not None:
             tensor("context", context, "(B, O)", B, D)
     if location is not None and attention[2] is not None:
@@ -109,7 +115,7 @@ def decoder(
     for name, x, spelled, *shape in (
         ("dropout", dropout, "(L - 1, B, T, H)", L - 1, B, T, H),
         ("state_dropout", state_dropout, "(L, B, T, H)", L, B, T, H),
-        ("context_dropout", context_dropout, "(B, T, D)", B, T, D),
+        ("context_dropout", context_dropout, fed, B, T, D),
     ):
         if isinstance(x, Tensor):
             tensor(name, x, spelled, *shape)
@@ -121,7 +127,7 @@ def decoder(
     if no_context:
         raise ValueError("context_dropout: got one, expected 0 without keys and values")
     if feedback is not None:
-        _feedback(tensor, feedback, B, T, E, features)
+        _feedback(tensor, feedback, B, T, E, features, of_readout)
 
 
 def _source(tensor, attention, key_powers, mask, context, B: int, H: int, vector: bool) -> int:
@@ -157,7 +163,7 @@ def _source(tensor, attention, key_powers, mask, context, B: int, H: int, vector
     return values.shape[2]
 
 
-def _feedback(tensor, feedback, B: int, T: int, E: int, features: int) -> None:
+def _feedback(tensor, feedback, B: int, T: int, E: int, features: int, spelled: str) -> None:
     steps, embedding, weight, bias, dropout = feedback
     if not isinstance(steps, Sequence) or any(type(t) is not int for t in steps):
         raise TypeError(f"feedback.steps: got {steps!r}, expected a sequence of whole numbers")
@@ -167,7 +173,7 @@ def _feedback(tensor, feedback, B: int, T: int, E: int, features: int) -> None:
     V = embedding.shape[0]
     if V == 0:
         raise ValueError("feedback.embedding: got V = 0, expected at least one token")
-    tensor("feedback.weight", weight, "(V, H + D)", V, features)
+    tensor("feedback.weight", weight, spelled, V, features)
     tensor("feedback.bias", bias, "(V,)", V)
     if dropout is not None:
         tensor("feedback.dropout", dropout, "(B, T, E)", B, T, E)

@@ -1,5 +1,7 @@
 """What the library reads of PyTorch's modules, which it does not always call."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -25,11 +27,13 @@ def make_weights(*modules: nn.Module | None) -> None:
                 hook(module, None)
 
 
-def bias_of(layer: nn.Linear) -> Tensor:
-    """(N,), zeros where the layer has none."""
+def bias_of(layer: Any) -> Tensor:
+    """(N,), zeros where what has a weight (N, K) has no bias."""
     if layer.bias is None:
-        return layer.weight.new_zeros(layer.weight.shape[0])
-    return layer.bias
+        zeros: Tensor = layer.weight.new_zeros(layer.weight.shape[0])
+        return zeros
+    bias: Tensor = layer.bias
+    return bias
 
 
 def dropout_rate(name: str, module: nn.Module) -> float:

@@ -110,7 +110,10 @@ class Forward {
     if (!source) return;
     w_context_.emplace(source->w_context, layout, Blocks::of_input(cell), few);
     w_query_.emplace(source->w_query, Layout::plain(source->w_query.size(0)), Blocks{}, few);
-    if (!call.vector.empty()) w_vector_.emplace(call.vector[0], H_, few);
+    if (call.vector.empty()) return;
+    const Tensor& w = call.vector[0];
+    const Layout plain = Layout::plain(w.size(0));
+    w_vector_.emplace(columns(w, 0, H_), plain, columns(w, H_, w.size(1) - H_), plain, few);
   }
 
   void run() {
@@ -127,7 +130,7 @@ class Forward {
       if (source_ && !call_.query_after) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance_layer(l, t);
       if (source_ && call_.query_after) attend(t, t + 1);
-      if (w_vector_) join(t);
+      if (w_vector_) make_vector(t);
     }
   }
 
@@ -139,7 +142,7 @@ class Forward {
   }
 
   // The attentional vector after step t: that of tanh is a cell that has no state.
-  void join(int64_t t) {
+  void make_vector(int64_t t) {
     const int64_t O = call_.vectors.size(2), D = run_.contexts.size(2);
     const A* top = data<A>(run_.hiddens) + ((L_ - 1) * (T_ + 1) + t + 1) * B_ * H_;
     const A* contexts = data<A>(run_.contexts) + (t + 1) * B_ * D;

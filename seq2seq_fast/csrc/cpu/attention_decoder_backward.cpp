@@ -63,15 +63,15 @@ class Backward {
     if (call.vector.empty()) return;
     const Tensor& w = call.vector[0];
     const int64_t D = w.size(1) - H_;
-    w_vector_.emplace_back(transposed(columns(w, 0, H_)), Layout::plain(H_));
-    w_vector_.emplace_back(transposed(columns(w, H_, D)), Layout::plain(D));
+    w_vector_.emplace(transposed(columns(w, 0, H_)), Layout::plain(H_),
+                      transposed(columns(w, H_, D)), Layout::plain(D));
   }
 
   void run() {
     if (source_ && T_ > 0) copy(at(d_.contexts, T_ - 1), at(call_.given.contexts, T_ - 1));
-    if (joins() && T_ > 0) copy(at(d_.vectors, T_ - 1), at(call_.grad_vectors, T_ - 1));
+    if (w_vector_ && T_ > 0) copy(at(d_.vectors, T_ - 1), at(call_.grad_vectors, T_ - 1));
     for (int64_t t = T_ - 1; t >= 0; --t) {
-      if (joins()) part(t);
+      if (w_vector_) retreat_vector(t);
       if (source_ && call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) {
         retreat_layer(l, t);
@@ -85,11 +85,9 @@ class Backward {
   A* hidden(int64_t l) const { return data<A>(d_.hidden) + l * B_ * H_; }
   A* gates(int64_t l, int64_t t) const { return data<A>(d_.gates) + (l * T_ + t) * B_ * G_; }
 
-  bool joins() const { return !w_vector_.empty(); }
-
   // From the attentional vector's gradient to that before its activation, and on to the context and
   // the top layer's hidden state.
-  void part(int64_t t) {
+  void retreat_vector(int64_t t) {
     const int64_t O = d_.vectors.size(2), D = call_.given.contexts.size(2);
     const A* after = data<A>(call_.vectors) + (t + 1) * B_ * O;
     const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
@@ -104,15 +102,16 @@ class Backward {
     });
     const Tensor& given = call_.given.contexts;
     A *top = hidden(L_ - 1), *contexts = data<A>(d_.contexts) + t * B_ * D;
-    const int64_t of_output = w_vector_[0].layout.panels();
-    over_panels(of_output + w_vector_[1].layout.panels(), B_, w_vector_[0].operations(),
+    const int64_t of_output = w_vector_->output.layout.panels();
+    over_panels(of_output + w_vector_->context.layout.panels(), B_, w_vector_->output.operations(),
                 [&](int64_t p, int64_t b, int64_t n) {
                   const A* from = d + b * O;
                   if (p < of_output)
-                    return w_vector_[0].product(p, from, O, n, top + b * H_, H_, top + b * H_, H_);
+                    return w_vector_->output.product(p, from, O, n, top + b * H_, H_, top + b * H_,
+                                                     H_);
                   const A* init = data<A>(given) + t * given.stride(0) + b * given.stride(1);
-                  w_vector_[1].product(p - of_output, from, O, n, init, given.stride(1),
-                                       contexts + b * D, D);
+                  w_vector_->context.product(p - of_output, from, O, n, init, given.stride(1),
+                                             contexts + b * D, D);
                 });
   }
 
@@ -177,10 +176,10 @@ class Backward {
       if (call_.dropout) factors = data<A>(*call_.dropout) + ((l - 1) * T_ + t) * B_ * H_;
     } else if (source_) {
       const int64_t of = call_.query_after ? t - 1 : t;  // whose context the step read
-      const Tensor& given = joins() ? call_.grad_vectors : call_.given.contexts;
+      const Tensor& given = w_vector_ ? call_.grad_vectors : call_.given.contexts;
       width = given.size(2);
       dx = of < 0 ? data<A>(d_.context)
-                  : data<A>(joins() ? d_.vectors : d_.contexts) + of * B_ * width;
+                  : data<A>(w_vector_ ? d_.vectors : d_.contexts) + of * B_ * width;
       init = of < 0 ? nullptr : data<A>(given) + of * given.stride(0);
       ld_init = given.stride(1);
       if (call_.context_dropout) factors = data<A>(*call_.context_dropout) + t * B_ * width;
@@ -220,7 +219,7 @@ class Backward {
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
-  std::deque<Packed<A>> w_vector_;  // to output and context
+  std::optional<OfVector<A>> w_vector_;
 };
 
 std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {

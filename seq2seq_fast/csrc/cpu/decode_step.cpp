@@ -182,7 +182,7 @@ void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool
   if (source_.attends() && model_.query_after) {
     query_all(rows);
     attend(live);
-    if (model_.O > 0) join(rows);
+    if (model_.O > 0) make_vectors(rows);
   }
   read_out(rows, left, seek);
 }
@@ -357,7 +357,7 @@ void DecoderStep::query(const Factor& states, int64_t panel, int64_t rows) {
 }
 
 // The attentional vectors after the step: those of tanh are a cell that has no state.
-void DecoderStep::join(int64_t rows) {
+void DecoderStep::make_vectors(int64_t rows) {
   const Factor features(model_.vector, rows, outputs(), contexts());
   const int64_t width = model_.vector.width;
   parallel(model_.vector.panels, model_.vector.operations(rows), [&](int64_t begin, int64_t end) {

@@ -125,7 +125,7 @@ class DecoderStep {
   Factor query_factor(int64_t rows) const;
   void query(const Factor& states, int64_t panel, int64_t rows);
   void query_all(int64_t rows);
-  void join(int64_t rows);
+  void make_vectors(int64_t rows);
   void read_out(int64_t rows, const StepsLeft& left, bool seek);
   Attended attended() const { return {weights_[kept_], weights_ld_, sources_}; }
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }

@@ -176,13 +176,14 @@ void over_panels(int64_t panels, int64_t rows, int64_t operations_of_a_row, F f)
   });
 }
 
-// Weights (O, H + D) of the attentional vector, over [output; context].
+// Weights (O, H + D) of the attentional vector, over [output; context], or their parts transposed.
 template <typename A>
 struct OfVector {
   Packed<A> output, context;
-  OfVector(const Tensor& w, int64_t H, bool in_place)
-      : output(columns(w, 0, H), Layout::plain(w.size(0)), Blocks{}, in_place),
-        context(columns(w, H, w.size(1) - H), Layout::plain(w.size(0)), Blocks{}, in_place) {}
+  OfVector(const Tensor& w_output, Layout of_output, const Tensor& w_context, Layout of_context,
+           bool in_place = false)
+      : output(w_output, of_output, Blocks{}, in_place),
+        context(w_context, of_context, Blocks{}, in_place) {}
 };
 
 // What is attended to.

@@ -36,11 +36,11 @@ class Forward {
                       : TogetherForward::make(device, call.layers, source, call.dropout, call.kind,
                                               call.query_after, run)) {
     if (place) placed_.emplace(empty(call.inputs, source->keys.sizes()));
-    if (joins()) {
-      joined_.emplace(empty(call.inputs, {B_, call.vector[0].size(1)}));
-      unjoined_.emplace(empty(call.inputs, {B_, call.vector[0].size(0)}));
+    if (has_vectors()) {
+      vector_features_.emplace(empty(call.inputs, {B_, call.vector[0].size(1)}));
+      vector_product_.emplace(empty(call.inputs, {B_, call.vector[0].size(0)}));
     }
-    if (!call.feedback.empty() && !joins())
+    if (!call.feedback.empty() && !has_vectors())
       features_.emplace(empty(call.inputs, {B_, call.readout[1].size(1)}));
   }
 
@@ -67,20 +67,20 @@ class Forward {
       if (source_ && !call_.query_after) attend(t, t);
       for (int64_t l = 0; l < L_; ++l) advance(l, t);
       if (source_ && call_.query_after) attend(t, t + 1);
-      if (joins()) join(t);
+      if (has_vectors()) make_vector(t);
     }
   }
 
-  bool joins() const { return !call_.vector.empty(); }
+  bool has_vectors() const { return !call_.vector.empty(); }
 
   // The attentional vector after step t, of what the top layer and attention have left.
-  void join(int64_t t) {
-    product(*unjoined_, *joined_, call_.vector[0]);
-    VectorArguments a{float_rows(*unjoined_), {floats_of(call_.vector[1]), 0}};
+  void make_vector(int64_t t) {
+    product(*vector_product_, *vector_features_, call_.vector[0]);
+    VectorArguments a{float_rows(*vector_product_), {floats_of(call_.vector[1]), 0}};
     if (call_.vector_dropout) a.factors = float_rows(at(*call_.vector_dropout, t));
     a.vector = float_rows(at(call_.vectors, t + 1)), a.to_input = float_rows(operands_[0]);
-    a.B = static_cast<int>(B_), a.H = size_of(*unjoined_, 1), a.tanh = call_.tanh;
-    launch_join(device_, a);
+    a.B = static_cast<int>(B_), a.O = size_of(*vector_product_, 1), a.tanh = call_.tanh;
+    launch_vector(device_, a);
   }
 
   // For launches of steps, step t the first one.
@@ -101,7 +101,7 @@ class Forward {
 
   // The argmax of what step t - 1 made in place of step t's input.
   void feed(int64_t t, size_t i) {
-    if (!joins()) {
+    if (!has_vectors()) {
       const Tensor context = source_ ? at(run_.contexts, t) : *call_.context;
       copy(columns(*features_, 0, H_), at(run_.hiddens, L_ - 1, t));
       copy(columns(*features_, H_, context.size(1)), context);
@@ -109,7 +109,7 @@ class Forward {
     const int64_t V = call_.readout[1].size(0), E = call_.inputs.size(2),
                   ld = run_.logits.stride(0);
     const Tensor logits = view(run_.logits, {B_, V}, {ld, 1}, t * V);
-    product(logits, joins() ? at(call_.vectors, t) : *features_, call_.readout[1]);
+    product(logits, has_vectors() ? at(call_.vectors, t) : *features_, call_.readout[1]);
     FeedbackArguments a{floats_of(logits), ld, view_of(call_.readout[2]),
                         view_of(call_.readout[0])};
     if (call_.input_dropout) a.factors = floats_of(at(*call_.input_dropout, t));
@@ -134,7 +134,7 @@ class Forward {
 
   // Where else a context goes, to be read.
   FloatRows to_context() const {
-    return joins() ? float_rows(*joined_, H_) : float_rows(operands_[0]);
+    return has_vectors() ? float_rows(*vector_features_, H_) : float_rows(operands_[0]);
   }
 
   // The location before step t, and where it is wanted what step t has for keys.
@@ -164,8 +164,8 @@ class Forward {
     if (l + 1 < L_) {
       a.to_next = float_rows(operands_[l + 1]);
       if (call_.dropout) a.factors = float_rows(at(*call_.dropout, l, t));
-    } else if (joins()) {
-      a.to_next = float_rows(*joined_);
+    } else if (has_vectors()) {
+      a.to_next = float_rows(*vector_features_);
     }
     a.B = static_cast<int>(B_), a.H = static_cast<int>(H_);
     launch_advance(device_, call_.kind, a);
@@ -180,7 +180,8 @@ class Forward {
   std::optional<Tensor> placed_;              // keys (B, S, A) of a step
   const Tensor fed_;                          // (B, E)
   std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
-  std::optional<Tensor> joined_, unjoined_;   // [output | context], and its product (B, O)
+  std::optional<Tensor> vector_features_,
+      vector_product_;  // [output | context], and its product (B, O)
   std::unique_ptr<TogetherForward> together_;
   // Of each layer: (G, width + H), (G,) or (B, G), and [x | hidden state] (B, width + H)
   std::vector<Tensor> weights_, biases_, operands_;

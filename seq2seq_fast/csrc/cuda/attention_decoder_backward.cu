@@ -41,7 +41,7 @@ class Backward {
       weights_.push_back(side_by_side(w_x, call.layers[3 * l + 1], run_.gates.size(3)));
       products_.push_back(empty(run_.gates, {B_, weights_[l].size(1)}));
     }
-    if (joins()) of_joined_.emplace(empty(run_.gates, {B_, call.vector[0].size(1)}));
+    if (has_vectors()) grad_features_.emplace(empty(run_.gates, {B_, call.vector[0].size(1)}));
   }
 
   void run() {
@@ -60,7 +60,7 @@ class Backward {
  private:
   void run_steps() {
     for (int64_t t = T_ - 1; t >= 0; --t) {
-      if (joins()) part(t);
+      if (has_vectors()) retreat_vector(t);
       if (source_ && call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) retreat(l, t);
       if (source_ && !call_.query_after) attend(t);
@@ -70,7 +70,7 @@ class Backward {
   // All steps in one launch; false if that is not wanted, what a block needs exceeds its shared
   // memory, or the blocks do not fit the GPU together.
   bool run_together() {
-    if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout || joins() ||
+    if (!runs_together() || !source_ || place_ != nullptr || call_.state_dropout || has_vectors() ||
         call_.context_dropout || L_ > kMostLoopLayers || B_ == 0)
       return false;
     if (T_ * B_ >= int64_t{1} << 30) return false;  // rows, which the kernel counts in 32 bits
@@ -142,7 +142,7 @@ class Backward {
       a.grad.next = float_rows(products_[l + 1]);
       if (call_.dropout) a.grad.factors = float_rows(at(*call_.dropout, l, t));
     } else {
-      if (joins()) a.grad.next = float_rows(*of_joined_);
+      if (has_vectors()) a.grad.next = float_rows(*grad_features_);
       a.grad.output = float_rows(at(call_.given.outputs, t));
       // The query of this step, or, if it comes before, of the next one.
       if (source_ && (call_.query_after || t + 1 < T_)) a.grad.query = float_rows(of_query_);
@@ -166,19 +166,19 @@ class Backward {
                              static_cast<int>(B_), static_cast<int>(width(0))});
   }
 
-  bool joins() const { return !call_.vector.empty(); }
+  bool has_vectors() const { return !call_.vector.empty(); }
 
   // From the attentional vector's gradient to that before its activation, and on to the output and
   // the context that it was made of.
-  void part(int64_t t) {
+  void retreat_vector(int64_t t) {
     const Tensor grad = at(d_.vectors, t);
     VectorBackwardArguments a{float_rows(at(call_.grad_vectors, t))};
     if (t + 1 < T_) a.carried = float_rows(products_[0]);
     if (call_.vector_dropout) a.factors = float_rows(at(*call_.vector_dropout, t));
     a.vector = float_rows(at(call_.vectors, t + 1)), a.grad = float_rows(grad);
-    a.B = static_cast<int>(B_), a.H = size_of(grad, 1), a.tanh = call_.tanh;
-    launch_part(device_, a);
-    product(*of_joined_, grad, transposed(call_.vector[0]));
+    a.B = static_cast<int>(B_), a.O = size_of(grad, 1), a.tanh = call_.tanh;
+    launch_vector_backward(device_, a);
+    product(*grad_features_, grad, transposed(call_.vector[0]));
   }
 
   // What does not depend on the step.
@@ -195,8 +195,8 @@ class Backward {
   void attend(int64_t t) {
     OneQueryBackwardArguments a = attention();
     a.grad_context = float_rows(at(call_.given.contexts, t));
-    if (joins())
-      a.carried = float_rows(*of_joined_, H_);
+    if (has_vectors())
+      a.carried = float_rows(*grad_features_, H_);
     else if (!call_.query_after || t + 1 < T_)
       a.carried = float_rows(products_[0]);
     a.grad_weights = float_rows(at(call_.given.weights, t)),
@@ -223,7 +223,7 @@ class Backward {
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
   std::vector<Tensor> weights_, products_;
-  std::optional<Tensor> of_joined_;  // gradient of [output | context] that a vector is made of
+  std::optional<Tensor> grad_features_;  // gradient of [output | context] that a vector is made of
 };
 
 std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {

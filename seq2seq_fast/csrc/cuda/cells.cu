@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kCellThreads) scale(ScaleArguments a) {
   if (b < a.B) a.x(b, h) *= a.factors(b, h);
 }
 
-__global__ void __launch_bounds__(kCellThreads) join_vector(VectorArguments a) {
+__global__ void __launch_bounds__(kCellThreads) make_vector(VectorArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
-  const int b = i / a.H, n = i % a.H;
+  const int b = i / a.O, n = i % a.O;
   if (b >= a.B) return;
   float y = a.product(b, n) + a.bias(b, n);
   if (a.tanh) y = tanhf(y);
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kCellThreads) join_vector(VectorArguments a) {
   a.vector(b, n) = a.to_input(b, n) = y;
 }
 
-__global__ void __launch_bounds__(kCellThreads) part_vector(VectorBackwardArguments a) {
+__global__ void __launch_bounds__(kCellThreads) retreat_vector(VectorBackwardArguments a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kCellThreads + threadIdx.x;
-  const int b = i / a.H, n = i % a.H;
+  const int b = i / a.O, n = i % a.O;
   if (b >= a.B) return;
   const float factor = a.factors.data == nullptr ? 1.f : a.factors(b, n);
   const float y = factor != 0.f ? a.vector(b, n) / factor : 0.f;  // before dropout
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kCellThreads) part_vector(VectorBackwardArgume
 }
 
 template <typename A>
-void launch(const Device& device, void (*kernel)(A), const A& a) {
-  device.launch(kernel, ceil_div(int64_t{a.B} * a.H, kCellThreads), dim3(kCellThreads), 0, a);
+void launch(const Device& device, void (*kernel)(A), const A& a, int width) {
+  device.launch(kernel, ceil_div(int64_t{a.B} * width, kCellThreads), dim3(kCellThreads), 0, a);
 }
 
 }  // namespace
@@ -49,7 +49,7 @@ void launch_advance(const Device& device, Cell cell, const CellArguments& a) {
          cell == Cell::kLstm  ? advance_cell<Cell::kLstm>
          : cell == Cell::kGru ? advance_cell<Cell::kGru>
                               : advance_cell<Cell::kRnn>,
-         a);
+         a, a.H);
 }
 
 void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments& a) {
@@ -57,14 +57,18 @@ void launch_retreat(const Device& device, Cell cell, const CellBackwardArguments
          cell == Cell::kLstm  ? retreat_cell<Cell::kLstm>
          : cell == Cell::kGru ? retreat_cell<Cell::kGru>
                               : retreat_cell<Cell::kRnn>,
-         a);
+         a, a.H);
 }
 
-void launch_sum(const Device& device, const SumArguments& a) { launch(device, sum_gradient, a); }
-void launch_scale(const Device& device, const ScaleArguments& a) { launch(device, scale, a); }
-void launch_join(const Device& device, const VectorArguments& a) { launch(device, join_vector, a); }
-void launch_part(const Device& device, const VectorBackwardArguments& a) {
-  launch(device, part_vector, a);
+void launch_sum(const Device& device, const SumArguments& a) {
+  launch(device, sum_gradient, a, a.H);
+}
+void launch_scale(const Device& device, const ScaleArguments& a) { launch(device, scale, a, a.H); }
+void launch_vector(const Device& device, const VectorArguments& a) {
+  launch(device, make_vector, a, a.O);
+}
+void launch_vector_backward(const Device& device, const VectorBackwardArguments& a) {
+  launch(device, retreat_vector, a, a.O);
 }
 
 }  // namespace seq2seq_fast

@@ -153,10 +153,10 @@ struct ScaleArguments {
 
 // Attentional vectors behind the product that they are made by, and their gradient before it.
 struct VectorArguments {
-  FloatRows product, bias;     // (B, H), and (H,) for all rows
+  FloatRows product, bias;     // (B, O), and (O,) for all rows
   FloatRows factors;           // of dropout, or absent
   FloatRows vector, to_input;  // where it goes: its place, and that in the next step's product
-  int B, H;                    // H: of a vector
+  int B, O;
   bool tanh;
 };
 
@@ -164,7 +164,7 @@ struct VectorBackwardArguments {
   FloatRows given, carried;  // gradients: from outside, and from the next step, which may be absent
   FloatRows factors, vector;  // as forward
   FloatRows grad;             // before the activation
-  int B, H;                   // H: of a vector
+  int B, O;
   bool tanh;
 };
 
