@@ -32,6 +32,21 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=p) for p in (*places, None))), None)
 
 
+def check_release(nvcc_says: str, cuda: str | None) -> None:
+    """Refuses an nvcc of another major release than the CUDA that PyTorch is built for, if any.
+
+    The runtime that comes with nvcc is linked: with a driver that suits PyTorch, and is too old for
+    that runtime, every call of it would fail.
+    """
+    release = re.search(r"release (\d+\.\d+)", nvcc_says)[1]
+    major = cuda and cuda.split(".")[0]
+    if major and release.split(".")[0] != major:
+        raise RuntimeError(
+            f"nvcc is of CUDA {release}, this PyTorch of CUDA {cuda}: set CUDA_HOME to a CUDA"
+            f" {major}, or SEQ2SEQ_FAST_CUDA=0 to build without CUDA"
+        )
+
+
 class BuildCuda(Command):
     """Compiles csrc/cuda/*.cu, each for all architectures, into build/cuda/HASH.
 
@@ -47,16 +62,20 @@ class BuildCuda(Command):
     def finalize_options(self):
         self.nvcc = find_nvcc()
 
-    def run(self):
+    def version(self) -> str:
         if self.nvcc is None:
             raise RuntimeError("no nvcc found: put it on PATH or set CUDA_HOME")
+        command = [self.nvcc, "--version"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def run(self):
+        version = self.version()
         targets = [f"arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
         targets.append(f"arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
         flags = ["-O3", "-std=c++20", STABLE_ABI, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += ["-Xptxas", "-v,-warn-spills", *(f"-gencode={target}" for target in targets)]
         flags += [f"-isystem={path}" for path in include_paths()]
-        version = subprocess.run([self.nvcc, "--version"], check=True, capture_output=True).stdout
-        state = hashlib.sha256(version + repr((flags, torch.__version__)).encode())
+        state = hashlib.sha256((version + repr((flags, torch.__version__))).encode())
         for path in sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()]):
             state.update(path.name.encode() + path.read_bytes())
         self.folder = Path("build/cuda", state.hexdigest()[:16])
@@ -91,6 +110,7 @@ class Build(BuildExtension):
         wanted = os.environ.get("SEQ2SEQ_FAST_CUDA", "")
         if wanted == "1" or (wanted != "0" and torch.version.cuda and find_nvcc()):
             cuda = self.get_finalized_command("build_cuda")
+            check_release(cuda.version(), torch.version.cuda)
             cuda.run()
             for extension in self.extensions:
                 extension.extra_objects += cuda.objects

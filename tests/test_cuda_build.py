@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import sass
+import setuptools
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -66,6 +68,38 @@ def test_every_architecture_and_ptx_are_in(objects):
     for path in objects:
         assert re.findall(r"sm_(\d+)\.cubin", cuobjdump("-lelf", path)) == "80 90 100 120".split()
         assert re.findall(r"sm_(\d+)\.ptx", cuobjdump("-lptx", path)) == ["120"]
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0", "13.2", "12.8", "14.0"])
+def test_an_nvcc_of_another_major_release_than_that_of_pytorch_is_refused(cuda, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    check = runpy.run_path(str(ROOT / "setup.py"))["check_release"]
+    says = "Cuda compilation tools, release 13.0, V13.0.88"
+    if cuda is None or cuda.startswith("13."):
+        check(says, cuda)
+        return
+    major = cuda.split(".")[0]
+    with pytest.raises(RuntimeError, match=rf"nvcc is of CUDA 13\.0.*{cuda}.*CUDA_HOME.*{major},"):
+        check(says, cuda)
+
+
+BUILD = """
+import runpy, sys, torch
+torch.version.cuda = "12.8"
+sys.argv = ["setup.py", "-q", "build_ext", "-b", sys.argv[1], "-t", sys.argv[1]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_the_extension_is_not_built_with_one(tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "SEQ2SEQ_FAST_CUDA": "1"}
+    command = [sys.executable, "-c", BUILD, tmp_path / "build"]
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert "nvcc is of CUDA 13.0, this PyTorch of CUDA 12.8: set CUDA_HOME" in ran.stderr
 
 
 LOAD = """
