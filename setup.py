@@ -22,7 +22,9 @@ CSRC = Path("seq2seq_fast/csrc")
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE += ["-DS2S_SANITIZE"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest that is supported
-ARCHITECTURES = (80, 90, 100, 120)  # and later ones, through PTX of the last
+# Machine code runs on those of the same major number. The PTX of the first is for what has none:
+# capability 11, those after 12, and Jetsons, for which other GPUs' machine code is not promised.
+ARCHITECTURES = (80, 90, 100, 120)
 
 
 def find_nvcc() -> str | None:
@@ -71,7 +73,7 @@ class BuildCuda(Command):
     def run(self):
         version = self.version()
         targets = [f"arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-        targets.append(f"arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+        targets.append(f"arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}")
         flags = ["-O3", "-std=c++20", STABLE_ABI, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += ["-Xptxas", "-v,-warn-spills", *(f"-gencode={target}" for target in targets)]
         flags += [f"-isystem={path}" for path in include_paths()]
