@@ -254,6 +254,50 @@ def test_later_calls_replay_a_graph_on_their_own_numbers(beam_size):
     assert Again.captured == captured + 1 and len(model.decoder.loops.kept) == 2
 
 
+def test_a_capture_that_fails_leaves_it_to_launches(monkeypatch):
+    captured = []
+
+    class Failing:
+        def __init__(self, call):
+            captured.append(call)
+            raise RuntimeError("no memory for a graph")
+
+    monkeypatch.setattr(graphed, "Graph", Failing)
+    model = plain.make()
+    for seed in range(4):
+        src = plain.sources(3, 9, seed)
+        told = pytest.warns(UserWarning, match="without a CUDA graph: no memory for a graph")
+        with told if seed == 1 else contextlib.nullcontext():
+            plain.check_same(model, src, *both(model, src, max_length=20))
+    assert len(captured) == 1
+
+
+@pytest.mark.parametrize("invalidated", [True, False])
+def test_what_made_a_capture_fail_is_what_is_raised(invalidated, monkeypatch):
+    asked = []
+
+    class Captured:
+        def capture_begin(self, **_):
+            asked.append("begin")
+
+        def capture_end(self):
+            asked.append("end")
+            if invalidated:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def call():
+        raise RuntimeError("the first error")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: asked.append("handle"))
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="the first error"):
+        GRAPH(call)
+    assert asked == ["handle", "begin", "end"]
+
+
 def test_a_change_of_weights_is_seen(loop):
     model, src = plain.make(), plain.sources(3, 9)
     for _ in range(3):
@@ -427,6 +471,7 @@ def test_what_a_gpu_is_asked_for(monkeypatch):
     for name in ("CUDAGraph", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, Fake)
     monkeypatch.setattr(torch.cuda, "current_stream", Fake)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: asked.append("handle"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: asked.append("record_stream"))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     zeros = torch.zeros
@@ -445,7 +490,7 @@ def test_what_a_gpu_is_asked_for(monkeypatch):
     # Weights, and a loop's buffers, may have been made on another stream.
     reads = " ".join(["wait_event", *["record_stream"] * 9])
     assert launched == " ".join(["record", reads, "record wait_event", *notes, "record"])
-    capture = "wait_stream capture_begin {'capture_error_mode': 'thread_local'} captured"
+    capture = "handle wait_stream capture_begin {'capture_error_mode': 'thread_local'} captured"
     replays = " ".join(f"replay {x}" for x in notes)
     assert captured == f"{reads} wait_event {capture} capture_end wait_stream {replays} record"
     assert replayed == f"{reads} wait_event {replays} record"

@@ -3,11 +3,13 @@
 All of it is float32, whatever the decoder is, as the decoder's kernels are.
 
 The first call of its shapes launches the steps one by one, as does one that finds the buffers in
-use by another thread; those after it replay a graph. The host looks at which searches are over one
-block late, so that the GPU never waits for it.
+use by another thread; those after it replay a graph, if one could be captured. The host looks at
+which searches are over one block late, so that the GPU never waits for it.
 """
 
+import contextlib
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -39,6 +41,7 @@ class Graph:
 
     def __init__(self, call: Callable[[], None]):
         self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_blas_handle()  # this thread's first product would make it, uncapturably
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -47,8 +50,11 @@ class Graph:
             self.graph.capture_begin(capture_error_mode="thread_local")
             try:
                 call()
-            finally:
-                self.graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # which would hide what went wrong
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> None:
@@ -235,7 +241,12 @@ class Loop:
         self.watch.begin_run()
         self._load(source, state, options)
         if self.runs == 1:
-            self.graph = Graph(self._steps)
+            try:
+                self.graph = Graph(self._steps)
+            except RuntimeError as error:
+                warnings.warn(
+                    f"seq2seq_fast: decoding goes on without a CUDA graph: {error}", stacklevel=4
+                )
         self.runs += 1
         advance = self._steps if self.graph is None else self.graph.replay
         for block in range(-(-options.max_length // BLOCK)):
