@@ -48,6 +48,9 @@ class Seen:
     def end_run(self):
         pass
 
+    def hold(self, x):
+        pass
+
     def note(self, block):
         self.seen[block] = int(self.over)
 
@@ -494,6 +497,9 @@ def test_what_a_gpu_is_asked_for(monkeypatch):
     replays = " ".join(f"replay {x}" for x in notes)
     assert captured == f"{reads} wait_event {capture} capture_end wait_stream {replays} record"
     assert replayed == f"{reads} wait_event {replays} record"
+
+    both(model, src, max_length=20, min_length=20, return_weights=True)
+    assert " ".join(asked[-4:]) == "record synchronize record_stream record"  # reads them last
 
     with mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP="together"):
         asked.clear()

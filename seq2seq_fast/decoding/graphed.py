@@ -77,6 +77,10 @@ class Watch:
     def end_run(self) -> None:
         self.end.record()
 
+    def hold(self, x: Tensor) -> None:
+        """Keeps x's memory for what reads it on this stream, should its owner be forgotten."""
+        x.record_stream(torch.cuda.current_stream())
+
     def note(self, block: int) -> None:
         self.seen[block % 2].copy_(self.over, non_blocking=True)
         self.events[block % 2].record()
@@ -266,6 +270,7 @@ class Loop:
         if o.return_weights and not isinstance(source, Tensor):
             steps = torch.arange(n, device=rows.device)
             weights = self.kept[steps, rows.clamp_min(0), : source.values.shape[1]]
+            self.watch.hold(self.kept)  # all else has been waited for
             weights = (weights * (rows >= 0)[..., None]).to(source.values.dtype)
         found = [tokens.contiguous(), *of_each, weights]
         if o.beam_size == 1:
