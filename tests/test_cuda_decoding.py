@@ -360,6 +360,15 @@ def test_it_stops_a_block_after_all_searches_are_over(monkeypatch):
     plain.check_same(model, src, ours, theirs)
 
 
+def test_limits_are_copied_from_the_host_where_they_are_relative_alone(monkeypatch):
+    model, src, made = plain.make(), plain.sources(3, 5), mock.Mock(wraps=stepwise.row_limits)
+    monkeypatch.setattr(stepwise, "row_limits", made)
+    for ratio, calls in ((None, 1), (1.3, 2), (None, 1)):  # one is of plain PyTorch
+        made.reset_mock()
+        plain.check_same(model, src, *both(model, src, max_length=9, max_length_ratio=ratio))
+        assert made.call_count == calls
+
+
 def test_states_that_begin_anywhere_in_memory(loop):
     """Not on a boundary of four numbers, which widths would allow."""
     model = plain.make(("lstm", True, True), H=8).eval()

@@ -225,7 +225,10 @@ class Loop:
             v.copy_(source.v)
             mask[:, :S] = True if source.mask is None else source.mask
             mask[:, S:] = False
-        self.limits.copy_(stepwise.row_limits(source, options, B))
+        if options.max_length_ratio is None:
+            self.limits.fill_(options.max_length)  # copied from the host it would be waited for
+        else:
+            self.limits.copy_(stepwise.row_limits(source, options, B))
         if options.prefix is not None:
             self.prefix.copy_(options.prefix)
         if self.seed is not None:
