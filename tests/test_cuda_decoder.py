@@ -197,6 +197,18 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(cell_type, after):
         assert torch.equal(x, again[name]), name
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_source_that_a_block_has_too_little_memory_for_is_refused_backward(more, monkeypatch):
+    monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "steps")
+    S = (57 << 10) - 1040 - 2 + more  # of the harness's floats, beside scratch and a context of 2
+    out = s2s.attention_decoder(**in_float32(dict(B=1, T=1, S=S, A=1, D=2, H=2, L=1), 0))
+    if not more:
+        out.outputs.sum().backward()
+        return
+    with pytest.raises(RuntimeError, match=rf"over S = {S} positions of width 2 .* shared memory"):
+        out.outputs.sum().backward()
+
+
 def test_float64_is_refused():
     x = torch.zeros(1, 1, 1, dtype=torch.float64)
     args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None)

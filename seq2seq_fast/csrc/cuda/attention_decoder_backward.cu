@@ -59,6 +59,7 @@ class Backward {
 
  private:
   void run_steps() {
+    if (source_) check_source();
     for (int64_t t = T_ - 1; t >= 0; --t) {
       if (has_vectors()) retreat_vector(t);
       if (source_ && call_.query_after) attend(t);
@@ -179,6 +180,16 @@ class Backward {
     a.B = static_cast<int>(B_), a.O = size_of(grad, 1), a.tanh = call_.tanh;
     launch_vector_backward(device_, a);
     product(*grad_features_, grad, transposed(call_.vector[0]));
+  }
+
+  // A block of attention has a whole row's gradients of scores and context in shared memory.
+  void check_source() const {
+    const int S = size_of(source_->keys, 1), D = size_of(source_->values, 2);
+    const int64_t floats = one_query_backward_shared_floats(S, D, kQueryBackwardWarps);
+    STD_TORCH_CHECK(floats <= device_.shared_floats_of_block, "attention backward over S = ", S,
+                    " positions of width ", D, " takes ", 4 * floats,
+                    " bytes of a block's shared memory, expected at most ",
+                    4 * device_.shared_floats_of_block);
   }
 
   // What does not depend on the step.
