@@ -90,8 +90,8 @@ std::array<Tensor, 5> PlaceBackward::results(const Tensor& queries, const Tensor
   device_.launch(place_sums, blocks * a.tiles(), threads, a.floats(), a);
   const auto sum = [&](const Tensor& parts, int64_t count, const Tensor& out) {
     const int64_t n = out.numel();
-    device_.launch(sum_parts, ceil_div(n, kPlaceThreads), threads, 0, floats_of(parts), count, n,
-                   floats_of(out));
+    device_.launch(sum_parts, ceil_div(n, kWarp), dim3(kSumThreads), kSumThreads, floats_of(parts),
+                   count, n, floats_of(out));
   };
   sum(of_v, blocks, dv);
   sum(of_projection, blocks, turned);

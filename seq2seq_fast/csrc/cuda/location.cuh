@@ -331,14 +331,23 @@ static __global__ void __launch_bounds__(kPlaceThreads, 4) place_sums(PlaceSumsA
     a.of_projection[(block * f.N + n) * f.A + h] = of_projection[n * kPlaceThreads];
 }
 
-// out (n,) = the sum of `count` rows, in their order
-static __global__ void __launch_bounds__(kPlaceThreads)
+// out (n,) = the sum of `count` rows. A block has kWarp columns, of which its warps share out the
+// rows; what they come to is added in order.
+constexpr int kSumWarps = 16, kSumThreads = kWarp * kSumWarps;
+
+static __global__ void __launch_bounds__(kSumThreads)
     sum_parts(const float* parts, int64_t count, int64_t n, float* out) {
-  const int64_t i = int64_t{blockIdx.x} * kPlaceThreads + threadIdx.x;
-  if (i >= n) return;
+  const int thread = threadIdx.x, warp = thread / kWarp;
+  const int64_t i = int64_t{blockIdx.x} * kWarp + thread % kWarp;
+  const int64_t end = i < n ? count : 0;
   float sum = 0.f;
 #pragma unroll 8
-  for (int64_t p = 0; p < count; ++p) sum += parts[p * n + i];
+  for (int64_t p = warp; p < end; p += kSumWarps) sum += parts[p * n + i];
+  float* const scratch = shared_memory();
+  scratch[thread] = sum;
+  __syncthreads();
+  if (warp > 0 || i >= n) return;
+  for (int w = 1; w < kSumWarps; ++w) sum += scratch[w * kWarp + thread];
   out[i] = sum;
 }
 
