@@ -242,14 +242,21 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_back(PlaceBackArgu
   if (role < f.N) {
     const float* const row = d + int64_t{role} * f.S;
     float* const to = a.of_conv + (int64_t{b} * f.N + role) * f.C * f.K;
-    for (int i = thread; i < f.C * f.K; i += kPlaceThreads) {
+    float* const scratch = shared_memory();
+    for (int i0 = 0; i0 < f.C * f.K; i0 += kWarp) {  // groups of threads share out the places
+      const int n = min(kWarp, f.C * f.K - i0), groups = kPlaceThreads / n;
+      const int group = thread / n, i = i0 + thread % n;
       const int c = i / f.K, shift = i % f.K - before;
       const float* x = a.state + (int64_t{b} * f.C + c) * f.S + shift;
+      const int end = group < groups ? min(f.S, f.S - shift) : 0;
       float sum = 0.f;
-      const int end = min(f.S, f.S - shift);
 #pragma unroll 4
-      for (int s = max(0, -shift); s < end; ++s) sum += row[s] * x[s];
-      to[i] += sum;
+      for (int s = max(0, -shift) + group; s < end; s += groups) sum += row[s] * x[s];
+      scratch[thread] = sum;
+      __syncthreads();
+      for (int g = 1; g < groups && thread < n; ++g) sum += scratch[g * n + thread];
+      if (thread < n) to[i] += sum;
+      __syncthreads();
     }
     return;
   }
