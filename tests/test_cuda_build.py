@@ -231,3 +231,9 @@ def test_places_fit_a_multiprocessor(cubins, kernel):
     """Four blocks of 128 threads at least, of 64 K registers."""
     code = sass.kernel(cubins["location"], kernel)
     assert code.registers <= 128 and code.spills == 0
+
+
+@pytest.mark.parametrize("kernel", ["place_keys", "place_slopes"])
+def test_places_have_eight_rows_of_the_projection_on_their_way(cubins, kernel):
+    loops = sass.kernel(cubins["location"], kernel).loops
+    assert any(loop.count("FFMA") == 8 * 16 and loop.count("LDG") == 8 for loop in loops)

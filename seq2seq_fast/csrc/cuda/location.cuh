@@ -39,10 +39,12 @@ __device__ __forceinline__ const float* filter_places(const Filters& f, int s0, 
   return features;
 }
 
-// Adds projection f to x of the block's places, for feature h of attention.
+// Adds projection f to x of the block's places, for feature h of attention. `at_once` of the
+// projection's numbers are on their way, where there are registers for them.
+template <int at_once>
 __device__ __forceinline__ void add_places(const Filters& f, const float* features, int h,
                                            float (&x)[kPlacesOfBlock]) {
-#pragma unroll 2
+#pragma unroll at_once
   for (int n = 0; n < f.N; ++n) {
     const float w = f.projection[n * f.A + h];
     const float4* of = reinterpret_cast<const float4*>(features + n * kPlacesOfBlock);
@@ -85,7 +87,7 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_keys(PlaceKeysArgu
 #pragma unroll
     for (int i = 0; i < kPlacesOfBlock; ++i)
       x[i] = a.keys(b, s0 + min(i, count - 1), h);  // behind the last one that one again
-    add_places(f, features, h, x);
+    add_places<8>(f, features, h, x);
     float* to = a.placed + (int64_t{b} * f.S + s0) * f.A + h;
 #pragma unroll
     for (int i = 0; i < kPlacesOfBlock; ++i)
@@ -158,7 +160,7 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_slopes(PlaceSlopes
       const float q = a.query[int64_t{b} * f.A + h];
 #pragma unroll
       for (int i = 0; i < kPlacesOfBlock; ++i) x[i] = q + a.keys(b, s0 + min(i, count - 1), h);
-      add_places(f, features, h, x);
+      add_places<8>(f, features, h, x);
       float none = 0.f, sum = 0.f;
       slopes(x, g, a.v(0, 0, h), none);
 #pragma unroll
@@ -312,7 +314,7 @@ static __global__ void __launch_bounds__(kPlaceThreads, 4) place_sums(PlaceSumsA
     const float q = a.queries[row * f.A + at];
 #pragma unroll
     for (int i = 0; i < kPlacesOfBlock; ++i) x[i] = q + keys[i];
-    add_places(f, features, at, x);
+    add_places<2>(f, features, at, x);
     slopes(x, g, v, of_v);
 #pragma unroll
     for (int i = 0; i < kPlacesOfBlock; ++i) of_keys[i] += x[i];
