@@ -209,6 +209,23 @@ def test_one_query_has_four_rows_of_values_on_their_way(cubins, dtype):
     assert any(loop.count(loads) == 4 and loop.count("FFMA") == 16 for loop in loops)
 
 
+LOOPS = {
+    "decode_greedy": "decode_greedy",
+    "decoder_loop": "decoder_loop",
+    "decoder_backward_loop": "attention_decoder_backward",
+}
+
+
+@pytest.mark.parametrize("kernel", LOOPS)
+def test_no_copy_of_a_products_rows_waits_for_the_one_before(cubins, kernel):
+    """Zeros are stored beside them, which tells them from weights that are kept."""
+    loops = sass.kernel(cubins[LOOPS[kernel]], kernel).loops
+    copies = [loop for loop in loops if loop.count("LDGSTS") and loop.count("STS")]
+    assert copies
+    for loop in copies:
+        assert not any(map(loop.count, ("LDG", "LDGDEPBAR", "DEPBAR", "BAR")))
+
+
 @pytest.mark.parametrize("cell", range(3), ids=["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("kernel", ["advance_cell", "retreat_cell"])
 def test_cells_leave_room_for_as_many_threads_as_there_can_be(cubins, kernel, cell):

@@ -87,8 +87,8 @@ class Greedy {
     const int64_t of_step = static_cast<int64_t>(t % 2) * a_.L * a_.B * a_.H;
     return {t == 0 ? const_cast<float*>(a_.hidden) + layer : a_.hiddens + of_step + layer, a_.H};
   }
-  __device__ __forceinline__ FloatRows context(bool first) const {
-    return {!a_.attends || first ? const_cast<float*>(a_.context) : a_.contexts, a_.D};
+  __device__ __forceinline__ const float* context(bool first) const {
+    return !a_.attends || first ? a_.context : a_.contexts;
   }
 
   __device__ __forceinline__ bool any_live() const {
@@ -114,12 +114,13 @@ class Greedy {
   // The query is the top layer's hidden state before step `at`. Beside attention the tokens of step
   // `chosen` are made, if that is not negative.
   __device__ __forceinline__ void attend(int t, int at, int chosen) {
-    const Columns x{state(a_.L - 1, at), {}, a_.H};
+    const Columns x{state(a_.L - 1, at).data, {}, a_.H};
     team_product<true>(
-        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        a_.query, member_,
         [&](int row, int unit, const auto& sum) {
           a_.queries[static_cast<int64_t>(row) * a_.A + unit] = sum(0) + a_.b_query[unit];
-        });
+        },
+        a_.by_four, x);
     member_.meet();
     const int64_t step = a_.keeps_weights ? int64_t{t} * a_.B : 0;
     const int n = member_.n_rows * a_.attention.ranges;
@@ -133,10 +134,10 @@ class Greedy {
   }
 
   __device__ __forceinline__ void advance(int l, int t) {
-    const Columns own{state(l, t), {}, a_.H};
+    const FloatRows before = state(l, t);
     CellArguments c{};
     c.bias = {const_cast<float*>(a_.bias[l]), 0};
-    c.hidden_before = own.from, c.hidden = state(l, t + 1);
+    c.hidden_before = before, c.hidden = state(l, t + 1);
     if (a_.cell_type == Cell::kLstm) {
       const int64_t layer = static_cast<int64_t>(l) * a_.B * a_.H;
       c.cell = {a_.cells + layer, a_.H};
@@ -146,12 +147,10 @@ class Greedy {
     const auto finish = [&](int row, int unit, const auto& sum) {
       advance_in_loop(a_.cell_type, c, row, unit, sum);
     };
-    const Columns x{
-        l == 0 ? FloatRows{a_.inputs, a_.E} : state(l - 1, t + 1), {}, l == 0 ? a_.E : a_.H};
+    const Columns own{before.data, {}, a_.H};
+    const Columns x{l == 0 ? a_.inputs : state(l - 1, t + 1).data, {}, l == 0 ? a_.E : a_.H};
     const Columns of_context{context(t == 0 && a_.query_after), {}, l == 0 ? a_.D : 0};
-    team_product<true>(
-        a_.layers[l], member_,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, x, of_context, own); }, finish);
+    team_product<true>(a_.layers[l], member_, finish, a_.by_four, x, of_context, own);
     if (l + 1 < a_.L)
       ask_for_weights(a_.layers[l + 1], member_);
     else
@@ -160,13 +159,13 @@ class Greedy {
   }
 
   __device__ __forceinline__ void read_out(int t) {
-    const Columns of_context{context(false), {}, a_.D}, top{state(a_.L - 1, t + 1), {}, a_.H};
+    const Columns of_context{context(false), {}, a_.D}, top{state(a_.L - 1, t + 1).data, {}, a_.H};
     team_product<true>(
         a_.readout, member_,
-        [&](int row, int k) { return four_of(a_.by_four, row, k, of_context, top); },
         [&](int row, int unit, const auto& sum) {
           a_.logits[static_cast<int64_t>(row) * a_.V + unit] = sum(0) + a_.b_readout[unit];
-        });
+        },
+        a_.by_four, of_context, top);
     __syncthreads();
     const int lane = threadIdx.x % kWarp, first = a_.readout.first_unit(member_);
     const int end = first + a_.readout.n_units(member_);

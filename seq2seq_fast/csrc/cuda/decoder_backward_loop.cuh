@@ -103,34 +103,39 @@ class DecoderBackwardLoop {
       retreat_query_in_loop(a_.attention, b, t * a_.B + b, a_.team.memory);
     }
     member_.meet();
-    const Columns x{a_.rows(a_.grad_queries, t, a_.A), {}, a_.A};
+    const Columns x{a_.rows(a_.grad_queries, t, a_.A).data, {}, a_.A};
     team_product(
-        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
+        a_.query, member_,
         [&](int row, int unit, const auto& sum) {
           if (state >= 0)
             retreat_unit_in_loop(a_, a_.L - 1, state, row, unit, sum(0));
           else
             a_.of_query(row, unit) = sum(0);
-        });
+        },
+        a_.by_four, x);
     member_.meet();
   }
 
   __device__ __forceinline__ void multiply(int l, int t) {
-    const Columns x{a_.rows(a_.grad_gates, l * a_.T + t, a_.G), {}, a_.G};
-    const auto fill = [&](int row, int k) { return four_of(a_.by_four, row, k, x); };
+    const Columns x{a_.rows(a_.grad_gates, l * a_.T + t, a_.G).data, {}, a_.G};
     if (l > 0) {
       const FloatRows self = a_.self[l];
       FloatRows factors{};
       if (a_.dropout != nullptr) factors = a_.rows(a_.dropout, (l - 1) * a_.T + t, a_.H);
-      team_product(a_.layers[l], member_, fill, [&](int row, int unit, const auto& sum) {
-        self(row, unit) = sum(1);
-        float below = sum(0);
-        if (factors.data != nullptr) below *= factors(row, unit);
-        retreat_unit_in_loop(a_, l - 1, t, row, unit, below);
-      });
+      team_product(
+          a_.layers[l], member_,
+          [&](int row, int unit, const auto& sum) {
+            self(row, unit) = sum(1);
+            float below = sum(0);
+            if (factors.data != nullptr) below *= factors(row, unit);
+            retreat_unit_in_loop(a_, l - 1, t, row, unit, below);
+          },
+          a_.by_four, x);
     } else {
-      team_product(a_.layers[0], member_, fill,
-                   [&](int row, int column, const auto& sum) { a_.lowest(row, column) = sum(0); });
+      team_product(
+          a_.layers[0], member_,
+          [&](int row, int column, const auto& sum) { a_.lowest(row, column) = sum(0); },
+          a_.by_four, x);
     }
     member_.meet();
   }

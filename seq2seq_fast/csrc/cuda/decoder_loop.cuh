@@ -49,12 +49,11 @@ class DecoderLoop {
 
   __device__ __forceinline__ void attend(int t, int at) {
     const FloatRows queries = rows(a_.queries, t, a_.A);
-    const Columns x{state(a_.hiddens, a_.L - 1, at), {}, a_.H};
+    const Columns x{state(a_.hiddens, a_.L - 1, at).data, {}, a_.H};
     team_product(
-        a_.query, member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x); },
-        [&](int row, int unit, const auto& sum) {
-          queries(row, unit) = sum(0) + a_.b_query[unit];
-        });
+        a_.query, member_,
+        [&](int row, int unit, const auto& sum) { queries(row, unit) = sum(0) + a_.b_query[unit]; },
+        a_.by_four, x);
     member_.meet();
     const int64_t step = int64_t{t} * a_.B;
     const int n = member_.n_rows * a_.attention.ranges;
@@ -66,26 +65,27 @@ class DecoderLoop {
   }
 
   __device__ __forceinline__ void advance(int l, int t) {
+    const FloatRows before = state(a_.hiddens, l, t);
     Columns x{{}, {}, l > 0 ? a_.H : a_.attends ? a_.D : 0};
-    const Columns own{state(a_.hiddens, l, t), {}, a_.H};
+    const Columns own{before.data, {}, a_.H};
     if (l > 0) {
-      x.from = state(a_.hiddens, l - 1, t + 1);
-      if (a_.dropout != nullptr)
-        x.factors = rows(const_cast<float*>(a_.dropout), (l - 1) * a_.T + t, a_.H);
+      x.rows = state(a_.hiddens, l - 1, t + 1).data;
+      if (a_.dropout != nullptr) x.factors = a_.dropout + (int64_t{l - 1} * a_.T + t) * a_.B * a_.H;
     } else if (a_.attends) {
-      x.from = rows(a_.contexts, a_.query_after ? t : t + 1, a_.D);
+      x.rows = rows(a_.contexts, a_.query_after ? t : t + 1, a_.D).data;
     }
     CellArguments c{};
     c.bias = a_.bias[l];
     c.gates = rows(a_.gates, l * a_.T + t, a_.G);
     if (l == 0) c.input = c.gates;
-    c.hidden_before = own.from, c.hidden = state(a_.hiddens, l, t + 1);
+    c.hidden_before = before, c.hidden = state(a_.hiddens, l, t + 1);
     if (a_.cell == Cell::kLstm)
       c.cell_before = state(a_.cells, l, t), c.cell = state(a_.cells, l, t + 1);
     c.H = a_.H;
     team_product(
-        a_.layers[l], member_, [&](int row, int k) { return four_of(a_.by_four, row, k, x, own); },
-        [&](int row, int unit, const auto& sum) { advance_in_loop(a_.cell, c, row, unit, sum); });
+        a_.layers[l], member_,
+        [&](int row, int unit, const auto& sum) { advance_in_loop(a_.cell, c, row, unit, sum); },
+        a_.by_four, x, own);
     member_.meet();
   }
 

@@ -163,8 +163,8 @@ __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* 
                                          int n_rows, int n_columns, int begin, int end,
                                          const Column& column) {
   constexpr int C = kTileColumns;
-  // More bytes on their way where there are registers for it.
-  [[maybe_unused]] constexpr int kAtOnce = sizeof(W) == 2 || R <= 2 ? 2 : 1;
+  // More bytes on their way where there are registers for it, beside those of who calls.
+  [[maybe_unused]] constexpr int kAtOnce = R <= (sizeof(W) == 2 ? 4 : 2) ? 2 : 1;
   const int lane = threadIdx.x % kWarp;
   const W* w[C];
 #pragma unroll
@@ -344,79 +344,28 @@ static __device__ __noinline__ void make_sums(const W* w, int width, int units, 
   }
 }
 
-// Makes a member's columns for all rows of its team. `fill(row, k)` is
-// x[row, k..k + 3]; `finish(row, unit, sum)` is called for each with sum(kind), always by the same
-// thread for the same row and unit. `any_type`: weights may have 16 bits.
-template <bool any_type = false, typename Fill, typename Finish>
-__device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member,
-                                             const Fill& fill, const Finish& finish) {
-  const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
-  if (n_units == 0) return;
-  const int ld_x = p.x_floats(), memory = member.team.memory, rows = member.team.rows_at_once;
-  const float* const parts = shared_memory() + memory + rows * ld_x;
-  for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
-    const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
-    float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
-    // Reads on their way before the first is waited for: as many as there are registers for.
-    constexpr int kAtOnce = any_type ? 1 : 4;
-    for (int i0 = threadIdx.x; i0 < n * quads; i0 += kAtOnce * kTeamThreads) {
-      float4 read[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = i0 + j * kTeamThreads;
-        if (i < n * quads) read[j] = fill(row0 + i / quads, i % quads * 4);
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = i0 + j * kTeamThreads;
-        if (i < n * quads) x[i / quads * (ld_x / 4) + i % quads] = read[j];
-      }
-    }
-    __syncthreads();
-    const auto make = [&]<typename W>() {
-      make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
-                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, rows, n);
-    };
-    if constexpr (any_type) {
-      if (p.type == Type::kBFloat16)
-        make.template operator()<BFloat16>();
-      else if (p.type == Type::kHalf)
-        make.template operator()<Half>();
-      else
-        make.template operator()<float>();
-    } else {
-      make.template operator()<float>();
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < n * n_units; i += kTeamThreads) {
-      const int r = i / n_units, u = i % n_units;
-      finish(row0 + r, p.first_unit(member) + u, [&](int kind) {
-        float sum = 0.f;
-        for (int split = 0; split < p.splits; ++split)
-          sum += parts[(split * rows + r) * ld + u * p.kinds + kind];
-        return sum;
-      });
-    }
-  }
-}
-
 // Columns of several tensors side by side, as an operand of a product.
 struct Columns {
-  FloatRows from, factors;  // absent: zeros, and ones
+  const float *rows, *factors;  // contiguous; absent: zeros, and ones
   int width;
+  __device__ __forceinline__ const float* address(int row, int k) const {
+    return rows == nullptr ? nullptr : rows + int64_t{row} * width + k;
+  }
   __device__ __forceinline__ float4 four(int row, int k) const {
-    if (from.data == nullptr) return make_float4(0.f, 0.f, 0.f, 0.f);
-    float4 x = __ldcg(reinterpret_cast<const float4*>(&from(row, k)));
-    if (factors.data != nullptr) {
-      const float4 f = __ldcg(reinterpret_cast<const float4*>(&factors(row, k)));
+    if (rows == nullptr) return make_float4(0.f, 0.f, 0.f, 0.f);
+    const int64_t at = int64_t{row} * width + k;
+    float4 x = __ldcg(reinterpret_cast<const float4*>(rows + at));
+    if (factors != nullptr) {
+      const float4 f = __ldcg(reinterpret_cast<const float4*>(factors + at));
       x.x *= f.x, x.y *= f.y, x.z *= f.z, x.w *= f.w;
     }
     return x;
   }
   __device__ __forceinline__ float one(int row, int k) const {
-    if (from.data == nullptr) return 0.f;
-    const float x = __ldcg(&from(row, k));
-    return factors.data == nullptr ? x : x * __ldcg(&factors(row, k));
+    if (rows == nullptr) return 0.f;
+    const int64_t at = int64_t{row} * width + k;
+    const float x = __ldcg(rows + at);
+    return factors == nullptr ? x : x * __ldcg(factors + at);
   }
 };
 // The row's k-th and three more of such columns side by side; behind the last come zeros.
@@ -440,6 +389,100 @@ __device__ __forceinline__ float4 four_of(bool by_four, int row, int k, const Pa
   if (by_four) return aligned_four_of(row, k, parts...);
   return make_float4(one_of(row, k, parts...), one_of(row, k + 1, parts...),
                      one_of(row, k + 2, parts...), one_of(row, k + 3, parts...));
+}
+// Where those four lie; null: zeros.
+__device__ __forceinline__ const float* address_of(int, int) { return nullptr; }
+template <typename... Others>
+__device__ __forceinline__ const float* address_of(int row, int k, const Columns& first,
+                                                   const Others&... others) {
+  return k < first.width ? first.address(row, k) : address_of(row, k - first.width, others...);
+}
+
+// Puts n rows of such columns, so many quads each, into shared memory, ld_x apart. Aligned fours
+// are copied as they lie, all of a thread's before it waits for the first. Not inlined, as
+// make_sums is not.
+static __device__ __noinline__ void fill_rows(int memory, int ld_x, int row0, int n, int quads,
+                                              bool by_four, const float* rows_a,
+                                              const float* factors, int width_a,
+                                              const float* rows_b, int width_b, const float* rows_c,
+                                              int width_c) {
+  const Columns a{rows_a, factors, width_a}, b{rows_b, {}, width_b}, c{rows_c, {}, width_c};
+  float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
+  if (by_four && factors == nullptr) {
+    const int rows_on = kTeamThreads / quads, quads_on = kTeamThreads % quads;
+    int r = threadIdx.x / quads, quad = threadIdx.x % quads;
+    while (r < n) {
+      const float* const from = address_of(row0 + r, 4 * quad, a, b, c);
+      float4* const to = x + r * (ld_x / 4) + quad;
+      if (from != nullptr)
+        copy_async(&to->x, from);
+      else
+        *to = make_float4(0.f, 0.f, 0.f, 0.f);
+      r += rows_on, quad += quads_on;
+      if (quad >= quads) quad -= quads, ++r;
+    }
+    close_copies();
+    wait_copies<0>();
+    return;
+  }
+  constexpr int kAtOnce = 4;  // reads on their way before the first is waited for
+  for (int i0 = threadIdx.x; i0 < n * quads; i0 += kAtOnce * kTeamThreads) {
+    float4 read[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = i0 + j * kTeamThreads;
+      if (i < n * quads) read[j] = four_of(by_four, row0 + i / quads, i % quads * 4, a, b, c);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = i0 + j * kTeamThreads;
+      if (i < n * quads) x[i / quads * (ld_x / 4) + i % quads] = read[j];
+    }
+  }
+}
+
+// Makes a member's columns for all rows of its team, of x = [a | b | c]; a alone may have factors.
+// `finish(row, unit, sum)` is called for each with sum(kind), always by the same thread for the
+// same row and unit. `any_type`: weights may have 16 bits.
+template <bool any_type = false, typename Finish>
+__device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member,
+                                             const Finish& finish, bool by_four, const Columns& a,
+                                             const Columns& b = {}, const Columns& c = {}) {
+  const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
+  if (n_units == 0) return;
+  const int ld_x = p.x_floats(), memory = member.team.memory, rows = member.team.rows_at_once;
+  float* const x = shared_memory() + memory;
+  const float* const sums = x + rows * ld_x;
+  for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
+    const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
+    fill_rows(memory, ld_x, row0, n, quads, by_four, a.rows, a.factors, a.width, b.rows, b.width,
+              c.rows, c.width);
+    __syncthreads();
+    const auto make = [&]<typename W>() {
+      make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
+                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, rows, n);
+    };
+    if constexpr (any_type) {
+      if (p.type == Type::kBFloat16)
+        make.template operator()<BFloat16>();
+      else if (p.type == Type::kHalf)
+        make.template operator()<Half>();
+      else
+        make.template operator()<float>();
+    } else {
+      make.template operator()<float>();
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n * n_units; i += kTeamThreads) {
+      const int r = i / n_units, u = i % n_units;
+      finish(row0 + r, p.first_unit(member) + u, [&](int kind) {
+        float sum = 0.f;
+        for (int split = 0; split < p.splits; ++split)
+          sum += sums[(split * rows + r) * ld + u * p.kinds + kind];
+        return sum;
+      });
+    }
+  }
 }
 
 }  // namespace seq2seq_fast
