@@ -35,14 +35,14 @@ def find_nvcc() -> str | None:
 
 
 def check_release(nvcc_says: str, cuda: str | None) -> None:
-    """Refuses an nvcc of another major release than the CUDA that PyTorch is built for, if any.
+    """Refuses an nvcc of a later major release than the CUDA that PyTorch is built for, if any.
 
     The runtime that comes with nvcc is linked: with a driver that suits PyTorch, and is too old for
-    that runtime, every call of it would fail.
+    that runtime, every call of it would fail. An older runtime suits a newer driver.
     """
     release = re.search(r"release (\d+\.\d+)", nvcc_says)[1]
     major = cuda and cuda.split(".")[0]
-    if major and release.split(".")[0] != major:
+    if major and int(release.split(".")[0]) > int(major):
         raise RuntimeError(
             f"nvcc is of CUDA {release}, this PyTorch of CUDA {cuda}: set CUDA_HOME to a CUDA"
             f" {major}, or SEQ2SEQ_FAST_CUDA=0 to build without CUDA"
