@@ -71,7 +71,9 @@ class Beforehand:
                         stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE,
                         text=True,
-                        start_new_session=True,  # so that it can be stopped with all its children
+                        # A group, so that it can be stopped with all its children. Not a session:
+                        # Linux would give that its share of the cores whatever its priority.
+                        preexec_fn=os.setpgrp,
                     )
                 except OSError as error:
                     self._ended[name] = error
