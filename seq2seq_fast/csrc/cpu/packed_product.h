@@ -61,7 +61,7 @@ class Factor {
 };
 
 constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache
-constexpr int64_t kFewRows = 4;  // reading weights takes longer than multiplying rows by them
+constexpr int64_t kFewRows = 4;        // reading weights takes longer than multiplying rows by them
 
 // Calls f(i) for n pieces of a product of some rows. Few rows: each thread has the same weights
 // every time, maybe still in its cache, in either direction. More rows: in turns.

@@ -17,7 +17,7 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kTensors = 5;        // of a layer: matrix and scales of both parts, bias
+constexpr int64_t kTensors = 5;  // of a layer: matrix and scales of both parts, bias
 
 struct Layer {
   Matrix input, hidden;
