@@ -316,10 +316,10 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(cast_later.vectors, half.vectors)
 
 
-@pytest.mark.parametrize("joined", ["", "tanh"])
+@pytest.mark.parametrize("joined", ["none", "tanh"])
 @pytest.mark.parametrize("name", ["context_dropout", "vector"])
 def test_probabilities_draw_factors_from_a_seed(joined, name):
-    args = cast(problem(T=40, after=True, joined=joined or "none", seed=1), torch.float32)
+    args = cast(problem(T=40, after=True, joined=joined, seed=1), torch.float32)
     if name == "vector":
         drops = {"vector": args["vector"]._replace(dropout=0.4)}
     else:
