@@ -2,7 +2,8 @@
 //
 // In the loop: the query, attention, and for each layer one pass that makes all gates of a few
 // units, and their states, from packed weights. The products of the inputs of whole runs of steps
-// come before it. Gates and weights are laid out as in cells.h and reference_decoder.py.
+// come before it; where nothing is fed back, those of every layer, which then take turns. Gates and
+// weights are laid out as in cells.h and reference_decoder.py.
 #include <torch/csrc/stable/library.h>
 
 #include <deque>
@@ -98,14 +99,15 @@ class Forward {
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
-        dropped_(call.dropout ? (L_ - 1) * B_ * H_ : 0),
+        in_turn_(!source && feedback.steps.empty()),
+        dropped_(empty(call.inputs, {call.dropout ? (in_turn_ ? T_ : L_ - 1) : 0, B_, H_})),
         dropped_fed_(call.context_dropout ? B_ * call.fed(run).size(2) : 0) {
     const Cell cell = call.kind;
     const Layout layout = Layout::of(cell, H_);
     const bool few = in_place(T_, B_);
     for (const Layer& layer : layers)
       w_hidden_.emplace_back(layer.w_hidden, layout, Blocks::of_hidden(cell), few);
-    for (int64_t l = 1; l < L_; ++l)
+    for (int64_t l = 1; l < L_ && !in_turn_; ++l)
       w_input_.emplace_back(layers[l].w_input, layout, Blocks::of_input(cell), few);
     if (!source) return;
     w_context_.emplace(source->w_context, layout, Blocks::of_input(cell), few);
@@ -117,6 +119,7 @@ class Forward {
   }
 
   void run() {
+    if (in_turn_) return run_in_turn();
     from_inputs(0, 0);
     size_t next = 0;
     const Tensor fed_back =
@@ -124,7 +127,7 @@ class Forward {
     for (int64_t t = 0; t < T_; ++t) {
       if (feedback_.is(next, t)) {
         feedback_.read(next, features(t), fed_back);
-        begin_gates(t, 1, fed_back);
+        begin_gates(0, t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
       if (source_ && !call_.query_after) attend(t, t);
@@ -135,6 +138,22 @@ class Forward {
   }
 
  private:
+  // Layer after layer, all steps of one before the next: what a layer reads is one product, and its
+  // own weights have the cache to themselves.
+  void run_in_turn() {
+    Tensor x = rows_of(call_.inputs);
+    for (int64_t l = 0; l < L_ && T_ > 0; ++l) {
+      begin_gates(l, 0, T_, x);
+      for (int64_t t = 0; t < T_; ++t) advance_layer(l, t);
+      const Tensor after = view(run_.hiddens, {T_ * B_, H_}, {H_, 1}, (l * (T_ + 1) + 1) * B_ * H_);
+      x = call_.dropout ? rows_of(dropped_) : after;
+    }
+  }
+  // (T, B, N) to (T B, N)
+  static Tensor rows_of(const Tensor& x) {
+    return view(x, {x.size(0) * x.size(1), x.size(2)}, {x.size(2), 1});
+  }
+
   // What the readout reads before step t.
   std::vector<Tensor> features(int64_t t) const {
     if (w_vector_) return {at(call_.vectors, t)};
@@ -167,10 +186,10 @@ class Forward {
     });
   }
 
-  // The first layer's gates of `steps` from t on: the bias, and what comes of their inputs.
-  void begin_gates(int64_t t, int64_t steps, const Tensor& x) {
-    const Tensor w = transposed(layers_[0].w_input), &bias = layers_[0].bias;
-    const int64_t rows = steps * B_, first = t * B_ * G_, n = w.size(1);
+  // Layer l's gates of `steps` from t on: the bias, and what comes of their inputs.
+  void begin_gates(int64_t l, int64_t t, int64_t steps, const Tensor& x) {
+    const Tensor w = transposed(layers_[l].w_input), &bias = layers_[l].bias;
+    const int64_t rows = steps * B_, first = (l * T_ + t) * B_ * G_, n = w.size(1);
     const Tensor gates = view(run_.gates, {rows, n}, {G_, 1}, first);
     if (bias.dim() == 1) {
       const Tensor of_input = view(bias, {n}, {1});
@@ -179,7 +198,7 @@ class Forward {
         copy(view(run_.gates, {rows, G_ - n}, {G_, 1}, first + n),
              view(bias, {rows, G_ - n}, {0, 1}, n));
     } else {
-      for (int64_t i = t; i < t + steps; ++i) fill(at(run_.gates, 0, i), bias);
+      for (int64_t i = t; i < t + steps; ++i) fill(at(run_.gates, l, i), bias);
       product(gates, x, w, &gates);
     }
   }
@@ -189,7 +208,7 @@ class Forward {
     const int64_t end = next < feedback_.steps.size() ? feedback_.steps[next] : T_;
     const int64_t E = call_.inputs.size(2);
     if (t < end)
-      begin_gates(t, end - t, view(call_.inputs, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
+      begin_gates(0, t, end - t, view(call_.inputs, {(end - t) * B_, E}, {E, 1}, t * B_ * E));
   }
 
   // Step t's query is the top layer's hidden state `state`.
@@ -226,16 +245,18 @@ class Forward {
         call_.dropout && l + 1 < L_ ? data<A>(*call_.dropout) + (l * T_ + t) * slab : nullptr;
     const A* kept =
         call_.state_dropout ? data<A>(*call_.state_dropout) + (l * T_ + t) * slab : nullptr;
-    A* dropped = dropped_ + l * slab;
+    A* dropped = factors ? data<A>(dropped_) + (in_turn_ ? t : l) * slab : nullptr;
     // What the layer reads beside its own state, by w_x, and what that is added to.
-    const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
-    const A *x = nullptr, *bias = nullptr;  // the first layer's gates have theirs
+    const Packed<A>* w_x = nullptr;
+    const A *x = nullptr, *bias = nullptr;  // gates that have been begun have theirs
     int64_t width = H_;
-    if (l > 0) {
+    if (l > 0 && !in_turn_) {
+      w_x = &w_input_[l - 1];
       bias = data<A>(layers_[l].bias);
-      x = call_.dropout ? dropped - slab
+      x = call_.dropout ? data<A>(dropped_) + (l - 1) * slab
                         : data<A>(run_.hiddens) + ((l - 1) * (T_ + 1) + t + 1) * slab;
     } else if (source_) {
+      w_x = &*w_context_;
       const Tensor& fed = call_.fed(run_);
       width = fed.size(2);
       x = data<A>(fed) + (call_.query_after ? t : t + 1) * B_ * width;
@@ -279,7 +300,9 @@ class Forward {
   const Run& run_;
   const Location<A>* const location_;
   const int64_t T_, B_, L_, H_, G_;
-  Buffer<A> dropped_, dropped_fed_;
+  const bool in_turn_;
+  const Tensor dropped_;  // what the next layer reads: of each layer, or in turn of each step
+  Buffer<A> dropped_fed_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
   std::optional<OfVector<A>> w_vector_;

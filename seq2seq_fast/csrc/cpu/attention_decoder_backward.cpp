@@ -40,6 +40,7 @@ class Backward {
   Backward(const DecoderBackwardCall& call, const std::vector<Layer>& layers,
            const std::optional<Source>& source, const Gradients& d, Location<A>* location)
       : call_(call),
+        layers_(layers),
         run_(call.run),
         source_(source),
         d_(d),
@@ -50,14 +51,16 @@ class Backward {
         G_(run_.gates.size(3)),
         H_(run_.hiddens.size(3)),
         first_hidden_(G_ - layers[0].w_hidden.size(0)),
-        dropped_(B_ * std::max(call.dropout ? H_ : 0,
+        in_turn_(!source),
+        outputs_(call.given.outputs),
+        dropped_(B_ * std::max(call.dropout && source ? H_ : 0,
                                call.context_dropout ? call.context_dropout->size(2) : 0)) {
     const auto add = [](std::deque<Packed<A>>& to, const Tensor& w) {
       to.emplace_back(transposed(w), Layout::plain(w.size(1)));
     };
     for (const Layer& layer : layers) add(w_hidden_, layer.w_hidden);
+    if (in_turn_) return;
     for (int64_t l = 1; l < L_; ++l) add(w_input_, layers[l].w_input);
-    if (!source) return;
     w_context_.emplace(transposed(source->w_context), Layout::plain(source->w_context.size(1)));
     w_query_.emplace(transposed(source->w_query), Layout::plain(H_));
     if (call.vector.empty()) return;
@@ -68,20 +71,47 @@ class Backward {
   }
 
   void run() {
-    if (source_ && T_ > 0) copy(at(d_.contexts, T_ - 1), at(call_.given.contexts, T_ - 1));
+    if (in_turn_) return run_in_turn();
+    if (T_ > 0) copy(at(d_.contexts, T_ - 1), at(call_.given.contexts, T_ - 1));
     if (w_vector_ && T_ > 0) copy(at(d_.vectors, T_ - 1), at(call_.grad_vectors, T_ - 1));
     for (int64_t t = T_ - 1; t >= 0; --t) {
       if (w_vector_) retreat_vector(t);
-      if (source_ && call_.query_after) attend(t);
+      if (call_.query_after) attend(t);
       for (int64_t l = L_ - 1; l >= 0; --l) {
         retreat_layer(l, t);
         pass_on(l, t);
       }
-      if (source_ && !call_.query_after) attend(t);
+      if (!call_.query_after) attend(t);
     }
   }
 
  private:
+  // As forward: all steps of a layer, and then the gradient of all that it read, as one product.
+  void run_in_turn() {
+    for (int64_t l = L_ - 1; l >= 0 && T_ > 0; --l) {
+      for (int64_t t = T_ - 1; t >= 0; --t) {
+        retreat_layer(l, t);
+        pass_on(l, t);
+      }
+      if (l > 0) outputs_ = of_inputs(l);
+    }
+  }
+  // The gradient of the hidden states (T, B, H) that layer l read.
+  Tensor of_inputs(int64_t l) const {
+    const Tensor& w = layers_[l].w_input;
+    const Tensor out = empty(d_.gates, {T_, B_, H_});
+    const Tensor gates = view(d_.gates, {T_ * B_, w.size(0)}, {G_, 1}, l * T_ * B_ * G_);
+    product(view(out, {T_ * B_, H_}, {H_, 1}), gates, w, nullptr);
+    if (!call_.dropout) return out;
+    const int64_t n = B_ * H_;
+    const A* factors = data<A>(*call_.dropout) + (l - 1) * T_ * n;
+    A* d = data<A>(out);
+    parallel(T_, n / 2, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * n; i < end * n; ++i) d[i] *= factors[i];
+    });
+    return out;
+  }
+
   A* hidden(int64_t l) const { return data<A>(d_.hidden) + l * B_ * H_; }
   A* gates(int64_t l, int64_t t) const { return data<A>(d_.gates) + (l * T_ + t) * B_ * G_; }
 
@@ -142,9 +172,9 @@ class Backward {
     const A* from = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
     const A* h = data<A>(run_.hiddens) + before;
     const A* c = call_.kind == Cell::kLstm ? data<A>(run_.cells) + before : nullptr;
-    const Tensor& outputs = call_.given.outputs;
-    const A* output = l == L_ - 1 ? data<A>(outputs) + t * outputs.stride(0) : nullptr;
-    const int64_t ld_output = outputs.stride(1);
+    const A* output =
+        in_turn_ || l == L_ - 1 ? data<A>(outputs_) + t * outputs_.stride(0) : nullptr;
+    const int64_t ld_output = outputs_.stride(1);
     const A* kept =
         call_.state_dropout ? data<A>(*call_.state_dropout) + (l * T_ + t) * slab : nullptr;
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
@@ -166,15 +196,17 @@ class Backward {
     const A* dg = gates(l, t);
     A* dh = hidden(l);
     const Packed<A>& w_hidden = w_hidden_[l];
-    const Packed<A>* w_x = l > 0 ? &w_input_[l - 1] : source_ ? &*w_context_ : nullptr;
+    const Packed<A>* w_x = nullptr;
     A* dx = nullptr;
     const A *init = nullptr, *factors = nullptr;  // dx = init + factors * product
     int64_t width = H_, ld_init = H_;
-    if (l > 0) {
+    if (l > 0 && !in_turn_) {
+      w_x = &w_input_[l - 1];
       dx = hidden(l - 1);
       init = dx;
       if (call_.dropout) factors = data<A>(*call_.dropout) + ((l - 1) * T_ + t) * B_ * H_;
     } else if (source_) {
+      w_x = &*w_context_;
       const int64_t of = call_.query_after ? t - 1 : t;  // whose context the step read
       const Tensor& given = w_vector_ ? call_.grad_vectors : call_.given.contexts;
       width = given.size(2);
@@ -211,11 +243,14 @@ class Backward {
   }
 
   const DecoderBackwardCall& call_;
+  const std::vector<Layer>& layers_;
   const States& run_;
   const std::optional<Source>& source_;
   const Gradients& d_;
   Location<A>* const location_;
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
+  const bool in_turn_;  // the layers, where nothing is fed back
+  Tensor outputs_;  // gradients (T, B, H) of the top layer's outputs, or in turn of each layer's
   Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
