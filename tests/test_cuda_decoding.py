@@ -40,13 +40,15 @@ class Seen:
     """In place of what watches a GPU: as late as that one."""
 
     def __init__(self, over):
-        self.over, self.seen = over, {}
+        self.over, self.seen, self.ended = over, {}, True
 
     def begin_run(self):
+        assert self.ended
         self.seen.clear()
+        self.ended = False
 
     def end_run(self):
-        pass
+        self.ended = True
 
     def hold(self, x):
         pass
@@ -310,6 +312,35 @@ def test_a_change_of_weights_is_seen(loop):
             model.decoder.lstm.weight_hh_l0.mul_(-1)
 
 
+def test_a_replaced_readout_of_another_width_is_refused(loop):
+    model, src = plain.make(), plain.sources(3, 9)
+    readout = model.decoder.fc_out
+    model.decoder.fc_out = torch.nn.Linear(readout.in_features, readout.out_features + 8)
+    source, state = model.encode(src)
+    options = DecodingOptions(bos=BOS, eos=EOS, max_length=9)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"decoder\.fc_out\.weight: .*expected"):
+            graphed.generate(model.decoder, source, state, options)
+    model.decoder.fc_out = readout
+    plain.check_same(model, src, *both(model, src, max_length=9))
+
+
+def test_who_comes_after_a_run_that_was_broken_off_waits_for_it(monkeypatch):
+    model, src = plain.make(), plain.sources(3, 9)
+    both(model, src, max_length=9)
+
+    def broken_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphed.Loop, "_results", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            both(model, src, max_length=9)
+    (kept,) = model.decoder.loops.kept.values()
+    assert kept.watch.ended and not kept.lock.locked()
+    plain.check_same(model, src, *both(model, src, max_length=9))
+
+
 def test_copies_begin_anew():
     model, src = plain.make(), plain.sources(2, 5)
     both(model, src, max_length=9)
@@ -435,6 +466,12 @@ def test_a_source_that_is_all_padding(loop):
     assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
 
 
+def widen(x):
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, x
+    )
+
+
 @pytest.mark.parametrize(("B", "beam_size"), [(3, 1), (3, 2), (7, 1), (40, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_of_16_bits_are_decoded_in_float32(dtype, B, beam_size, loop):
@@ -446,16 +483,47 @@ def test_models_of_16_bits_are_decoded_in_float32(dtype, B, beam_size, loop):
     ours = graphed.generate(model.decoder, source, state, o)
     assert ours.weights.dtype == dtype and ours.scores.dtype == torch.float32
 
-    def widen(x):
-        return torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, x
-        )
-
     with torch.no_grad():
         want = stepwise.generate(model.float().decoder, widen(source), widen(state), o)
     assert torch.equal(ours.tokens, want.tokens)
     torch.testing.assert_close(ours.scores, want.scores, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(ours.weights.float(), want.weights, rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture
+def multiprocessors():
+    """Sets how many the kernels find; 16 before and after."""
+    of = torch.ops.seq2seq_fast_cuda_on_cpu.set_multiprocessors
+    yield of
+    of(16)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "n"),
+    # Rows that end within a turn of the tensor cores, that warps share out, and of two lengths.
+    [
+        (5, 40, 1),
+        (8, 64, 3),
+        (9, 40, 1),
+        (16, 64, 2),
+        (21, 40, 1),
+        (18, 64, 1),
+        (14, 160, 8),
+        (16, 160, 1),
+    ],
+)
+def test_products_of_bfloat16_weights(B, H, n, monkeypatch, multiprocessors):
+    multiprocessors(n)
+    monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "together")
+    model, src = plain.make(H=H, V=70).bfloat16(), plain.sources(B, 5)
+    source, state = model.encode(src)
+    source = source._replace(keys=PreparedKeys(source.keys.keys))
+    o = DecodingOptions(bos=BOS, eos=EOS, max_length=3, min_length=3)
+    ours = graphed.generate(model.decoder, source, state, o)
+    with torch.no_grad():
+        want = stepwise.generate(model.float().decoder, widen(source), widen(state), o)
+    assert torch.equal(ours.tokens, want.tokens)
+    torch.testing.assert_close(ours.log_probs, want.log_probs, rtol=1e-6, atol=4e-6)
 
 
 def test_what_a_gpu_is_asked_for(monkeypatch):

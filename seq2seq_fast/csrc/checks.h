@@ -13,6 +13,7 @@ inline void check(const Tensor& query, const Tensor& keys, const Tensor& v) {
                       query.size(0) == keys.size(0) && query.size(2) == keys.size(2) &&
                       query.size(2) == v.size(0),
                   "expected query (B, T, H), keys (B, S, H) and v (H,)");
+  STD_TORCH_CHECK(keys.size(1) > 0, "expected keys of at least one position");
   STD_TORCH_CHECK(
       query.scalar_type() == keys.scalar_type() && query.scalar_type() == v.scalar_type(),
       "expected query, keys and v of one dtype");

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..ops.attention_decoder import layer_weights
 from ..ops.modules import bias_of
 from . import sampling, stepwise, together
+from .fits import check_fits
 from .options import DecodingOptions
 from .packing import watch_of
 from .results import Generated
@@ -246,6 +247,14 @@ class Loop:
     ) -> Generated:
         """`generate`, by who holds the lock."""
         self.watch.begin_run()
+        try:
+            return self._run(source, state, options)
+        finally:  # who comes next waits for it, whatever has ended it here
+            self.watch.end_run()
+
+    def _run(
+        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+    ) -> Generated:
         self._load(source, state, options)
         if self.runs == 1:
             try:
@@ -261,9 +270,7 @@ class Loop:
             self.watch.note(block)
             if block > 0 and self.watch.read(block - 1) == len(self.limits):
                 break
-        found = self._results(source)
-        self.watch.end_run()
-        return found
+        return self._results(source)
 
     def _results(self, source: "stepwise.Source") -> Generated:
         o = self.options
@@ -304,7 +311,9 @@ class Loops:
     def weights_of(self, decoder: "Decoder", *form) -> list[Tensor]:
         """A decoder's weights as they are now, by who holds the lock; see `weights_of`."""
         if not self.watch.holds():
-            self.watch = watch_of(decoder)
+            watch = watch_of(decoder)
+            check_fits(decoder)
+            self.watch = watch
             self.weights.clear()
             self.kept.clear()
         if form not in self.weights:

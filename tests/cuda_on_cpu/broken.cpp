@@ -107,6 +107,8 @@ void limit_launches_together(int64_t left, bool told) {
   cuda_on_cpu::launches_left = left, cuda_on_cpu::told = told;
 }
 
+void set_multiprocessors(int64_t n) { cuda_on_cpu::multiprocessors = static_cast<int>(n); }
+
 torch::stable::Tensor broken(torch::stable::Tensor x, int64_t fault) {
   constexpr int kThreads = 64, kBlocks = 5;
   auto out = empty(x, {kThreads + kBlocks});
@@ -127,6 +129,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seq2seq_fast_cuda_on_cpu, m) {
   m.def("broken_gathered(Tensor x, int fault) -> Tensor");
   m.def("launches_together() -> int");
   m.def("limit_launches_together(int left, bool told) -> ()");
+  m.def("set_multiprocessors(int n) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
   m.impl("broken", TORCH_BOX(&seq2seq_fast::broken));
@@ -136,4 +139,5 @@ STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast_cuda_on_cpu, CompositeExplicitAutograd, m) {
   m.impl("launches_together", TORCH_BOX(&seq2seq_fast::launches_together));
   m.impl("limit_launches_together", TORCH_BOX(&seq2seq_fast::limit_launches_together));
+  m.impl("set_multiprocessors", TORCH_BOX(&seq2seq_fast::set_multiprocessors));
 }

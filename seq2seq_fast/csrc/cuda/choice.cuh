@@ -58,6 +58,18 @@ struct Peak {
       sum += expf(x - top);
     }
   }
+  // As many at once, whose exponentials do not wait for each other.
+  template <int N>
+  __device__ __forceinline__ void add(const float (&x)[N]) {
+    float highest = top;
+#pragma unroll
+    for (int i = 0; i < N; ++i) highest = fmaxf(highest, x[i]);
+    if (sum != 0.f) sum *= expf(top - highest);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (x[i] != -INFINITY) sum += expf(x[i] - highest);
+    top = highest;
+  }
   __device__ __forceinline__ void join(const Peak& other) {
     const float highest = fmaxf(top, other.top);
     const float a = sum == 0.f ? 0.f : sum * expf(top - highest);

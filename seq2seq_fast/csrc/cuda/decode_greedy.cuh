@@ -173,11 +173,21 @@ class Greedy {
       const int row = member_.row0 + i;
       const float* const logits = a_.logits + static_cast<int64_t>(row) * a_.V;
       Found mine{{-INFINITY, 0.f}, {-INFINITY, a_.V}};
-      for (int v = first + lane; v < end; v += kWarp) {
-        const float x = __ldcg(logits + v);
+      constexpr int kAtOnce = 8;  // reads on their way before the first is waited for
+      for (int v0 = first + lane; v0 < end; v0 += kAtOnce * kWarp) {
+        float x[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int v = v0 + i * kWarp;
+          x[i] = v < end ? __ldcg(logits + v) : -INFINITY;
+        }
         mine.peak.add(x);
-        const Best here{v == a_.eos && t + 1 < a_.min_length ? -INFINITY : x, v};
-        if (here.before(mine.best)) mine.best = here;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int v = v0 + i * kWarp;
+          const Best here{v == a_.eos && t + 1 < a_.min_length ? -INFINITY : x[i], v};
+          if (v < end && here.before(mine.best)) mine.best = here;
+        }
       }
       mine = joined(mine);
       if (lane == 0) a_.found[static_cast<int64_t>(row) * a_.team.size + member_.index] = mine;

@@ -77,6 +77,8 @@ struct Weights {
         b_readout(x.back()),
         layers(x.begin() + 1, x.end() - (attends ? 4 : 2)) {
     if (attends) query = x[x.size() - 4], b_query = x[x.size() - 3];
+    STD_TORCH_CHECK(readout.size(0) == embedding.size(0),
+                    "expected a readout of as many tokens as are embedded");
   }
 };
 

@@ -26,6 +26,7 @@ void choose_ranges(OneQueryArguments& a, int64_t rows, int multiprocessors) {
 
 OneQueryArguments arguments(const Device& device, const Tensor& query, const Tensor& keys,
                             const Tensor& v) {
+  STD_TORCH_CHECK(keys.size(1) > 0, "expected keys of at least one position");
   OneQueryArguments a{view_of(query), view_of(keys)};
   a.v = view_of(v);
   a.keys_by_four = by_four(keys);

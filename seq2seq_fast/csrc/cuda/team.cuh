@@ -15,6 +15,9 @@ constexpr int kTeamWarps = 8, kTeamThreads = kWarp * kTeamWarps;
 constexpr int kCountStride = 32;  // counts that are waited for lie in lines of their own
 constexpr int kTileRows = 8, kTileColumns = 8;
 constexpr int kMostLoopLayers = 8;  // of a recurrence
+// Of products by the tensor cores, see `Parts`: a tile has so many columns and one or two times so
+// many rows, and takes so many numbers of each in a turn.
+constexpr int kMatrixRows = 8, kMatrixColumns = 32, kTurn = 32, kParts = 3;
 
 struct Team {
   unsigned* arrived;  // (teams, kCountStride), zero before
@@ -69,13 +72,27 @@ struct TeamProduct {
     return max(0, min(units_of_member, units - first_unit(member)));
   }
   __host__ __device__ int columns_of_member() const { return units_of_member * kinds; }
-  // In shared memory from one column to the next, and from one row of x. What eight lanes read of
-  // two columns, or of two rows, lies in different banks.
+  // Whether the tensor cores make it, of x in parts.
+  __host__ __device__ bool by_matrices(int rows) const {
+    return type == Type::kBFloat16 && rows > 4;
+  }
+  // In shared memory from one column to the next. What eight lanes read of two of them lies in
+  // different banks.
   __host__ __device__ int kept_floats() const {
     return type == Type::kBFloat16 ? static_cast<int>(round_up(width / 2, 32)) + 16
                                    : floats_of_column();
   }
-  __host__ __device__ int x_floats() const { return type == Type::kBFloat16 ? width + 4 : width; }
+  __host__ __device__ int x_floats(int rows) const {
+    return by_matrices(rows) ? min(rows, kMatrixRows) * words_of_line(rows) : rows * width;
+  }
+  // Of `fill_parts`: a matrix has one row of two numbers' words for a row of x, with zeros up to
+  // the end of a turn; they lie side by side in a line, and lines in different banks.
+  __host__ __device__ int words_of_matrix() const {
+    return static_cast<int>(round_up(width, kTurn));
+  }
+  __host__ __device__ int words_of_line(int rows) const {
+    return (rows > kMatrixRows ? kParts : 2) * words_of_matrix() + 4;
+  }
   __host__ __device__ int floats_of_column() const {
     return type == Type::kFloat ? width : width / 2;
   }
@@ -198,22 +215,19 @@ __device__ __forceinline__ void add_tile(float* sums, int ld_sums, const float* 
   }
 }
 
-// Eight numbers in three parts of bfloat16 that add up to them, in the pairs of `multiply_add`.
+// Four numbers in parts of bfloat16 that add up to them, in pairs of neighbours.
 struct Parts {
-  uint32_t of[3][4];
-  __device__ __forceinline__ Parts(float4 first, float4 second) {
-    const float x[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+  uint2 of[kParts];
+  __device__ __forceinline__ explicit Parts(float4 x) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float low = x[2 * i], high = x[2 * i + 1];
-#pragma unroll
-      for (int part = 0; part < 3; ++part) {
-        const uint32_t pair = bfloat16_pair(low, high);
-        of[part][i] = pair;
-        low = rest(low, __uint_as_float(pair << 16));
-        high = rest(high, __uint_as_float(pair & 0xffff0000u));
-      }
-    }
+    for (int part = 0; part < kParts; ++part) of[part] = make_uint2(take(x.x, x.y), take(x.z, x.w));
+  }
+  // The next part of two numbers, which are left with the rest.
+  __device__ __forceinline__ static uint32_t take(float& low, float& high) {
+    const uint32_t pair = bfloat16_pair(low, high);
+    low = rest(low, __uint_as_float(pair << 16));
+    high = rest(high, __uint_as_float(pair & 0xffff0000u));
+    return pair;
   }
   // Nothing is left of an infinity.
   __device__ __forceinline__ static float rest(float x, float part) {
@@ -221,77 +235,76 @@ struct Parts {
   }
 };
 
-constexpr int kMatrixRows = 8, kMatrixColumns = 32;  // of a tile by the tensor cores, R times
-
 // The same tile for bfloat16 weights by the tensor cores, of 8 R rows and kMatrixColumns columns.
-// What a lane reads at once, eight neighbours along the width, it takes for the four pairs that two
-// products want of it, of both factors alike: the order of a sum's terms is free.
+// x is there as the matrices of `fill_parts`, `of_matrix` words each. What a lane reads at once,
+// eight neighbours along the width, it takes for the four pairs that two products want of it, of
+// both factors alike: the order of a sum's terms is free. So all of it is multiplied as it has been
+// read. Weights are read kAhead - 1 turns early, since from the second level of the cache they take
+// as long; behind a row's end x is zero, and they are the last ones again.
 template <int R, typename Column>
 __device__ __forceinline__ void add_matrix_tile(float* sums, int ld_sums, const float* x, int ld_x,
-                                                int n_rows, int n_columns, int begin, int end,
-                                                const Column& column) {
-  constexpr int C = kMatrixColumns / 16;
+                                                int of_matrix, int n_rows, int n_columns, int begin,
+                                                int end, const Column& column) {
+  constexpr int C = kMatrixColumns / 8, kMatrices = R == 2 ? kParts : 2, kAhead = 4;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const BFloat16* w[C][2];
+  const BFloat16* w[C];
 #pragma unroll
-  for (int c = 0; c < 2 * C; ++c) w[c / 2][c % 2] = column(min(8 * c + g, n_columns - 1)) + 8 * t;
-  const float* rows[R];
+  for (int c = 0; c < C; ++c) w[c] = column(min(8 * c + g, n_columns - 1));
+  const float* const line = x + min(g, n_rows - 1) * ld_x + 8 * t;
+  float large[C][4] = {}, small[C][4] = {};  // of the first matrix, and of the others
+  const auto read = [](const void* from) { return *static_cast<const uint4*>(from); };
+  uint4 ws[kAhead][C];
+  const auto read_weights = [&](uint4(&to)[C], int k) {
+    const int there = min(k + 8 * t, end - 8);
 #pragma unroll
-  for (int r = 0; r < R; ++r) rows[r] = x + min(8 * r + g, n_rows - 1) * ld_x + 8 * t;
-  float large[C][R][4] = {}, small[C][R][4] = {};  // of first parts of x, and of the others
+    for (int c = 0; c < C; ++c) to[c] = read(w[c] + there);
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) read_weights(ws[i], begin + kTurn * i);
 #pragma unroll 1
-  for (int k = begin; k < end; k += 32) {
-    const bool there = k + 8 * t < end;
-    uint4 ws[C][2];
+  for (int k0 = begin; k0 < end; k0 += kTurn * kAhead)
 #pragma unroll
-    for (int c = 0; c < 2 * C; ++c)
-      ws[c / 2][c % 2] =
-          there ? *reinterpret_cast<const uint4*>(w[c / 2][c % 2] + k) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kAhead; ++i) {
+      const int k = k0 + kTurn * i;
+      if (k >= end) break;
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
-      const float4* const xs = reinterpret_cast<const float4*>(rows[r] + k);
-      const Parts parts(there ? xs[0] : none, there ? xs[1] : none);
+      for (int m = kMatrices - 1; m >= 0; --m)
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const uint32_t a[2][4] = {{ws[c][0].x, ws[c][1].x, ws[c][0].y, ws[c][1].y},
-                                  {ws[c][0].z, ws[c][1].z, ws[c][0].w, ws[c][1].w}};
+        for (int half = 0; half < 2; ++half) {
+          const uint4 xs = read(line + m * of_matrix + k + 4 * half);
+          const uint32_t a[4] = {xs.x, xs.y, xs.z, xs.w};
 #pragma unroll
-        for (int part = 2; part >= 0; --part)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t b[2] = {parts.of[part][2 * half], parts.of[part][2 * half + 1]};
-            multiply_add(part == 0 ? large[c][r] : small[c][r], a[half], b);
+          for (int c = 0; c < C; ++c) {
+            const uint4& four = ws[i][c];
+            const uint32_t b[2] = {half == 0 ? four.x : four.z, half == 0 ? four.y : four.w};
+            multiply_add(m == 0 ? large[c] : small[c], a, b);
           }
-      }
+        }
+      read_weights(ws[i], k + kTurn * kAhead);
     }
-  }
 #pragma unroll
   for (int c = 0; c < C; ++c)
 #pragma unroll
-    for (int r = 0; r < R; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 16 * c + 8 * (i / 2) + g, row = 8 * r + 2 * t + i % 2;
-        if (row < n_rows && at < n_columns)
-          sums[row * ld_sums + at] = large[c][r][i] + small[c][r][i];
-      }
+    for (int i = 0; i < 2 * R; ++i) {
+      const int at = 8 * c + 2 * t + i % 2, row = 8 * (i / 2) + g;
+      const float rest = R == 1 ? large[c][i + 2] + small[c][i] : small[c][i];
+      if (row < n_rows && at < n_columns) sums[row * ld_sums + at] = large[c][i] + rest;
+    }
 }
 
 // Shared memory of a product beside its weights: rows of x, and the parts of the sums.
 __host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int rows) {
-  return int64_t{rows} * (p.x_floats() + p.splits * p.columns_of_member());
+  return p.x_floats(rows) + int64_t{rows} * p.splits * p.columns_of_member();
 }
 
-// Sums of n rows of x, at `memory`, behind which their parts go: (splits, rows, columns of a
-// member). Not inlined: there are many products, and this is most of their code.
+// Sums of n rows of x, which are at `memory`, to `parts`: (splits, rows, columns of a member). Not
+// inlined: there are many products, and this is most of their code.
 template <typename W>
 static __device__ __noinline__ void make_sums(const W* w, int width, int units, int kinds,
                                               int first_unit, int n_columns, int ld, int splits,
                                               int at, int kept_floats, int memory, int ld_x,
-                                              int rows, int n) {
+                                              int of_matrix, float* parts, int rows, int n) {
   const float* const x = shared_memory() + memory;
-  float* const parts = shared_memory() + memory + rows * ld_x;
   const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
   const int warp = threadIdx.x / kWarp;
   const auto for_tiles = [&](int tile_rows, int tile_columns, const auto& add) {
@@ -325,7 +338,7 @@ static __device__ __noinline__ void make_sums(const W* w, int width, int units, 
     for_tiles(R * kMatrixRows, kMatrixColumns,
               [&](float* sums, const float* from, int n_r, int n_c, int begin, int end,
                   const auto& column) {
-                add_matrix_tile<R>(sums, ld, from, ld_x, n_r, n_c, begin, end, column);
+                add_matrix_tile<R>(sums, ld, from, ld_x, of_matrix, n_r, n_c, begin, end, column);
               });
   };
   if (n == 1) {
@@ -398,14 +411,12 @@ __device__ __forceinline__ const float* address_of(int row, int k, const Columns
   return k < first.width ? first.address(row, k) : address_of(row, k - first.width, others...);
 }
 
-// Puts n rows of such columns, so many quads each, into shared memory, ld_x apart. Aligned fours
-// are copied as they lie, all of a thread's before it waits for the first. Not inlined, as
-// make_sums is not.
-static __device__ __noinline__ void fill_rows(int memory, int ld_x, int row0, int n, int quads,
-                                              bool by_four, const float* rows_a,
-                                              const float* factors, int width_a,
-                                              const float* rows_b, int width_b, const float* rows_c,
-                                              int width_c) {
+// Puts n rows of such columns, so many quads each, into shared memory. Aligned fours are copied as
+// they lie, all of a thread's before it waits for the first. Not inlined, as make_sums is not.
+static __device__ __noinline__ void fill_rows(int memory, int row0, int n, int quads, bool by_four,
+                                              const float* rows_a, const float* factors,
+                                              int width_a, const float* rows_b, int width_b,
+                                              const float* rows_c, int width_c) {
   const Columns a{rows_a, factors, width_a}, b{rows_b, {}, width_b}, c{rows_c, {}, width_c};
   float4* const x = reinterpret_cast<float4*>(shared_memory() + memory);
   if (by_four && factors == nullptr) {
@@ -413,7 +424,7 @@ static __device__ __noinline__ void fill_rows(int memory, int ld_x, int row0, in
     int r = threadIdx.x / quads, quad = threadIdx.x % quads;
     while (r < n) {
       const float* const from = address_of(row0 + r, 4 * quad, a, b, c);
-      float4* const to = x + r * (ld_x / 4) + quad;
+      float4* const to = x + r * quads + quad;
       if (from != nullptr)
         copy_async(&to->x, from);
       else
@@ -436,7 +447,52 @@ static __device__ __noinline__ void fill_rows(int memory, int ld_x, int row0, in
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = i0 + j * kTeamThreads;
-      if (i < n * quads) x[i / quads * (ld_x / 4) + i % quads] = read[j];
+      if (i < n * quads) x[i] = read[j];
+    }
+  }
+}
+
+// Puts n rows of such columns into shared memory as 16-row matrices of bfloat16: two rows, eight
+// apart, lie in a line, pair by pair in turns, as the tensor cores want them. Of more than eight
+// rows each part is a matrix; of fewer there are two, of the first two parts and of the last.
+static __device__ __noinline__ void fill_parts(int memory, int ld_x, int words, int row0, int n,
+                                               bool by_four, const float* rows_a,
+                                               const float* factors, int width_a,
+                                               const float* rows_b, int width_b,
+                                               const float* rows_c, int width_c) {
+  const Columns a{rows_a, factors, width_a}, b{rows_b, {}, width_b}, c{rows_c, {}, width_c};
+  const bool two_rows = n > kMatrixRows;
+  const int quads = words / 4, all = min(n, kMatrixRows) * quads;
+  uint4* const x = reinterpret_cast<uint4*>(shared_memory() + memory);
+  constexpr int kAtOnce = 2;  // lines whose reads are on their way before the first is waited for
+  for (int i0 = threadIdx.x; i0 < all; i0 += kAtOnce * kTeamThreads) {
+    float4 read[kAtOnce][2];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = i0 + j * kTeamThreads, row = i / quads, k = i % quads * 4;
+      if (i < all) read[j][0] = four_of(by_four, row0 + row, k, a, b, c);
+      if (i < all && row + kMatrixRows < n)
+        read[j][1] = four_of(by_four, row0 + row + kMatrixRows, k, a, b, c);
+      else
+        read[j][1] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int i = i0 + j * kTeamThreads;
+      if (i >= all) break;
+      uint4* const to = x + i / quads * (ld_x / 4) + i % quads;
+      const Parts first(read[j][0]);
+      const auto put = [&](int matrix, uint2 upper, uint2 lower) {
+        to[matrix * quads] = make_uint4(upper.x, lower.x, upper.y, lower.y);
+      };
+      if (two_rows) {
+        const Parts second(read[j][1]);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) put(part, first.of[part], second.of[part]);
+      } else {
+        put(0, first.of[0], first.of[1]);
+        put(1, first.of[2], make_uint2(0, 0));
+      }
     }
   }
 }
@@ -448,19 +504,25 @@ template <bool any_type = false, typename Finish>
 __device__ __forceinline__ void team_product(const TeamProduct& p, const Member& member,
                                              const Finish& finish, bool by_four, const Columns& a,
                                              const Columns& b = {}, const Columns& c = {}) {
-  const int n_units = p.n_units(member), ld = p.columns_of_member(), quads = p.width / 4;
+  const int n_units = p.n_units(member), ld = p.columns_of_member();
   if (n_units == 0) return;
-  const int ld_x = p.x_floats(), memory = member.team.memory, rows = member.team.rows_at_once;
-  float* const x = shared_memory() + memory;
-  const float* const sums = x + rows * ld_x;
+  const int memory = member.team.memory, rows = member.team.rows_at_once;
   for (int r0 = 0; r0 < member.n_rows; r0 += rows) {
     const int n = min(rows, member.n_rows - r0), row0 = member.row0 + r0;
-    fill_rows(memory, ld_x, row0, n, quads, by_four, a.rows, a.factors, a.width, b.rows, b.width,
-              c.rows, c.width);
+    const bool in_parts = any_type && p.by_matrices(n);
+    const int ld_x = in_parts ? p.words_of_line(n) : p.width, of_matrix = p.words_of_matrix();
+    float* const sums = shared_memory() + memory + p.x_floats(n);
+    if (in_parts)
+      fill_parts(memory, ld_x, of_matrix, row0, n, by_four, a.rows, a.factors, a.width, b.rows,
+                 b.width, c.rows, c.width);
+    else
+      fill_rows(memory, row0, n, p.width / 4, by_four, a.rows, a.factors, a.width, b.rows, b.width,
+                c.rows, c.width);
     __syncthreads();
     const auto make = [&]<typename W>() {
       make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
-                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, rows, n);
+                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, of_matrix,
+                sums, rows, n);
     };
     if constexpr (any_type) {
       if (p.type == Type::kBFloat16)

@@ -26,15 +26,13 @@ inline TeamProduct team_product_of(const Tensor& w, int kinds) {
 
 namespace detail {
 
-// Whether the tensor cores make it.
-inline bool by_matrices(const TeamProduct& p, int rows) {
-  return p.type == Type::kBFloat16 && rows > 4;
-}
-
-// Sets how a product is shared out.
-inline void share_out(TeamProduct& p, int members, int rows) {
+// Sets how a product of so many rows is shared out, among members and the warps of one.
+// Returns the clocks that its multiplications should take.
+inline double share_out(TeamProduct& p, int members, int rows) {
+  // Of a multiprocessor, a clock: of the tensor cores' three parts together.
+  constexpr double kProducts = 90, kMatrixProducts = 300;
   p.units_of_member = static_cast<int>(ceil_div(p.units, members));
-  const bool matrices = by_matrices(p, rows);
+  const bool matrices = p.by_matrices(rows);
   const int R = matrices ? std::min(2, static_cast<int>(ceil_div(rows, kMatrixRows))) * kMatrixRows
                 : rows > 4 ? kTileRows
                 : rows > 2 ? 4
@@ -47,6 +45,9 @@ inline void share_out(TeamProduct& p, int members, int rows) {
     const int64_t cost = ceil_div(tiles * n, kTeamWarps) * (4 * ceil_div(pieces, n) + 1);
     if (cost < least) least = cost, p.splits = static_cast<int>(n);
   }
+  const double quarter = R * C * kWarp;  // of a warp's piece
+  return static_cast<double>(least) * quarter * kTeamWarps /
+         (matrices ? kMatrixProducts : kProducts);
 }
 
 }  // namespace detail
@@ -57,48 +58,46 @@ inline void share_out(TeamProduct& p, int members, int rows) {
 inline bool plan_teams(TeamPlan& best, const Device& device,
                        const std::vector<TeamProduct*>& products, int64_t rows, int64_t floats) {
   constexpr int kRowsAtOnce = 2 * kTileRows;
-  // Clocks of a multiprocessor: products a clock, bytes it gets of the L2, a team's meeting.
-  constexpr double kProducts = 90, kMatrixProducts = 300, kBytes = 32, kMeeting = 1500;
+  // Clocks of a multiprocessor: bytes it gets of the L2, a team's meeting, and rows' way to shared
+  // memory and their sums' out of it.
+  constexpr double kBytes = 32, kMeeting = 1500, kRows = 600;
   const int64_t limit = device.shared_floats_of_block;
   double least = 1e30;
   std::vector<TeamProduct> chosen;
+  const auto consider = [&](TeamPlan plan) {
+    std::vector<TeamProduct> shared;
+    const double times = static_cast<double>(ceil_div(plan.team.rows, plan.team.rows_at_once));
+    double cost = (kMeeting + times * kRows) * static_cast<double>(products.size());
+    int64_t working = floats;
+    for (const TeamProduct* p : products) {
+      shared.push_back(*p);
+      cost += times * detail::share_out(shared.back(), plan.team.size, plan.team.rows_at_once);
+      working = std::max(working, team_product_floats(shared.back(), plan.team.rows_at_once));
+    }
+    plan.shared_floats = round_up(working, 4);
+    if (plan.shared_floats > limit) return;
+    for (TeamProduct& p : shared) {
+      const int64_t kept = int64_t{p.columns_of_member()} * p.kept_floats();
+      cost += static_cast<double>(plan.team.rows) * p.width * 4 / kBytes;
+      if (plan.shared_floats + kept <= limit) {
+        p.at = plan.team.memory;
+        plan.team.memory += static_cast<int>(kept), plan.shared_floats += kept;
+      } else {
+        cost += times * static_cast<double>(kept) * 4 / kBytes;
+      }
+    }
+    if (cost < least) least = cost, best = plan, chosen = shared;
+  };
   for (int64_t teams = 1; teams <= std::min<int64_t>(rows, device.multiprocessors); ++teams) {
     TeamPlan plan;
     plan.team.rows = static_cast<int>(ceil_div(rows, teams));
     plan.teams = static_cast<int>(ceil_div(rows, plan.team.rows));
     if (plan.teams != teams) continue;
     plan.team.size = static_cast<int>(device.multiprocessors / teams);
-    std::vector<TeamProduct> shared;
+    // Of fewer rows at once more weights may stay.
     for (plan.team.rows_at_once = std::min(plan.team.rows, kRowsAtOnce); plan.team.rows_at_once > 0;
-         plan.team.rows_at_once /= 2) {
-      shared.clear();
-      int64_t working = floats;
-      for (const TeamProduct* p : products) {
-        shared.push_back(*p);
-        detail::share_out(shared.back(), plan.team.size, plan.team.rows_at_once);
-        working = std::max(working, team_product_floats(shared.back(), plan.team.rows_at_once));
-      }
-      plan.shared_floats = round_up(working, 4);
-      if (plan.shared_floats <= limit) break;
-    }
-    if (plan.team.rows_at_once == 0) continue;
-    double cost = kMeeting * static_cast<double>(products.size());
-    for (TeamProduct& p : shared) {
-      const int64_t kept = int64_t{p.columns_of_member()} * p.kept_floats();
-      const double n = plan.team.rows;
-      const double work =
-          n * p.columns_of_member() * p.width /
-          (detail::by_matrices(p, plan.team.rows_at_once) ? kMatrixProducts : kProducts);
-      cost += work + n * p.width * 4 / kBytes;
-      if (plan.shared_floats + kept <= limit) {
-        p.at = plan.team.memory;
-        plan.team.memory += static_cast<int>(kept), plan.shared_floats += kept;
-      } else {
-        cost += static_cast<double>(ceil_div(plan.team.rows, plan.team.rows_at_once) * kept) * 4 /
-                kBytes;
-      }
-    }
-    if (cost < least) least = cost, best = plan, chosen = shared;
+         plan.team.rows_at_once /= 2)
+      consider(plan);
   }
   if (chosen.empty()) return false;
   for (size_t i = 0; i < products.size(); ++i) *products[i] = chosen[i];
