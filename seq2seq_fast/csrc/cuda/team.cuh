@@ -63,7 +63,7 @@ struct TeamProduct {
   int width;  // rows are multiples of 16 bytes
   int units, kinds;
   int units_of_member, splits;  // splits of the width among warps
-  int at;                       // where a member's columns lie in shared memory, or -1
+  int at, kept;  // where a member's columns lie in shared memory, and how many of them
 
   __device__ __forceinline__ int first_unit(const Member& member) const {
     return member.index * units_of_member;
@@ -106,8 +106,7 @@ __device__ __forceinline__ int64_t column_of(int units, int kinds, int first_uni
 // A member's weights to shared memory, once before the first step. They are there for a product
 // when all threads have called `wait_for_weights`.
 __device__ __forceinline__ void keep_weights(const TeamProduct& p, const Member& member) {
-  if (p.at < 0) return;
-  const int quads = p.floats_of_column() / 4, n = p.n_units(member) * p.kinds;
+  const int quads = p.floats_of_column() / 4, n = min(p.kept, p.n_units(member) * p.kinds);
   const int first = p.first_unit(member);
   const float* const from = static_cast<const float*>(p.w);
   float* const to = shared_memory() + p.at;
@@ -123,18 +122,18 @@ __device__ __forceinline__ void wait_for_weights() {
   wait_copies<0>();
 }
 
-// Asks for a member's first weights, if they are read again in every step, while it still waits for
-// its team. So much of all members is a third of an H100's second-level cache.
+// Asks for the first of a member's weights that are read again in every step, while it still waits
+// for its team. So much of all members is a third of an H100's second-level cache.
 constexpr int64_t kAskedFor = 128 << 10;
 __device__ __forceinline__ void ask_for_weights(const TeamProduct& p, const Member& member) {
   constexpr int kLine = 128;
-  if (p.at >= 0) return;
   const int bytes = 4 * p.floats_of_column(), first = p.first_unit(member);
   const int lines = static_cast<int>(ceil_div(bytes, kLine));
-  const int n = min(p.n_units(member) * p.kinds, static_cast<int>(kAskedFor / bytes));
+  const int n = min(p.n_units(member) * p.kinds - p.kept, static_cast<int>(kAskedFor / bytes));
   for (int i = threadIdx.x; i < n * lines; i += kTeamThreads)
     ask_for_line(static_cast<const char*>(p.w) +
-                 column_of(p.units, p.kinds, first, i / lines) * bytes + i % lines * kLine);
+                 column_of(p.units, p.kinds, first, p.kept + i / lines) * bytes +
+                 i % lines * kLine);
 }
 
 // Adds up each of N numbers over the lanes. What a lane gets are those from `first_sum` on.
@@ -302,8 +301,9 @@ __host__ __device__ inline int64_t team_product_floats(const TeamProduct& p, int
 template <typename W>
 static __device__ __noinline__ void make_sums(const W* w, int width, int units, int kinds,
                                               int first_unit, int n_columns, int ld, int splits,
-                                              int at, int kept_floats, int memory, int ld_x,
-                                              int of_matrix, float* parts, int rows, int n) {
+                                              int at, int n_kept, int kept_floats, int memory,
+                                              int ld_x, int of_matrix, float* parts, int rows,
+                                              int n) {
   const float* const x = shared_memory() + memory;
   const int range = static_cast<int>(round_up(ceil_div(width, splits), 4 * kWarp));
   const int warp = threadIdx.x / kWarp;
@@ -318,7 +318,7 @@ static __device__ __noinline__ void make_sums(const W* w, int width, int units, 
       const auto add_from = [&](const auto& column) {
         add(sums, x + r * ld_x, n - r, n_columns - c, begin, end, column);
       };
-      if (at >= 0) {
+      if (c < n_kept) {
         const int ld_w = kept_floats * (4 / static_cast<int>(sizeof(W)));
         const W* const kept = reinterpret_cast<const W*>(shared_memory() + at) + c * ld_w;
         add_from([&](int j) { return kept + j * ld_w; });
@@ -521,8 +521,8 @@ __device__ __forceinline__ void team_product(const TeamProduct& p, const Member&
     __syncthreads();
     const auto make = [&]<typename W>() {
       make_sums(static_cast<const W*>(p.w), p.width, p.units, p.kinds, p.first_unit(member),
-                n_units * p.kinds, ld, p.splits, p.at, p.kept_floats(), memory, ld_x, of_matrix,
-                sums, rows, n);
+                n_units * p.kinds, ld, p.splits, p.at, p.kept, p.kept_floats(), memory, ld_x,
+                of_matrix, sums, rows, n);
     };
     if constexpr (any_type) {
       if (p.type == Type::kBFloat16)

@@ -20,7 +20,6 @@ inline TeamProduct team_product_of(const Tensor& w, int kinds) {
                   "expected contiguous weights with rows of multiples of 16 bytes");
   TeamProduct p{w.data_ptr(), type_of(w), size_of(w, 1)};
   p.units = size_of(w, 0) / kinds, p.kinds = kinds;
-  p.at = -1;
   return p;
 }
 
@@ -66,25 +65,38 @@ inline bool plan_teams(TeamPlan& best, const Device& device,
   std::vector<TeamProduct> chosen;
   const auto consider = [&](TeamPlan plan) {
     std::vector<TeamProduct> shared;
+    std::vector<double> clocks;
     const double times = static_cast<double>(ceil_div(plan.team.rows, plan.team.rows_at_once));
     double cost = (kMeeting + times * kRows) * static_cast<double>(products.size());
     int64_t working = floats;
     for (const TeamProduct* p : products) {
       shared.push_back(*p);
-      cost += times * detail::share_out(shared.back(), plan.team.size, plan.team.rows_at_once);
+      clocks.push_back(times *
+                       detail::share_out(shared.back(), plan.team.size, plan.team.rows_at_once));
       working = std::max(working, team_product_floats(shared.back(), plan.team.rows_at_once));
     }
     plan.shared_floats = round_up(working, 4);
     if (plan.shared_floats > limit) return;
-    for (TeamProduct& p : shared) {
-      const int64_t kept = int64_t{p.columns_of_member()} * p.kept_floats();
+    const auto keep = [&](TeamProduct& p, int64_t columns) {
+      p.at = plan.team.memory, p.kept = static_cast<int>(columns);
+      const int64_t n = columns * p.kept_floats();
+      plan.team.memory += static_cast<int>(n), plan.shared_floats += n;
+    };
+    const auto room = [&](const TeamProduct& p) {
+      return (limit - plan.shared_floats) / p.kept_floats();
+    };
+    for (TeamProduct& p : shared)
+      if (room(p) >= p.columns_of_member()) keep(p, p.columns_of_member());
+    for (size_t i = 0; i < shared.size(); ++i) {
+      TeamProduct& p = shared[i];
+      // Whole tiles of what does not fit.
+      if (p.kept == 0) keep(p, room(p) / kMatrixColumns * kMatrixColumns);
+      const double rest = times * (p.columns_of_member() - p.kept) * p.floats_of_column();
+      const double reading = rest * 4 / kBytes;
       cost += static_cast<double>(plan.team.rows) * p.width * 4 / kBytes;
-      if (plan.shared_floats + kept <= limit) {
-        p.at = plan.team.memory;
-        plan.team.memory += static_cast<int>(kept), plan.shared_floats += kept;
-      } else {
-        cost += times * static_cast<double>(kept) * 4 / kBytes;
-      }
+      // The tensor cores' weights are read well ahead.
+      cost += p.by_matrices(plan.team.rows_at_once) ? std::max(clocks[i], reading)
+                                                    : clocks[i] + reading;
     }
     if (cost < least) least = cost, best = plan, chosen = shared;
   };
