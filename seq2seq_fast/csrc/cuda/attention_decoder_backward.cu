@@ -199,6 +199,7 @@ class Backward {
     a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
     if (place_ == nullptr) a.powers = powers_of(s.powers, s.keys);
     a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
+    a.values_by_four = by_four(s.values);
     return a;
   }
 

@@ -159,4 +159,11 @@ inline int size_of(const Tensor& x, int64_t dim) {
   return static_cast<int>(x.size(dim));
 }
 
+// Whether rows of x (B, N, W) can be read in aligned fours.
+inline bool by_four(const Tensor& x) {
+  const size_t bytes = 4 * x.element_size();
+  return x.size(2) % 4 == 0 && x.stride(2) == 1 && x.stride(1) % 4 == 0 && x.stride(0) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes == 0;
+}
+
 }  // namespace seq2seq_fast

@@ -6,13 +6,6 @@
 namespace seq2seq_fast {
 namespace {
 
-// Whether rows of x (B, N, W) can be read in aligned fours.
-bool by_four(const Tensor& x) {
-  const size_t bytes = 4 * x.element_size();
-  return x.size(2) % 4 == 0 && x.stride(2) == 1 && x.stride(1) % 4 == 0 && x.stride(0) % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes == 0;
-}
-
 // Sets the parts of the source. It is split where blocks would leave half of the GPU idle, into
 // parts that are worth the joining, and where its scores would not fit shared memory.
 void choose_ranges(OneQueryArguments& a, int64_t rows, int multiprocessors) {

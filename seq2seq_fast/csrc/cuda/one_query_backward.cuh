@@ -5,9 +5,9 @@
 //
 // where two features share a reciprocal as in additive_scores_backward.cuh.
 //
-// Grid: one block for each batch row. A warp takes four values at a time, lanes along D; then
-// groups of threads share out the keys, each thread with two features, and their parts are added in
-// order.
+// Grid: one block for each batch row. A warp takes four values at a time, lanes along D, in fours
+// where they can be read so; then groups of threads share out the keys, each thread with two
+// features, and their parts are added in order.
 #pragma once
 #include "powers.cuh"
 
@@ -25,6 +25,7 @@ struct OneQueryBackwardArguments {
   Powers powers;                              // of keys
   FloatRows to_context, to_scores, to_query;  // (B, D), (B, S), (B, A)
   int S, A, D;
+  bool values_by_four;  // whether their rows can be read in aligned fours
 };
 
 __host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D, int warps) {
@@ -55,8 +56,8 @@ __device__ __forceinline__ bool retreat_weights(const OneQueryBackwardArguments&
                                                 float* memory, F later) {
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  float* const sums = memory + 2 * threads;
-  float *const grads = sums + warps, *const dc = grads + a.S;  // (S,), (D,)
+  float* const dc = memory + 2 * threads;                     // (D,)
+  float *const sums = dc + a.D, *const grads = sums + warps;  // (warps,), (S,)
 
   for (int d = thread; d < a.D; d += threads) {
     dc[d] = a.grad_context(row, d) + a.carried.get(b, d);
@@ -72,11 +73,23 @@ __device__ __forceinline__ bool retreat_weights(const OneQueryBackwardArguments&
       value[j] = static_cast<const float*>(a.values.data) + b * a.values.stride[0] +
                  min(s0 + j, a.S - 1) * a.values.stride[1];
     float products[kValuesOfWarp] = {};
+    if (a.values_by_four) {
 #pragma unroll 2
-    for (int d = lane; d < a.D; d += kWarp)
+      for (int d = 4 * lane; d < a.D; d += 4 * kWarp) {
+        const float4 c = *reinterpret_cast<const float4*>(dc + d);
 #pragma unroll
-      for (int j = 0; j < kValuesOfWarp; ++j)
-        products[j] += value[j][d * a.values.stride[2]] * dc[d];
+        for (int j = 0; j < kValuesOfWarp; ++j) {
+          const float4 x = *reinterpret_cast<const float4*>(value[j] + d);
+          products[j] += (x.x * c.x + x.y * c.y) + (x.z * c.z + x.w * c.w);
+        }
+      }
+    } else {
+#pragma unroll 2
+      for (int d = lane; d < a.D; d += kWarp)
+#pragma unroll
+        for (int j = 0; j < kValuesOfWarp; ++j)
+          products[j] += value[j][d * a.values.stride[2]] * dc[d];
+    }
     const float product = warp_sum_of_four(products);
     const int s = s0 + lane / 8;
     if (lane % 8 != 0 || s >= a.S) continue;
@@ -105,7 +118,7 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x, lane = thread % kWarp;
   float* const scratch = memory;  // (2, threads)
-  float* const grads = scratch + 2 * threads + warps;
+  float* const grads = scratch + 2 * threads + a.D + warps;
   const bool all_finite = retreat_weights<warps>(a, b, row, memory, [](int) { return 0.f; });
 
   float max_q = 0.f, max_k = 0.f, max_v = 0.f;
