@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -36,6 +37,24 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
     used = accuracy(drawn, recompute=recompute)
     assume(used is not None)
     assert max(used.values()) <= 1, used
+
+
+def test_what_passes_a_gru_s_gates_by_does_not_round_the_rest():
+    """A gradient that it adds to first costs every small term of a product its last digits."""
+    ratios = []
+    for seed in range(20):
+        args = problem("gru", L=1, B=1, T=1, H=64, attention=False, D=1, seed=seed)
+        found = [
+            results(cast(args, dtype), backend=backend)[0]["dhidden"].double()
+            for dtype, backend in (
+                (torch.float64, "reference"),
+                (torch.float32, "native"),
+                (torch.float32, "reference"),
+            )
+        ]
+        want, ours, theirs = found
+        ratios.append(((ours - want).norm() / (theirs - want).norm()).item())
+    assert statistics.median(ratios) < 1.5, ratios
 
 
 @pytest.mark.parametrize("x", [float("nan"), float("inf"), 1e4, -1e4, 1e-30])

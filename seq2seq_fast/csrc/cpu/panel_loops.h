@@ -33,10 +33,6 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
         return kFull || there >= kLanes ? sizeof(V) : there > 0 ? sizeof(A) * there : 0;
       };
       V acc[M][kVectors] = {};
-      if (init != nullptr)
-        for (int i = 0; i < M; ++i)
-          for (int j = 0; j < kVectors; ++j)
-            std::memcpy(&acc[i][j], init + i * ld_init + block(j) * block_init + lane(j), bytes(j));
       const A* w = panel + first * kBlock + part;
       for (int64_t k = 0; k < K; ++k, w += kPanel) {
         for (int j = 0; j < kAtOnce; ++j) __builtin_prefetch(w + kAhead<M> * kPanel + j * kBlock);
@@ -47,6 +43,14 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
         for (int i = 0; i < M; ++i)
           for (int j = 0; j < kVectors; ++j) acc[i][j] += a[i * lda + k] * row[j];
       }
+      // Last: it may be much larger than each of the terms, and would round them all.
+      if (init != nullptr)
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < kVectors; ++j) {
+            V first = {};
+            std::memcpy(&first, init + i * ld_init + block(j) * block_init + lane(j), bytes(j));
+            acc[i][j] += first;
+          }
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < kVectors; ++j)
           std::memcpy(out + i * ldo + block(j) * block_out + lane(j), &acc[i][j], bytes(j));
