@@ -45,7 +45,7 @@ SCHEMAS = {
     " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
     " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
     " Tensor[] location, int[] accumulates, Tensor? state_dropout, Tensor[] vector, str activation,"
-    " Tensor? vector_dropout, Tensor? context_dropout)"
+    " Tensor? vector_dropout, Tensor? context_dropout, Tensor? features_dropout)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "extended_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
@@ -53,7 +53,7 @@ SCHEMAS = {
     " Tensor? dropout, str cell_type, bool query_after, bool need_state, Tensor grad_location,"
     " Tensor[] location, int[] accumulates, bool detach, Tensor? state_dropout,"
     " Tensor grad_vectors, Tensor vectors, Tensor[] vector, str activation, Tensor? vector_dropout,"
-    " Tensor? context_dropout)"
+    " Tensor? context_dropout, Tensor? features_dropout)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
     " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.

@@ -117,6 +117,7 @@ def attention_decoder(
     activation: str = "tanh",
     vector_dropout: Tensor | None = None,
     context_dropout: Tensor | None = None,
+    features_dropout: Tensor | None = None,
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -150,6 +151,8 @@ def attention_decoder(
             w_context is (I, O), and the readout reads it alone. With query_after alone.
         context_dropout: (T, B, D) or (T, B, O), factors of the context, or vector, that the cells
             read at a step.
+        features_dropout: (T, B, H + D), factors of [output; context] as the attentional vector
+            reads them.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -187,7 +190,8 @@ def attention_decoder(
         return vectors[-1] if vector else torch.cat([hiddens[-1][-1], contexts[-1]], -1)
 
     def join(t):
-        x = F.linear(torch.cat([hiddens[-1][-1], contexts[-1]], -1), *vector)
+        x = torch.cat([hiddens[-1][-1], contexts[-1]], -1)
+        x = F.linear(x if features_dropout is None else x * features_dropout[t], *vector)
         x = x.tanh() if activation == "tanh" else x
         vectors.append(x if vector_dropout is None else x * vector_dropout[t])
 

@@ -19,6 +19,7 @@ def problems(draw, attention=None, vectors=False):
             "joined": draw(st.sampled_from(["", "tanh", "none"])),
             "O": draw(st.integers(1, 70)),
             "vectors_dropped": draw(st.booleans()),
+            "features_dropped": draw(st.booleans()),
         }
     if attention and vectors:
         sizes["contexts_dropped"] = draw(st.booleans())

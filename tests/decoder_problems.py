@@ -15,7 +15,7 @@ def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
     detach=False, states_dropped=False, joined="", O=6, vectors_dropped=False,  # noqa: E741
-    contexts_dropped=False,
+    contexts_dropped=False, features_dropped=False,
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -54,8 +54,10 @@ def problem(
         args["context"] = draw(B, fed)
     if joined:
         kept = (torch.rand(B, T, O, generator=g) < 0.7).double() / 0.7
+        weights = draw(O, H + D, size=(H + D) ** -0.5), draw(O)
+        read = (torch.rand(B, T, H + D, generator=g) < 0.7).double() / 0.7
         args["vector"] = s2s.AttentionalVector(
-            draw(O, H + D, size=(H + D) ** -0.5), draw(O), joined, kept if vectors_dropped else 0.0
+            *weights, joined, kept if vectors_dropped else 0.0, read if features_dropped else 0.0
         )
     if dropout:
         args["dropout"] = (torch.rand(L - 1, B, T, H, generator=g) < 0.7).double() / 0.7

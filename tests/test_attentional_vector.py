@@ -22,7 +22,8 @@ B, S, E, H, D, A, O, V = 3, 6, 4, 7, 10, 5, 9, 11  # noqa: E741
 @st.composite
 def joined(draw):
     drawn = draw(problems(attention=True, vectors=True))
-    sizes = {"after": True, "O": draw(st.integers(1, 70)), "vectors_dropped": draw(st.booleans())}
+    sizes = {"after": True, "O": draw(st.integers(1, 70))}
+    sizes |= {f"{x}_dropped": draw(st.booleans()) for x in ("vectors", "features")}
     channels = draw(st.sampled_from([(), (), ("previous",)]))
     return drawn | sizes | {"joined": draw(st.sampled_from(["tanh", "none"])), "channels": channels}
 
@@ -46,7 +47,7 @@ def test_in_float64_it_is_the_reference(drawn, recompute):
 def test_gradcheck(cell_type, activation):
     args = problem(
         cell_type, B=2, T=3, S=3, E=2, H=3, A=2, D=2, O=4, after=True, joined=activation,
-        vectors_dropped=True,
+        vectors_dropped=True, features_dropped=True,
     )  # fmt: skip
     leaves = tensors(args)
 
@@ -346,6 +347,10 @@ def test_bad_input_is_refused():
         "vector.activation: got 'relu'": {"vector": vector._replace(activation="relu")},
         "vector.dropout: got 2.0": {"vector": vector._replace(dropout=2.0)},
         r"vector.dropout: got shape \(3, 5, 7\)": {"vector": vector._replace(dropout=X(3, 5, 7))},
+        "vector.input_dropout: got -0.1": {"vector": vector._replace(input_dropout=-0.1)},
+        r"vector.input_dropout: got shape \(3, 5, 6\), expected \(B, T, H \+ D\)": {
+            "vector": vector._replace(input_dropout=X(3, 5, 6))
+        },
         r"context: got shape \(3, 3\), expected \(B, O\) = \(3, 6\)": {"context": X(3, 3)},
         "vector: got an AttentionalVector, expected None without query": {"query_after": False},
         r"context_dropout: got shape \(3, 5, 3\), expected .* \(3, 5, 6\)": {
@@ -408,8 +413,8 @@ def test_the_ops_refuse_factors_of_another_shape():
     for function, arguments in ops_called("seq2seq_fast::extended_decoder", call):
         function(*arguments)
         for wrong in (X(1), X(5, 3, 7), X(5, 3, 6).double()):
-            *others, _, context_dropout = arguments
-            with pytest.raises(RuntimeError, match="expected contiguous factors"):
-                function(*others, wrong, context_dropout)
-            with pytest.raises(RuntimeError, match="expected contiguous factors"):
-                function(*others, None, wrong)
+            for i in range(3):  # of the vector, of what the layers read, of what the vector reads
+                factors = [None, None, None]
+                factors[i] = wrong
+                with pytest.raises(RuntimeError, match="expected contiguous factors"):
+                    function(*arguments[:-3], *factors)

@@ -58,6 +58,7 @@ VECTORS = {
     "one layer, strided": dict(joined="tanh", L=1, strided=True, start=False, vectors_dropped=True),
     "with a location": dict(joined="tanh", channels=BOTH, states_dropped=True),
     "dropped as it is read": dict(joined="tanh", contexts_dropped=True),
+    "of dropped features": dict(joined="tanh", features_dropped=True, feedback=[2]),
     "wide": dict(joined="tanh", B=2, T=3, O=150, H=33, D=9, feedback=[2]),
     "one step": dict(joined="tanh", T=1),
 }

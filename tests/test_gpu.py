@@ -181,7 +181,7 @@ class TestDecoder:
         if joined and not after:
             pytest.skip("vectors are made of the context after the step")
         sizes = dict(B=5, S=150, A=200, D=70, H=130, N=32, K=31, after=after)
-        sizes |= dict(joined=joined, O=90, vectors_dropped=True)
+        sizes |= dict(joined=joined, O=90, vectors_dropped=True, features_dropped=True)
         args, on_gpu = decoder_arguments(channels=("previous", "cumulative"), **sizes)
         want, tokens = decoder_problems.results(args, backend="reference")
         found, same = decoder_problems.results(on_gpu, backend=gpu.backend)

@@ -33,7 +33,8 @@ struct DecoderCall {
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
   Tensor vectors = inputs;
-  std::optional<Tensor> context_dropout = std::nullopt;  // (T, B, D or O)
+  std::optional<Tensor> context_dropout = std::nullopt;   // (T, B, D or O)
+  std::optional<Tensor> features_dropout = std::nullopt;  // (T, B, H + D)
 
   // What the first layer reads of attention, each step's at the step that it is of (T + 1, B, ...)
   const Tensor& fed(const Run& run) const { return vector.empty() ? run.contexts : vectors; }
@@ -57,7 +58,7 @@ struct DecoderBackwardCall {
   std::vector<Tensor> vector = {};
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
-  std::optional<Tensor> context_dropout = std::nullopt;
+  std::optional<Tensor> context_dropout = std::nullopt, features_dropout = std::nullopt;
 };
 
 inline Gradients gradients_of(const DecoderBackwardCall& call) {
@@ -79,6 +80,7 @@ inline Gradients gradients_of(const DecoderBackwardCall& call) {
                       call.attention[0].size(1) == call.vector[0].size(0),
                   "expected vectors (T + 1, B, O), their gradient (T, B, O) and weight (O, H + D)");
   check_factors(call.vector_dropout, contexts, call.vector[0].size(0));
+  check_factors(call.features_dropout, contexts, call.vector[0].size(1));
   d.vectors = empty(call.grad_vectors, call.grad_vectors.sizes());
   d.context = empty(d.gates, {d.vectors.size(1), d.vectors.size(2)});
   if (d.vectors.size(0) == 0) torch::stable::zero_(d.context);
@@ -119,20 +121,39 @@ struct DecoderOps {
                        std::optional<Tensor> input_dropout, std::vector<Tensor> location,
                        std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout,
                        std::vector<Tensor> vector, std::string activation,
-                       std::optional<Tensor> vector_dropout,
-                       std::optional<Tensor> context_dropout) {
+                       std::optional<Tensor> vector_dropout, std::optional<Tensor> context_dropout,
+                       std::optional<Tensor> features_dropout) {
     const Tensor locations = locations_of(inputs, attention, location);
     const Tensor vectors = vectors_of(inputs, hidden, attention, vector, context);
     STD_TORCH_CHECK(vector.empty() || query_after, "expected query_after of attentional vectors");
     check_factors(vector_dropout, inputs, vector.empty() ? 0 : vectors.size(2));
     check_factors(context_dropout, inputs, attention.empty() ? 0 : attention[0].size(1));
+    check_factors(features_dropout, inputs, vector.empty() ? 0 : vector[0].size(1));
     if (!vector.empty()) context = std::nullopt;
-    const Run run =
-        decode({inputs,         hidden,        cell,           layers,        attention,
-                mask,           powers,        context,        dropout,       cell_of(cell_type),
-                query_after,    feedback,      readout,        input_dropout, location,
-                accumulates,    state_dropout, locations,      vector,        is_tanh(activation),
-                vector_dropout, vectors,       context_dropout});
+    const Run run = decode({inputs,
+                            hidden,
+                            cell,
+                            layers,
+                            attention,
+                            mask,
+                            powers,
+                            context,
+                            dropout,
+                            cell_of(cell_type),
+                            query_after,
+                            feedback,
+                            readout,
+                            input_dropout,
+                            location,
+                            accumulates,
+                            state_dropout,
+                            locations,
+                            vector,
+                            is_tanh(activation),
+                            vector_dropout,
+                            vectors,
+                            context_dropout,
+                            features_dropout});
     return std::tuple_cat(run.results(), std::tuple(locations, vectors));
   }
 };
@@ -167,8 +188,8 @@ struct DecoderBackwardOps {
                        std::vector<int64_t> accumulates, bool detach,
                        std::optional<Tensor> state_dropout, Tensor grad_vectors, Tensor vectors,
                        std::vector<Tensor> vector, std::string activation,
-                       std::optional<Tensor> vector_dropout,
-                       std::optional<Tensor> context_dropout) {
+                       std::optional<Tensor> vector_dropout, std::optional<Tensor> context_dropout,
+                       std::optional<Tensor> features_dropout) {
     const auto [d, of_location] = retreat({{grad_outputs, grad_contexts, grad_weights},
                                            grad_hidden,
                                            grad_cell,
@@ -190,7 +211,8 @@ struct DecoderBackwardOps {
                                            vector,
                                            is_tanh(activation),
                                            vector_dropout,
-                                           context_dropout});
+                                           context_dropout,
+                                           features_dropout});
     const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
     return std::tuple_cat(d.results(need_state),
                           std::tuple(dkeys, dv, dconv, dprojection, dstate, d.vectors));

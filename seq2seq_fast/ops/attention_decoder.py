@@ -81,16 +81,16 @@ class _Decoder(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, inputs, hidden, cell, context, mask, powers, dropout, state_dropout, vector_dropout,
-        context_dropout, options, run, *weights,
+        context_dropout, features_dropout, options, run, *weights,
     ):  # fmt: skip
         if run is None:
-            factors = dropout, state_dropout, vector_dropout, context_dropout
+            factors = dropout, state_dropout, vector_dropout, context_dropout, features_dropout
             run = _run(options, inputs, hidden, cell, weights, mask, powers, context, factors)
         gates = None if options.recompute else run.gates
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
             run.locations, run.vectors, powers, dropout, state_dropout, vector_dropout,
-            context_dropout, *weights,
+            context_dropout, features_dropout, *weights,
         )  # fmt: skip
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -108,7 +108,7 @@ class _Decoder(torch.autograd.Function):
 
 _INPUTS = (
     "inputs", "hidden", "cell", "context", "mask", "powers", "dropout", "state_dropout",
-    "vector_dropout", "context_dropout", "options", "run",
+    "vector_dropout", "context_dropout", "features_dropout", "options", "run",
 )  # fmt: skip
 
 
@@ -126,9 +126,9 @@ def _run(
     options, inputs, hidden, cell, weights, mask, powers, context, factors, feedback=([], [], None)
 ):  # fmt: skip
     """`Run` of the backend's op; factors are those of dropout between layers, of states, of
-    attentional vectors and of contexts."""
+    attentional vectors, of contexts and of what vectors are made of."""
     layers, attention, location, vector = _split(options, weights, inputs, hidden)
-    dropout, state_dropout, vector_dropout, context_dropout = factors
+    dropout, state_dropout, vector_dropout, *of_rows = factors
     adds = options.accumulates
     of_vector = vector, options.activation or "none", vector_dropout
     args = (
@@ -137,11 +137,11 @@ def _run(
     )  # fmt: skip
     if options.backend == "reference":
         of_location = (location, adds, options.detach)
-        others = state_dropout, *of_vector, context_dropout
+        others = state_dropout, *of_vector, *of_rows
         return reference.attention_decoder(*args, *of_location, *others)
-    if location or vector or state_dropout is not None or context_dropout is not None:
+    if location or vector or state_dropout is not None or of_rows[0] is not None:
         op = OPS["extended_decoder", options.backend]
-        return Run(*op(*args, location, adds, state_dropout, *of_vector, context_dropout))
+        return Run(*op(*args, location, adds, state_dropout, *of_vector, *of_rows))
     op = OPS["attention_decoder", options.backend]
     return Run(*op(*args), *(inputs.new_empty(0) for _ in range(2)))
 
@@ -199,7 +199,7 @@ def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
 
 def _backward(
     options, needs, grads, inputs, hiddens, cells, gates, queries, contexts, w, locations, vectors,
-    powers, dropout, state_dropout, vector_dropout, context_dropout, *weights,
+    powers, dropout, state_dropout, vector_dropout, context_dropout, features_dropout, *weights,
 ):  # fmt: skip
     """Gradients of `_Decoder.forward`'s arguments."""
     layers, attention, location, vector = _split(options, weights, inputs, hiddens)
@@ -210,7 +210,7 @@ def _backward(
         gates = _recomputed(options.cell_type, inputs, hiddens, fed, dropout, layers, attention)
     need_state = needs["hidden"] or needs["cell"]
     run = hiddens, cells, gates, queries, contexts, w, locations, vectors
-    factors = dropout, state_dropout, vector_dropout, context_dropout
+    factors = dropout, state_dropout, vector_dropout, context_dropout, features_dropout
     steps, of_location, dvectors = _recurrence_backward(
         options, grads, run, layers, attention, location, vector, powers, factors, need_state
     )
@@ -233,6 +233,8 @@ def _backward(
         found += [dkeys, dvalues, dv, *(of_location if location else [])]
         if vector and any(needs["weights"][-2:]):
             features = torch.cat([hiddens[-1, 1:], contexts[1:]], -1)
+            if features_dropout is not None:
+                features *= features_dropout
             found += _products(dvectors, features, sums=True)
         elif vector:
             found += [None, None]
@@ -240,7 +242,7 @@ def _backward(
     if needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if options.query_after else None
-    return dinputs, dhidden, dcell, dcontext, *8 * [None], *found
+    return dinputs, dhidden, dcell, dcontext, *9 * [None], *found
 
 
 def _recurrence_backward(
@@ -251,7 +253,7 @@ def _recurrence_backward(
     makes where there is one; and of attentional vectors before their activation."""
     hiddens, cells, gates, queries, contexts, w, locations, vectors = run
     cell_type, query_after, _, backend, adds, detach, activation = options
-    dropout, state_dropout, vector_dropout, context_dropout = factors
+    dropout, state_dropout, vector_dropout, *of_rows = factors
 
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
@@ -270,7 +272,7 @@ def _recurrence_backward(
         hiddens, cells, gates, queries, w, layers, attention, powers, dropout, cell_type,
         query_after, need_state,
     )  # fmt: skip
-    if not location and not vector and state_dropout is None and context_dropout is None:
+    if not location and not vector and state_dropout is None and of_rows[0] is None:
         return OPS["attention_decoder_backward", backend](*args), [], None
     if location:
         of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
@@ -279,7 +281,7 @@ def _recurrence_backward(
     of_vectors = rows_of(of_vectors, vectors[1:]) if vector else vectors
     *found, dvectors = OPS["extended_decoder_backward", backend](
         *args, of_location, location, adds, detach, state_dropout, of_vectors, vectors, vector,
-        activation or "none", vector_dropout, context_dropout,
+        activation or "none", vector_dropout, *of_rows,
     )  # fmt: skip
     return found[:7], found[7:], dvectors
 
@@ -434,6 +436,9 @@ def attention_decoder(
                 _factors(state_dropout, steps, first, len(layers)),
                 None if vector is None else _row_factors(vector.dropout, steps, fed),
                 _row_factors(context_dropout, steps, fed),
+                None
+                if vector is None
+                else _row_factors(vector.input_dropout, steps, vector.weight.shape[1]),
             ),
             _Options(cell_type, query_after, recompute, backend, adds_up, detach, activation),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),

@@ -16,20 +16,24 @@ class AttentionalVector(NamedTuple):
     translation" (2015).
 
     OpenNMT-py has it with additive attention and no activation, and weights over [context; output]:
-    its halves have to be exchanged. JoeyNMT has it with tanh, but drops what the vector is made of
-    and what the layers read (`context_dropout`), and not the vector that is read out.
+    its halves have to be exchanged. JoeyNMT has it with tanh, and drops what the vector is made of
+    (`input_dropout`) and what the layers read (`context_dropout`), and not the vector that is read
+    out.
 
     Args:
         weight: (O, H + D), as of `nn.Linear(H + D, O)`.
         bias: (O,), or None for no bias.
         activation: "tanh" or "none".
         dropout: of the vector, wherever it is read; the probability, or factors (B, T, O).
+        input_dropout: of [output; context], as the vector reads them; the probability, or factors
+            (B, T, H + D).
     """
 
     weight: Tensor
     bias: Tensor | None = None
     activation: str = "tanh"
     dropout: float | Tensor = 0.0
+    input_dropout: float | Tensor = 0.0
 
 
 def check(vector: AttentionalVector, tensor, B: int, T: int, H: int, D: int) -> int:
@@ -41,10 +45,12 @@ def check(vector: AttentionalVector, tensor, B: int, T: int, H: int, D: int) -> 
     if vector.bias is not None:
         tensor("vector.bias", vector.bias, "(O,)", width)
     activation_name("vector.activation", vector.activation)
-    if isinstance(vector.dropout, Tensor):
-        tensor("vector.dropout", vector.dropout, "(B, T, O)", B, T, width)
-    else:
-        probability("vector.dropout", vector.dropout)
+    for name, spelled, of in (("dropout", "O", width), ("input_dropout", "H + D", H + D)):
+        factors = getattr(vector, name)
+        if isinstance(factors, Tensor):
+            tensor(f"vector.{name}", factors, f"(B, T, {spelled})", B, T, of)
+        else:
+            probability(f"vector.{name}", factors)
     return width
 
 

@@ -45,7 +45,7 @@ def forward(
 
 @fake("extended_decoder")
 def extended(inputs, *args):
-    *of_decoder, location, _, _, vector, _, _, _ = args
+    *of_decoder, location, _, _, vector, _, _, _, _ = args
     found = forward(inputs, *of_decoder)
     (T, B, _) = inputs.shape
     states = (T + 1, *location[2].shape) if location else 0
@@ -76,7 +76,7 @@ def backward(
 
 @fake("extended_decoder_backward")
 def extended_backward(*args):
-    *of_decoder, grad_location, location, _, _, _, grad_vectors, _, vector, _, _, _ = args
+    *of_decoder, grad_location, location, _, _, _, grad_vectors, _, vector, _, _, _, _ = args
     *found, first = backward(*of_decoder)
     if vector:  # which is what the cells read before the first step
         first = grad_vectors.new_empty(grad_vectors.shape[1:])

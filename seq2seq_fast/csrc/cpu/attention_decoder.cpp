@@ -101,7 +101,8 @@ class Forward {
         G_(run.gates.size(3)),
         in_turn_(!source && feedback.steps.empty()),
         dropped_(empty(call.inputs, {call.dropout ? (in_turn_ ? T_ : L_ - 1) : 0, B_, H_})),
-        dropped_fed_(call.context_dropout ? B_ * call.fed(run).size(2) : 0) {
+        dropped_fed_(call.context_dropout ? B_ * call.fed(run).size(2) : 0),
+        dropped_features_(call.features_dropout ? B_ * call.features_dropout->size(2) : 0) {
     const Cell cell = call.kind;
     const Layout layout = Layout::of(cell, H_);
     const bool few = in_place(T_, B_);
@@ -167,6 +168,16 @@ class Forward {
     const A* contexts = data<A>(run_.contexts) + (t + 1) * B_ * D;
     const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
     A* out = data<A>(call_.vectors) + (t + 1) * B_ * O;
+    if (call_.features_dropout) {
+      A *dropped_top = dropped_features_, *dropped_contexts = dropped_top + B_ * H_;
+      const A* by = data<A>(*call_.features_dropout) + t * B_ * (H_ + D);
+      for (int64_t b = 0; b < B_; ++b, by += H_ + D) {
+        for (int64_t h = 0; h < H_; ++h) dropped_top[b * H_ + h] = top[b * H_ + h] * by[h];
+        for (int64_t d = 0; d < D; ++d)
+          dropped_contexts[b * D + d] = contexts[b * D + d] * by[H_ + d];
+      }
+      top = dropped_top, contexts = dropped_contexts;
+    }
     const Packed<A>&of_output = w_vector_->output, &of_context = w_vector_->context;
     const int64_t work = of_output.operations() + of_context.operations();
     over_panels(of_output.layout.panels(), B_, work, [&](int64_t p, int64_t b, int64_t n) {
@@ -302,7 +313,7 @@ class Forward {
   const int64_t T_, B_, L_, H_, G_;
   const bool in_turn_;
   const Tensor dropped_;  // what the next layer reads: of each layer, or in turn of each step
-  Buffer<A> dropped_fed_;
+  Buffer<A> dropped_fed_, dropped_features_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
   std::optional<OfVector<A>> w_vector_;

@@ -132,17 +132,35 @@ class Backward {
     });
     const Tensor& given = call_.given.contexts;
     A *top = hidden(L_ - 1), *contexts = data<A>(d_.contexts) + t * B_ * D;
+    const A* of_features =
+        call_.features_dropout ? data<A>(*call_.features_dropout) + t * B_ * (H_ + D) : nullptr;
     const int64_t of_output = w_vector_->output.layout.panels();
     over_panels(of_output + w_vector_->context.layout.panels(), B_, w_vector_->output.operations(),
                 [&](int64_t p, int64_t b, int64_t n) {
                   const A* from = d + b * O;
+                  const A* by = of_features ? of_features + b * (H_ + D) : nullptr;
                   if (p < of_output)
-                    return w_vector_->output.product(p, from, O, n, top + b * H_, H_, top + b * H_,
-                                                     H_);
+                    return add_product(w_vector_->output, p, from, O, n, by, H_ + D, top + b * H_,
+                                       H_, top + b * H_, H_);
                   const A* init = data<A>(given) + t * given.stride(0) + b * given.stride(1);
-                  w_vector_->context.product(p - of_output, from, O, n, init, given.stride(1),
-                                             contexts + b * D, D);
+                  add_product(w_vector_->context, p - of_output, from, O, n, by ? by + H_ : nullptr,
+                              H_ + D, init, given.stride(1), contexts + b * D, D);
                 });
+  }
+
+  // A panel's units of out = init + factors * (a w^T), for n rows.
+  static void add_product(const Packed<A>& w, int64_t p, const A* a, int64_t lda, int64_t n,
+                          const A* factors, int64_t ld_factors, const A* init, int64_t ld_init,
+                          A* out, int64_t ldo) {
+    if (!factors) return w.product(p, a, lda, n, init, ld_init, out, ldo);
+    const int64_t first = p * w.layout.step, units = w.layout.units(p);
+    Buffer<A> tile(n * kPanel);
+    std::fill_n(static_cast<A*>(tile), n * kPanel, A(0));
+    w.to_tile(p, a, lda, n, nullptr, 0, tile, lda);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = first; j < first + units; ++j)
+        out[i * ldo + j] =
+            init[i * ld_init + j] + factors[i * ld_factors + j] * tile[i * kPanel + j - first];
   }
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.

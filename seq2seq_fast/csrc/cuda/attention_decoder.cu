@@ -75,6 +75,10 @@ class Forward {
 
   // The attentional vector after step t, of what the top layer and attention have left.
   void make_vector(int64_t t) {
+    if (call_.features_dropout)
+      launch_scale(device_,
+                   {float_rows(*vector_features_), float_rows(at(*call_.features_dropout, t)),
+                    static_cast<int>(B_), size_of(*vector_features_, 1)});
     product(*vector_product_, *vector_features_, call_.vector[0]);
     VectorArguments a{float_rows(*vector_product_), {floats_of(call_.vector[1]), 0}};
     if (call_.vector_dropout) a.factors = float_rows(at(*call_.vector_dropout, t));

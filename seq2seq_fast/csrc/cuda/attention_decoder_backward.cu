@@ -180,6 +180,10 @@ class Backward {
     a.B = static_cast<int>(B_), a.O = size_of(grad, 1), a.tanh = call_.tanh;
     launch_vector_backward(device_, a);
     product(*grad_features_, grad, transposed(call_.vector[0]));
+    if (call_.features_dropout)
+      launch_scale(device_,
+                   {float_rows(*grad_features_), float_rows(at(*call_.features_dropout, t)),
+                    static_cast<int>(B_), size_of(*grad_features_, 1)});
   }
 
   // A block of attention has a whole row's gradients of scores and context in shared memory.
