@@ -1,6 +1,7 @@
 """The modules against their plain twin, by the accuracy rule, and against bad input."""
 
 import copy
+import functools
 import io
 import pickle
 import random
@@ -327,6 +328,20 @@ BAD = {
         ValueError,
         "src: is on meta, expected cpu as the module is",
     ),
+    **{
+        f"src nested, {name}": (
+            functools.partial(call, torch.nested.nested_tensor([*SRC], layout=torch.jagged)),
+            TypeError,
+            "src: got a Tensor that is nested",
+        )
+        for name, call in {
+            "forward": lambda src: MODEL(src, SRC),
+            "score": lambda src: MODEL.score(src, SRC),
+            "generate": lambda src: (
+                copy.deepcopy(MODEL).eval().generate(src, bos=1, eos=2, max_length=3)
+            ),
+        }.items()
+    },
     "src sparse": (lambda: ENCODER(SRC.to_sparse()), TypeError, "src: got a Tensor that is .*coo"),
     "src id": (lambda: ENCODER(SRC + 10), ValueError, "src: got token id 11, expected 0 to 10"),
     "src negative": (lambda: ENCODER(SRC - 2), ValueError, "src: got token id -1"),

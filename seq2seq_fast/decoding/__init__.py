@@ -229,11 +229,14 @@ def check_targets(decoder: "Decoder", trg: object, eos: object) -> None:
         whole("eos", eos, 0, decoder.output_dim - 1)
 
 
-def check(decoder: "Decoder", src: object, backend: str | None, options: dict[str, Any]) -> None:
-    """What can be asked of the arguments of `generate` before the source has been encoded."""
+def check(
+    decoder: "Decoder", batch: int | None, backend: str | None, options: dict[str, Any]
+) -> None:
+    """What can be asked of the arguments of `generate` before the source has been encoded; batch is
+    None where the source cannot tell."""
     attends = decoder.attention is not None
-    if isinstance(src, Tensor) and src.dim() > 1:
-        checked(options, src.shape[0], decoder.output_dim, attends)
+    if batch is not None:
+        checked(options, batch, decoder.output_dim, attends)
     else:  # no source that a prefix could have rows for, as the encoder will say
         checked(options | {"prefix": None}, 0, decoder.output_dim, attends)
     if _ready(decoder, backend) is None:

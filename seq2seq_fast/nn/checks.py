@@ -29,11 +29,19 @@ def teacher_forcing_ratio(x: float) -> None:
     probability("teacher_forcing_ratio", float(x) if isinstance(x, bool) else x)
 
 
+def batch_of(src: object) -> int | None:
+    """The rows of a source that the encoder has not looked at yet, if it has any to be told."""
+    if isinstance(src, Tensor) and not src.is_nested and src.dim() > 1:
+        return src.shape[0]
+    return None
+
+
 def batches_agree(src: object, trg: Tensor) -> None:
-    """trg (B, T) has the rows of src, which the encoder may not have looked at yet."""
-    if isinstance(src, Tensor) and src.dim() > 1 and src.shape[0] != trg.shape[0]:
+    """trg (B, T) has the rows of src."""
+    B = batch_of(src)
+    if B is not None and B != trg.shape[0]:
         raise ValueError(
-            f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {src.shape[0]} as src has"
+            f"trg: got shape {tuple(trg.shape)}, expected (B, T) with B = {B} as src has"
         )
 
 

@@ -174,7 +174,7 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        decoding.check(self.decoder, src, backend, options)
+        decoding.check(self.decoder, checks.batch_of(src), backend, options)
         plain = use_backend("reference") if backend == "reference" else contextlib.nullcontext()
         with decoding.evaluating(self), plain:
             source, state = self.encode(src)
