@@ -466,10 +466,17 @@ def test_a_source_that_is_all_padding(loop):
     assert torch.equal(ours.tokens, theirs.tokens) and (ours.weights == 0).all()
 
 
-def widen(x):
-    return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, x
+def both_of_16_bits(model, src, **options):
+    """What the kernels make of a model in 16 bits, and plain PyTorch of its numbers in float32."""
+    source, state = model.encode(src)
+    source = source._replace(keys=PreparedKeys(source.keys.keys))
+    o = DecodingOptions(bos=BOS, eos=EOS, **options)
+    ours = graphed.generate(model.decoder, source, state, o)
+    source, state = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda y: y.float() if y.is_floating_point() else y, (source, state)
     )
+    with torch.no_grad():
+        return ours, stepwise.generate(model.float().decoder, source, state, o)
 
 
 @pytest.mark.parametrize(("B", "beam_size"), [(3, 1), (3, 2), (7, 1), (40, 1)])
@@ -477,14 +484,8 @@ def widen(x):
 def test_models_of_16_bits_are_decoded_in_float32(dtype, B, beam_size, loop):
     model, src = plain.make(H=40, V=70).to(dtype), plain.sources(B, 9)
     options = {"max_length": 9, "beam_size": beam_size, "return_weights": True}
-    source, state = model.encode(src)
-    o = DecodingOptions(bos=BOS, eos=EOS, **options)
-    source = source._replace(keys=PreparedKeys(source.keys.keys))
-    ours = graphed.generate(model.decoder, source, state, o)
+    ours, want = both_of_16_bits(model, src, **options)
     assert ours.weights.dtype == dtype and ours.scores.dtype == torch.float32
-
-    with torch.no_grad():
-        want = stepwise.generate(model.float().decoder, widen(source), widen(state), o)
     assert torch.equal(ours.tokens, want.tokens)
     torch.testing.assert_close(ours.scores, want.scores, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(ours.weights.float(), want.weights, rtol=1e-2, atol=1e-2)
@@ -516,12 +517,7 @@ def test_products_of_bfloat16_weights(B, H, n, monkeypatch, multiprocessors):
     multiprocessors(n)
     monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "together")
     model, src = plain.make(H=H, V=70).bfloat16(), plain.sources(B, 5)
-    source, state = model.encode(src)
-    source = source._replace(keys=PreparedKeys(source.keys.keys))
-    o = DecodingOptions(bos=BOS, eos=EOS, max_length=3, min_length=3)
-    ours = graphed.generate(model.decoder, source, state, o)
-    with torch.no_grad():
-        want = stepwise.generate(model.float().decoder, widen(source), widen(state), o)
+    ours, want = both_of_16_bits(model, src, max_length=3, min_length=3)
     assert torch.equal(ours.tokens, want.tokens)
     torch.testing.assert_close(ours.log_probs, want.log_probs, rtol=1e-6, atol=4e-6)
 

@@ -128,7 +128,7 @@ def _run(
     """`Run` of the backend's op; factors are those of dropout between layers, of states, of
     attentional vectors, of contexts and of what vectors are made of."""
     layers, attention, location, vector = _split(options, weights, inputs, hidden)
-    dropout, state_dropout, vector_dropout, *of_rows = factors
+    dropout, state_dropout, vector_dropout, context_dropout, features_dropout = factors
     adds = options.accumulates
     of_vector = vector, options.activation or "none", vector_dropout
     args = (
@@ -137,11 +137,12 @@ def _run(
     )  # fmt: skip
     if options.backend == "reference":
         of_location = (location, adds, options.detach)
-        others = state_dropout, *of_vector, *of_rows
+        others = state_dropout, *of_vector, context_dropout, features_dropout
         return reference.attention_decoder(*args, *of_location, *others)
-    if location or vector or state_dropout is not None or of_rows[0] is not None:
+    if location or vector or state_dropout is not None or context_dropout is not None:
         op = OPS["extended_decoder", options.backend]
-        return Run(*op(*args, location, adds, state_dropout, *of_vector, *of_rows))
+        of_read = context_dropout, features_dropout
+        return Run(*op(*args, location, adds, state_dropout, *of_vector, *of_read))
     op = OPS["attention_decoder", options.backend]
     return Run(*op(*args), *(inputs.new_empty(0) for _ in range(2)))
 
@@ -253,7 +254,7 @@ def _recurrence_backward(
     makes where there is one; and of attentional vectors before their activation."""
     hiddens, cells, gates, queries, contexts, w, locations, vectors = run
     cell_type, query_after, _, backend, adds, detach, activation = options
-    dropout, state_dropout, vector_dropout, *of_rows = factors
+    dropout, state_dropout, vector_dropout, context_dropout, features_dropout = factors
 
     def dense(grad, like):
         return torch.zeros_like(like) if grad is None else grad.contiguous()
@@ -272,7 +273,7 @@ def _recurrence_backward(
         hiddens, cells, gates, queries, w, layers, attention, powers, dropout, cell_type,
         query_after, need_state,
     )  # fmt: skip
-    if not location and not vector and state_dropout is None and of_rows[0] is None:
+    if not location and not vector and state_dropout is None and context_dropout is None:
         return OPS["attention_decoder_backward", backend](*args), [], None
     if location:
         of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
@@ -281,7 +282,7 @@ def _recurrence_backward(
     of_vectors = rows_of(of_vectors, vectors[1:]) if vector else vectors
     *found, dvectors = OPS["extended_decoder_backward", backend](
         *args, of_location, location, adds, detach, state_dropout, of_vectors, vectors, vector,
-        activation or "none", vector_dropout, *of_rows,
+        activation or "none", vector_dropout, context_dropout, features_dropout,
     )  # fmt: skip
     return found[:7], found[7:], dvectors
 

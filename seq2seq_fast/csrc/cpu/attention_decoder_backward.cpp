@@ -52,9 +52,7 @@ class Backward {
         H_(run_.hiddens.size(3)),
         first_hidden_(G_ - layers[0].w_hidden.size(0)),
         in_turn_(!source),
-        outputs_(call.given.outputs),
-        dropped_(B_ * std::max(call.dropout && source ? H_ : 0,
-                               call.context_dropout ? call.context_dropout->size(2) : 0)) {
+        outputs_(call.given.outputs) {
     const auto add = [](std::deque<Packed<A>>& to, const Tensor& w) {
       to.emplace_back(transposed(w), Layout::plain(w.size(1)));
     };
@@ -148,7 +146,7 @@ class Backward {
                 });
   }
 
-  // A panel's units of out = init + factors * (a w^T), for n rows.
+  // A panel's units of out = init + factors * (a w^T), for n rows. Absent: zeros, and ones.
   static void add_product(const Packed<A>& w, int64_t p, const A* a, int64_t lda, int64_t n,
                           const A* factors, int64_t ld_factors, const A* init, int64_t ld_init,
                           A* out, int64_t ldo) {
@@ -156,11 +154,11 @@ class Backward {
     const int64_t first = p * w.layout.step, units = w.layout.units(p);
     Buffer<A> tile(n * kPanel);
     std::fill_n(static_cast<A*>(tile), n * kPanel, A(0));
-    w.to_tile(p, a, lda, n, nullptr, 0, tile, lda);
+    w.to_tile(p, a, lda, n, nullptr, 0, tile, w.K());
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = first; j < first + units; ++j)
-        out[i * ldo + j] =
-            init[i * ld_init + j] + factors[i * ld_factors + j] * tile[i * kPanel + j - first];
+        out[i * ldo + j] = (init ? init[i * ld_init + j] : A(0)) +
+                           factors[i * ld_factors + j] * tile[i * kPanel + j - first];
   }
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.
@@ -244,19 +242,8 @@ class Backward {
         return;
       }
       p -= hidden_panels;
-      const A* from = dg + b * G_;
-      if (!factors) {
-        w_x->product(p, from, G_, n, init ? init + b * ld_init : nullptr, ld_init, dx + b * width,
-                     width);
-        return;
-      }
-      w_x->product(p, from, G_, n, nullptr, 0, dropped_ + b * width, width);
-      const int64_t column = p * w_x->layout.step, units = w_x->layout.units(p);
-      for (int64_t i = b; i < b + n; ++i)
-        for (int64_t j = column; j < column + units; ++j) {
-          const int64_t at = i * width + j;
-          dx[at] = (init ? init[i * ld_init + j] : A(0)) + dropped_[at] * factors[at];
-        }
+      add_product(*w_x, p, dg + b * G_, G_, n, factors ? factors + b * width : nullptr, width,
+                  init ? init + b * ld_init : nullptr, ld_init, dx + b * width, width);
     });
   }
 
@@ -269,7 +256,6 @@ class Backward {
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
   const bool in_turn_;  // the layers, where nothing is fed back
   Tensor outputs_;  // gradients (T, B, H) of the top layer's outputs, or in turn of each layer's
-  Buffer<A> dropped_;
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first
   std::optional<Packed<A>> w_context_, w_query_;
   std::optional<OfVector<A>> w_vector_;

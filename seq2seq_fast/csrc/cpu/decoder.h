@@ -91,6 +91,7 @@ class Packed {
     else
       run(p, a, lda, m, K, tile, kPanel, kBlock, tile, kPanel, kBlock);
   }
+  int64_t K() const { return K_; }
   // Of a row and a panel, in what `parallel` counts: 16 multiply-adds take the time of one.
   int64_t operations() const { return K_ * kPanel / 16; }
 

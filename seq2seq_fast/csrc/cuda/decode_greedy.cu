@@ -48,12 +48,11 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   std::vector<TeamProduct*> products;
   for (int l = 0; l < a.L; ++l) {
     a.layers[l] = team_product_of(weights.at(1 + 2 * l), blocks_of(kind));
+    STD_TORCH_CHECK(a.layers[l].units == a.H, "expected weights of layers with hidden's units");
     a.bias[l] = floats_of(weights.at(2 + 2 * l));
     products.push_back(&a.layers[l]);
   }
   a.readout = team_product_of(weights.at(weights.size() - 2), 1);
-  for (int l = 0; l < a.L; ++l)
-    STD_TORCH_CHECK(a.layers[l].units == a.H, "expected weights of layers with hidden's units");
   STD_TORCH_CHECK(a.readout.units == a.V, "expected a readout of as many tokens as are embedded");
   a.b_readout = floats_of(weights.back());
   products.push_back(&a.readout);

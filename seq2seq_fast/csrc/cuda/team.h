@@ -57,6 +57,7 @@ inline double share_out(TeamProduct& p, int members, int rows) {
 inline bool plan_teams(TeamPlan& best, const Device& device,
                        const std::vector<TeamProduct*>& products, int64_t rows, int64_t floats) {
   constexpr int kRowsAtOnce = 2 * kTileRows;
+  static_assert(kRowsAtOnce <= 2 * kMatrixRows, "the tensor cores' rows are one tile");
   // Clocks of a multiprocessor: bytes it gets of the L2, a team's meeting, and rows' way to shared
   // memory and their sums' out of it.
   constexpr double kBytes = 32, kMeeting = 1500, kRows = 600;
