@@ -60,6 +60,12 @@ def advance(cell_type: str, gates: Tensor, hidden: Tensor, cell: Tensor) -> tupl
     return o * cell.tanh(), cell
 
 
+def first_rows(x: Tensor, n: int, instead: Tensor | None = None) -> Tensor:
+    """x (B, N), from the nth row on that of `instead`, or zeros."""
+    instead = torch.zeros_like(x) if instead is None else instead
+    return torch.cat([x[:n], instead[n:]])
+
+
 def layer_gates(x: Tensor, hidden: Tensor, w_input: Tensor, w_hidden: Tensor, bias: Tensor):
     """Gates (..., G) before their nonlinearities, of x and the hidden state before the step."""
     G = bias.shape[-1]
@@ -118,6 +124,7 @@ def attention_decoder(
     vector_dropout: Tensor | None = None,
     context_dropout: Tensor | None = None,
     features_dropout: Tensor | None = None,
+    batch_sizes: Sequence[int] = (),
 ) -> Run:
     """A decoder over T steps with attention inside its recurrence.
 
@@ -153,6 +160,9 @@ def attention_decoder(
             read at a step.
         features_dropout: (T, B, H + D), factors of [output; context] as the attentional vector
             reads them.
+        batch_sizes: of B rows those that each step has, fewer and fewer, the first ones, as those
+            of a PackedSequence; nothing where all have all. Behind its last step a row's state
+            stays; its queries, contexts and weights are 0, and so are logits and tokens.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -174,14 +184,18 @@ def attention_decoder(
         contexts.append(values.new_zeros(B, values.shape[2]))
     conv, projection, *locations = location or (None, None)
 
-    def attend():
+    def over(x, t, instead=None):
+        return x if not batch_sizes else first_rows(x, batch_sizes[t], instead)
+
+    def attend(t):
         queries.append(F.linear(hiddens[-1][-1], w_query, b_query))
         placed = keys
         if locations:
             placed = keys + location_features(locations[-1], conv) @ projection.T
         c, w = plain_attention(queries[-1], placed, values, v, mask)
-        contexts.append(c)
-        weights.append(w)
+        queries[-1] = over(queries[-1], t)
+        contexts.append(over(c, t))
+        weights.append(over(w, t))
         if locations:
             locations.append(next_location(locations[-1], w, accumulates, detach))
 
@@ -201,12 +215,12 @@ def attention_decoder(
     for t in range(T):
         x = inputs[t]
         if t in feedback:
-            logits[:, t] = F.linear(features(), w_out, b_out).detach()
+            logits[:, t] = over(F.linear(features(), w_out, b_out).detach(), t - 1)
             tokens.append(logits[:, t].argmax(-1))
             x = F.embedding(tokens[-1], embedding)
             x = x if input_dropout is None else x * input_dropout[t]
         if attention and not query_after:
-            attend()
+            attend(t)
         if attention:
             fed = vectors[-1] if vector else contexts[-1]
             x = torch.cat([x, fed if context_dropout is None else fed * context_dropout[t]], -1)
@@ -218,13 +232,15 @@ def attention_decoder(
             state, memory = advance(cell_type, g, hiddens[-1][i], cells[-1][i])
             if state_dropout is not None:
                 state = state * state_dropout[i, t]
+            state = over(state, t, hiddens[-1][i])
+            memory = over(memory, t, cells[-1][i]) if lstm else memory
             step.append((g, state, memory))
         activated, states, memories = zip(*step, strict=True)
         gates.append(torch.stack(activated))
         hiddens.append(states)
         cells.append(memories)
         if attention and query_after:
-            attend()
+            attend(t)
         if vector:
             join(t)
 
@@ -287,12 +303,14 @@ def attention_decoder_backward(
     cell_type: str,
     query_after: bool,
     need_state: bool,
+    batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The recurrence of `attention_decoder` backward; what is no recurrence is left to the caller.
 
     Args:
         grad_outputs (T, B, H), of the top layer; grad_contexts (T, B, D), grad_weights (T, B, S);
-        grad_hidden, grad_cell (L, B, H), of the last step's state. The rest as in `Run`.
+        grad_hidden, grad_cell (L, B, H), of the last step's state. The rest as in `Run`. Gradients
+        of what rows return behind their last step are taken for 0.
 
     Returns:
         Gradients of the gates before their nonlinearities (L, T, B, G), of the queries (T, B, A),
@@ -304,6 +322,13 @@ def attention_decoder_backward(
     dh, dc = list(grad_hidden.unbind()), list(grad_cell.unbind()) if lstm else [grad_cell] * L
     dgates = torch.empty_like(gates)
     dqueries, dscores = torch.empty_like(queries), torch.empty_like(weights)
+    if batch_sizes:
+        grad_outputs, grad_contexts, grad_weights = (
+            torch.stack([first_rows(*x) for x in zip(grad, batch_sizes, strict=True)])
+            if grad.numel() > 0
+            else grad
+            for grad in (grad_outputs, grad_contexts, grad_weights)
+        )
     dcontexts = grad_contexts.clone()
     carried = torch.zeros_like(grad_contexts[0]) if T and attention else grad_contexts.new_empty(0)
     n_input, n_hidden, G = layers[0].shape[0], layers[1].shape[0], gates.shape[-1]
@@ -331,9 +356,14 @@ def attention_decoder_backward(
         for i in range(L - 1, -1, -1):
             w_input, w_hidden, _ = layers[3 * i : 3 * i + 3]
             memory = (cells[i, t], cells[i, t + 1]) if lstm else (cells, cells)
-            dgates[i, t], dh[i], dc[i] = cell_backward(
-                cell_type, dh[i], dc[i], gates[i, t], hiddens[i, t], *memory
-            )
+            gradients = dh[i], dc[i], gates[i, t]
+            found = cell_backward(cell_type, *gradients, hiddens[i, t], *memory)
+            if batch_sizes:  # of rows that are over, those of the states pass by
+                n = batch_sizes[t]
+                dgate, *states = found
+                states = [first_rows(*x) for x in zip(states, (n, n), gradients, strict=False)]
+                found = first_rows(dgate, n), *states
+            dgates[i, t], dh[i], dc[i] = found
             dh[i] = dh[i] + dgates[i, t, :, G - n_hidden :] @ w_hidden
             if i > 0:
                 dx = dgates[i, t, :, :n_input] @ w_input

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 
 @st.composite
-def problems(draw, attention=None, vectors=False):
+def problems(draw, attention=None, vectors=False, ragged=False):
     """Arguments of `problem`: a failing draw is printed, so it had better be short."""
     largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
     sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
@@ -23,6 +23,10 @@ def problems(draw, attention=None, vectors=False):
         }
     if attention and vectors:
         sizes["contexts_dropped"] = draw(st.booleans())
+    sizes["states_dropped"] = draw(st.sampled_from([False, False, True]))
+    if ragged and draw(st.booleans()):
+        rows = st.lists(st.integers(0, sizes["B"]), min_size=T, max_size=T)
+        sizes |= {"batch_sizes": sorted(draw(rows), reverse=True), "states_dropped": False}
     return sizes | {
         "cell_type": draw(st.sampled_from([*MODULES])),
         "L": draw(st.integers(1, 3)),
@@ -31,6 +35,5 @@ def problems(draw, attention=None, vectors=False):
         "dropout": draw(st.booleans()),
         "feedback": sorted(fed_back),
         "strided": draw(st.booleans()),
-        "states_dropped": draw(st.sampled_from([False, False, True])),
         "seed": draw(st.integers(0, 2**31)),
     }

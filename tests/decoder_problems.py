@@ -15,7 +15,7 @@ def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
     detach=False, states_dropped=False, joined="", O=6, vectors_dropped=False,  # noqa: E741
-    contexts_dropped=False, features_dropped=False,
+    contexts_dropped=False, features_dropped=False, batch_sizes=None,
 ):  # fmt: skip
     """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
     g = torch.Generator().manual_seed(seed)
@@ -35,6 +35,7 @@ def problem(
         "layers": [[w.detach().requires_grad_() for w in layer] for layer in weights],
         "cell_type": cell_type,
         "query_after": after,
+        "batch_sizes": batch_sizes,
     }
     if attention:
         args |= {

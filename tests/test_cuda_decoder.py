@@ -211,8 +211,15 @@ def test_a_source_that_a_block_has_too_little_memory_for_is_refused_backward(mor
 
 def test_float64_is_refused():
     x = torch.zeros(1, 1, 1, dtype=torch.float64)
-    args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None)
+    args = (x, x, x, [x[0]] * 3, [], None, None, x[0], None, "lstm", False, [], [], None, [])
     with pytest.raises(RuntimeError, match="expected float32"):
+        OPS["attention_decoder", "native"](*args)
+
+
+def test_rows_that_leave_are_refused():
+    x, L = torch.zeros(1, 1, 1), [torch.zeros(4, 1)] * 2 + [torch.zeros(4)]
+    args = (x, x, x, L, [], None, None, x[0], None, "lstm", False, [], [], None, [1])
+    with pytest.raises(RuntimeError, match="expected no batch_sizes"):
         OPS["attention_decoder", "native"](*args)
 
 

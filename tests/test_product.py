@@ -92,7 +92,7 @@ def test_several_products_are_the_product_of_each(layout):
     assert torch.equal(products(a, [], sums=True)[0], a.sum(1))
     for x, y in zip(found, b, strict=True):
         assert torch.equal(x, product(a, y)) and x.is_contiguous()
-    torch.library.opcheck(torch.ops.seq2seq_fast.products, (a, b, True))
+    torch.library.opcheck(torch.ops.seq2seq_fast.products, (a, b, True, []))
     none = products(a[:, :0], [x[:0] for x in b])
     assert all(torch.equal(x, torch.zeros_like(y)) for x, y in zip(none, found, strict=True))
 

@@ -76,6 +76,11 @@ inline Tensor one_of_each(const Tensor& x) {
   return view(x, {x.size(0), 1, x.size(1)}, {x.stride(0), 0, x.stride(1)});
 }
 
+// The first n rows of x (B, W)
+inline Tensor first_rows(const Tensor& x, int64_t n) {
+  return view(x, {n, x.size(1)}, {x.stride(0), x.stride(1)});
+}
+
 inline Tensor transposed(const Tensor& x) {
   return view(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)});
 }

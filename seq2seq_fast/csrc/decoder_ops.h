@@ -35,6 +35,7 @@ struct DecoderCall {
   Tensor vectors = inputs;
   std::optional<Tensor> context_dropout = std::nullopt;   // (T, B, D or O)
   std::optional<Tensor> features_dropout = std::nullopt;  // (T, B, H + D)
+  std::vector<int64_t> batch_sizes = {};                  // of attention_decoder alone
 
   // What the first layer reads of attention, each step's at the step that it is of (T + 1, B, ...)
   const Tensor& fed(const Run& run) const { return vector.empty() ? run.contexts : vectors; }
@@ -59,6 +60,7 @@ struct DecoderBackwardCall {
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
   std::optional<Tensor> context_dropout = std::nullopt, features_dropout = std::nullopt;
+  std::vector<int64_t> batch_sizes = {};
 };
 
 inline Gradients gradients_of(const DecoderBackwardCall& call) {
@@ -108,10 +110,12 @@ struct DecoderOps {
                     std::optional<Tensor> powers, std::optional<Tensor> context,
                     std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                     std::vector<int64_t> feedback, std::vector<Tensor> readout,
-                    std::optional<Tensor> input_dropout) {
-    return decode({inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
-                   cell_of(cell_type), query_after, feedback, readout, input_dropout})
-        .results();
+                    std::optional<Tensor> input_dropout, std::vector<int64_t> batch_sizes) {
+    DecoderCall call = {inputs,      hidden,   cell,    layers,       attention,
+                        mask,        powers,   context, dropout,      cell_of(cell_type),
+                        query_after, feedback, readout, input_dropout};
+    call.batch_sizes = batch_sizes;
+    return decode(call).results();
   }
   static auto extended(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                        std::vector<Tensor> attention, std::optional<Tensor> mask,
@@ -165,19 +169,20 @@ struct DecoderBackwardOps {
                     Tensor gates, Tensor queries, Tensor weights, std::vector<Tensor> layers,
                     std::vector<Tensor> attention, std::optional<Tensor> powers,
                     std::optional<Tensor> dropout, std::string cell_type, bool query_after,
-                    bool need_state) {
-    return retreat({{grad_outputs, grad_contexts, grad_weights},
-                    grad_hidden,
-                    grad_cell,
-                    {hiddens, cells, gates, queries, weights},
-                    layers,
-                    attention,
-                    powers,
-                    dropout,
-                    cell_of(cell_type),
-                    query_after,
-                    need_state})
-        .first.results(need_state);
+                    bool need_state, std::vector<int64_t> batch_sizes) {
+    DecoderBackwardCall call = {{grad_outputs, grad_contexts, grad_weights},
+                                grad_hidden,
+                                grad_cell,
+                                {hiddens, cells, gates, queries, weights},
+                                layers,
+                                attention,
+                                powers,
+                                dropout,
+                                cell_of(cell_type),
+                                query_after,
+                                need_state};
+    call.batch_sizes = batch_sizes;
+    return retreat(call).first.results(need_state);
   }
   static auto extended(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                        Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,

@@ -25,6 +25,23 @@ inline void copy(const Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
 }
 
+// Of B rows those that each of T steps has, as a PackedSequence has batch_sizes: fewer and fewer,
+// so that they are the first ones. Behind its last step a row's state stays, its queries, contexts
+// and weights are 0, and gradients of what it had returned there are taken for 0.
+struct BatchSizes {
+  std::vector<int64_t> of_steps;  // empty: all rows have all steps
+  int64_t B;
+
+  BatchSizes(const std::vector<int64_t>& sizes, int64_t T, int64_t B_) : of_steps(sizes), B(B_) {
+    STD_TORCH_CHECK(sizes.empty() || static_cast<int64_t>(sizes.size()) == T,
+                    "expected a batch size for each of ", T, " steps");
+    for (size_t t = 0; t < sizes.size(); ++t)
+      STD_TORCH_CHECK(0 <= sizes[t] && sizes[t] <= (t == 0 ? B : sizes[t - 1]),
+                      "expected batch sizes that never grow, of ", B, " at most");
+  }
+  int64_t at(int64_t t) const { return of_steps.empty() ? B : of_steps[t]; }
+};
+
 // Of a run over T steps, to be filled in but for the states before the first one.
 struct Run {
   Tensor hiddens, cells, gates, queries, contexts, weights, tokens, logits;

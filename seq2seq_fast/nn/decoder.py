@@ -297,8 +297,9 @@ class Decoder(nn.Module):
         state: DecoderState,
         source: Tensor | PreparedSource,
         feedback: Sequence[int] = (),
+        batch_sizes: Sequence[int] | None = None,
     ) -> DecoderOutput:
-        """`run`, unchecked."""
+        """`run`, unchecked; batch_sizes as in `attention_decoder`."""
         check_layers(self)
         make_weights(self.layers)
         embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
@@ -332,6 +333,7 @@ class Decoder(nn.Module):
             dropout=0.0 if between_layers is None else between_layers,
             feedback=fed_back,
             recompute=self.recompute,
+            batch_sizes=batch_sizes,
         )
 
     def _drops(self) -> bool:

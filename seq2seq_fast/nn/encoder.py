@@ -19,6 +19,11 @@ from .lengths import Rows
 
 _States = tuple[Tensor, Tensor, Tensor | None]  # outputs, hidden, cell
 
+# oneDNN's LSTM has none on processors without AVX-512: an error there.
+_LSTM_TAKES_BFLOAT16 = (
+    not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
 
 class Encoder(nn.Module):
     """Embedding, dropout and recurrent layers over the source.
@@ -140,7 +145,8 @@ class Encoder(nn.Module):
             outputs, hidden, cell = run(x, rows)
         if self.cell_type == "gru":  # whose results autocast leaves in float32
             return outputs, hidden, None
-        return outputs.half(), hidden.half(), None if cell is None else cell.half()
+        dtype = torch.get_autocast_dtype("cpu")
+        return outputs.to(dtype), hidden.to(dtype), None if cell is None else cell.to(dtype)
 
     def _loop(
         self, x: Tensor, rows: Rows | None
@@ -150,7 +156,7 @@ class Encoder(nn.Module):
         The decoder's loop, which needs no attention, takes 20 to 90 % of the time of nn.GRU and
         nn.RNN on the CPU, the least with few rows. nn.LSTM, which is oneDNN's, takes as long as it
         forward and longer in training. oneDNN does not take packed sequences, nor, on most
-        processors, float16, which is an error there.
+        processors, float16, nor bfloat16 on those without AVX-512, which are errors there.
         """
         if not self._runs_in_loops(x):
             return None
@@ -189,18 +195,35 @@ class Encoder(nn.Module):
             and not (
                 torch.is_autocast_enabled("cpu")
                 and torch.get_autocast_dtype("cpu") != torch.float16
+                and _LSTM_TAKES_BFLOAT16
             )
             and asked_for(None) in (None, "native")
             and choose("attention_decoder", embedded, None) == "native"
         )
 
     def _run(self, x: Tensor, rows: Rows | None) -> _States:
-        """What the layers make of x (B, S, E), in the decoder's loop."""
+        """What the layers make of x (B, S, E), in the decoder's loop.
+
+        Rows of different lengths come to it the longest first, so that those that are over leave;
+        but in a compiler, which knows no lengths.
+        """
+        if rows is None or rows.sizes is not None or torch.compiler.is_compiling():
+            return self._run_in_order(x, rows)
+        if len(x) > 0 and int(rows.lengths.min()) == x.shape[1]:
+            return self._run_in_order(x, None)
+        order, rows = rows.longest_first()
+        outputs, hidden, cell = self._run_in_order(x[order], rows)
+        back = order.argsort()
+        return outputs[back], hidden[:, back], None if cell is None else cell[:, back]
+
+    def _run_in_order(self, x: Tensor, rows: Rows | None) -> _States:
         layers, weights = self.layers, self.layers.all_weights
         dropout = rate_between_layers(layers)
-        if rows is None and not layers.bidirectional:
-            out = self._through(x, weights, dropout)
-            return out.outputs, out.hidden, out.cell
+        sizes = None if rows is None else rows.sizes
+        if not layers.bidirectional and (rows is None or sizes is not None):
+            out = self._through(x, weights, dropout, sizes)
+            cut = out.outputs if rows is None else rows.cut(out.outputs)
+            return cut, out.hidden, out.cell
         hidden: list[Tensor] = []
         cells: list[Tensor] = []
         directions = 2 if layers.bidirectional else 1
@@ -225,14 +248,19 @@ class Encoder(nn.Module):
             out = self._through(x.flip(1) if backwards else x, [weights])
             return out.outputs.flip(1) if backwards else out.outputs, out.hidden, out.cell
         x = rows.turned(x) if backwards else x
-        if self.cell_type == "lstm":
+        if rows.sizes is None and self.cell_type == "lstm":
             x, weights = rows.keeping_cells(x, weights)
-        out = self._through(x, [weights])
+        out = self._through(x, [weights], sizes=rows.sizes)
         outputs = rows.turned(out.outputs) if backwards else out.outputs
-        return rows.cut(outputs), rows.last(out.outputs)[None], out.cell
+        hidden = rows.last(out.outputs)[None] if rows.sizes is None else out.hidden
+        return rows.cut(outputs), hidden, out.cell
 
     def _through(
-        self, x: Tensor, weights: Sequence[Sequence[Tensor]], dropout: float = 0.0
+        self,
+        x: Tensor,
+        weights: Sequence[Sequence[Tensor]],
+        dropout: float = 0.0,
+        sizes: Sequence[int] | None = None,
     ) -> DecoderOutput:
         """One direction through the layers that have these weights."""
         zeros = x.new_zeros(len(weights), len(x), self.layers.hidden_size)
@@ -245,6 +273,7 @@ class Encoder(nn.Module):
             context=x.new_empty(len(x), 0),
             cell_type=self.cell_type,
             dropout=dropout,
+            batch_sizes=sizes,
         )
 
     def _both_directions(self, state: Tensor) -> Tensor:

@@ -21,8 +21,34 @@ def read_lengths(src: Tensor, pad_idx: int) -> Tensor | None:
     return ((src != pad_idx) * places).amax(1)
 
 
+# Of all rows' steps; below that the order of rows is not worth changing.
+LEAST_LEFT = 0.03
+
+
+def leaving(trg: Tensor, ignored: int) -> tuple[Tensor, list[int]] | None:
+    """An order (B,) of the rows of targets (B, T), the longest first, and how many of them each
+    step has, where those behind a row's last target that is not `ignored` leave; None if hardly
+    any do."""
+    if trg.numel() == 0:
+        return None
+    lengths = read_lengths(trg, ignored)
+    assert lengths is not None
+    if int(lengths.sum()) >= (1 - LEAST_LEFT) * trg.numel():
+        return None
+    return lengths.argsort(descending=True, stable=True), batch_sizes(lengths, trg.shape[1])
+
+
+def batch_sizes(lengths: Tensor, steps: int) -> list[int]:
+    """How many rows of such lengths (B,) each step has."""
+    ends = torch.bincount(lengths, minlength=steps + 1)
+    sizes: list[int] = (len(lengths) - ends[:steps].cumsum(0)).tolist()
+    return sizes
+
+
 class Rows:
     """What a batch's rows need around operations that read all of them to the end."""
+
+    sizes: list[int] | None = None  # how many rows each step has, where the longest come first
 
     def __init__(self, lengths: Tensor, size: int):
         self.lengths = lengths  # (B,) int64
@@ -34,6 +60,13 @@ class Rows:
         """Raises a TypeError or ValueError of lengths that are not those of src (B, S)."""
         B, S = src.shape
         return cls(checks.lengths(lengths, B, S, src.device).long().contiguous(), S)
+
+    def longest_first(self) -> tuple[Tensor, "Rows"]:
+        """The order (B,) of rows that puts the longest first, and what they need in it."""
+        order = self.lengths.argsort(descending=True, stable=True)
+        rows = Rows(self.lengths[order], self.behind.shape[1])
+        rows.sizes = batch_sizes(rows.lengths, self.behind.shape[1])
+        return order, rows
 
     def cut(self, x: Tensor) -> Tensor:
         """x (B, S, N) with zeros behind each row's end."""

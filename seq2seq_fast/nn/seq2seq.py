@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from .. import decoding
 from ..decoding import Generated, Scored
-from ..library import use_backend
+from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.checks import flag, whole
 from ..ops.linear_cross_entropy import loss_of_steps
-from ..ops.modules import bias_of, make_weights
+from ..ops.modules import bias_of, has_hooks, make_weights
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
 from .decoder import Decoder, DecoderState
 from .encoder import Encoder
-from .lengths import read_lengths
+from .lengths import leaving, read_lengths
 
 
 class Seq2Seq(nn.Module):
@@ -75,7 +75,7 @@ class Seq2Seq(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        out, feedback = self._decode(src, trg, teacher_forcing_ratio)
+        out, feedback, _ = self._decode(src, trg, teacher_forcing_ratio)
         features = out.outputs, out.contexts
         if out.vectors is not None:
             features = out.vectors, out.vectors.detach()[..., :0]
@@ -102,13 +102,14 @@ class Seq2Seq(nn.Module):
 
         The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
         back the model's own argmax there are logits, one step at a time without gradients; of the
-        others some rows at a time (see `linear_cross_entropy`). The mean over no tokens, of T = 1
-        or nothing but ignore_index, is NaN, as PyTorch's.
+        others some rows at a time (see `linear_cross_entropy`). On the CPU a row leaves the decoder
+        after its last target that is not ignored, so that padding costs next to nothing. The mean
+        over no tokens, of T = 1 or nothing but ignore_index, is NaN, as PyTorch's.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        out, feedback = self._decode(src, trg, teacher_forcing_ratio)
+        out, feedback, trg = self._decode(src, trg, teacher_forcing_ratio, ignore_index)
         return loss_of_steps(
             out.features,
             self.decoder.fc_out.weight,
@@ -122,14 +123,26 @@ class Seq2Seq(nn.Module):
             label_smoothing=label_smoothing,
         )
 
-    def _decode(self, src: Tensor, trg: Tensor, ratio: float) -> tuple[DecoderOutput, list[int]]:
-        """All steps but the readout, and which of them are fed the argmax of the step before."""
+    def _decode(
+        self, src: Tensor, trg: Tensor, ratio: float, ignored: object = None
+    ) -> tuple[DecoderOutput, list[int], Tensor]:
+        """All steps but the readout, which of them are fed the argmax of the step before, and trg.
+
+        If a target is ignored, rows may come in another order, trg's too, and what there is behind
+        the last target of a row that is not may be anything.
+        """
         checks.teacher_forcing_ratio(ratio)
         device = self.decoder.embedding.weight.device
         checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
         checks.batches_agree(src, trg)
         if trg.shape[1] == 0:
             raise ValueError(f"trg: got shape {tuple(trg.shape)}, expected (B, T) with T above 0")
+        sizes = None
+        if type(ignored) is int and self._may_leave(src):
+            found = leaving(trg[:, 1:], ignored)
+            if found is not None:
+                order, sizes = found
+                src, trg = src[order], trg[order]
         source, state = self.encode(src)
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
         if torch.compiler.is_compiling() and ratio in (0, 1):  # which needs none and takes none
@@ -139,7 +152,25 @@ class Seq2Seq(nn.Module):
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
         if not feedback:  # which makes them before
             make_weights(self.decoder.fc_out)
-        return self.decoder.steps(trg[:, :-1], state, source, feedback), feedback
+        return self.decoder.steps(trg[:, :-1], state, source, feedback, sizes), feedback, trg
+
+    def _may_leave(self, src: Tensor) -> bool:
+        """Whether nobody would see that rows are in another order, and the kernels let them leave
+        the decoder."""
+        decoder = self.decoder
+        return (
+            decoder.embedding.weight.is_cpu
+            and not torch.compiler.is_compiling()
+            and type(self) is Seq2Seq
+            and type(self.encoder) is Encoder
+            and type(decoder) is Decoder
+            and decoder.attentional_dim is None
+            and not (decoder.attention is not None and decoder.attention.location)
+            and not any(has_hooks(part) for part in self.modules())
+            and isinstance(src, Tensor)
+            and src.dim() == 2
+            and choose("attention_decoder", decoder.embedding.weight, None) == "native"
+        )
 
     def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:
         """src (B, S) ids -> what every step of the decoder reads, and the state before the first.

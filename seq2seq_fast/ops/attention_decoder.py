@@ -120,6 +120,7 @@ class _Options(NamedTuple):
     accumulates: tuple[int, ...] = ()  # of each channel of a location; none where there is none
     detach: bool = False
     activation: str = ""  # of an attentional vector; none where there is none
+    batch_sizes: tuple[int, ...] = ()  # of steps, where not all rows have all of them
 
 
 def _run(
@@ -137,14 +138,14 @@ def _run(
     )  # fmt: skip
     if options.backend == "reference":
         of_location = (location, adds, options.detach)
-        others = state_dropout, *of_vector, context_dropout, features_dropout
+        others = state_dropout, *of_vector, context_dropout, features_dropout, options.batch_sizes
         return reference.attention_decoder(*args, *of_location, *others)
     if location or vector or state_dropout is not None or context_dropout is not None:
         op = OPS["extended_decoder", options.backend]
         of_read = context_dropout, features_dropout
         return Run(*op(*args, location, adds, state_dropout, *of_vector, *of_read))
     op = OPS["attention_decoder", options.backend]
-    return Run(*op(*args), *(inputs.new_empty(0) for _ in range(2)))
+    return Run(*op(*args, options.batch_sizes), *(inputs.new_empty(0) for _ in range(2)))
 
 
 def _split(options, weights, inputs, hidden):
@@ -174,10 +175,10 @@ def _results(run: Run):
     )
 
 
-def _products(a: Tensor, *b: Tensor, sums: bool = False) -> list[Tensor]:
-    """Gradients of weights: sums over steps and batch of a (T, B, N) times each b (T, B, M), and if
-    it is wanted that of a bias."""
-    return products(a.flatten(0, 1).T, [x.flatten(0, 1) for x in b], sums)
+def _products(a: Tensor, b: list[Tensor], sizes: Sequence[int], sums: bool = False) -> list[Tensor]:
+    """Gradients of weights: sums over steps and batch, in so many rows of each step, of a (T, B, N)
+    times each b (T, B, M), and if it is wanted that of a bias."""
+    return products(a.flatten(0, 1).T, [x.flatten(0, 1) for x in b], sums, sizes)
 
 
 def _layer_inputs(inputs, hiddens, dropout, i):
@@ -217,13 +218,14 @@ def _backward(
     )
     dgates, dq, ds, dcontexts, dhidden, dcell, dcontext = steps
     dx, fed = dgates[..., : layers[0].shape[0]], fed if attention else None
-    found = _layer_gradients(needs["weights"], dgates, inputs, hiddens, fed, dropout, layers)
+    sizes = options.batch_sizes
+    found = _layer_gradients(needs["weights"], dgates, inputs, hiddens, fed, dropout, layers, sizes)
     if attention:
         _, _, _, keys, values, v = attention
         need_query, need_bias, need_keys, _, need_v = needs["weights"][len(layers) :][:5]
         state = hiddens[-1, 1:] if options.query_after else hiddens[-1, :-1]
         need = need_query or need_bias
-        found += _products(dq, state, sums=True) if need else [None, None]
+        found += _products(dq, [state], sizes, sums=True) if need else [None, None]
         if location:
             dkeys, dv, *of_location = of_location
         else:
@@ -236,7 +238,7 @@ def _backward(
             features = torch.cat([hiddens[-1, 1:], contexts[1:]], -1)
             if features_dropout is not None:
                 features *= features_dropout
-            found += _products(dvectors, features, sums=True)
+            found += _products(dvectors, [features], sizes, sums=True)
         elif vector:
             found += [None, None]
     dinputs = None
@@ -253,7 +255,7 @@ def _recurrence_backward(
     contexts and of the states before the first step; those of keys, v and a location, which it
     makes where there is one; and of attentional vectors before their activation."""
     hiddens, cells, gates, queries, contexts, w, locations, vectors = run
-    cell_type, query_after, _, backend, adds, detach, activation = options
+    cell_type, query_after, _, backend, adds, detach, activation, sizes = options
     dropout, state_dropout, vector_dropout, context_dropout, features_dropout = factors
 
     def dense(grad, like):
@@ -274,7 +276,7 @@ def _recurrence_backward(
         query_after, need_state,
     )  # fmt: skip
     if not location and not vector and state_dropout is None and context_dropout is None:
-        return OPS["attention_decoder_backward", backend](*args), [], None
+        return OPS["attention_decoder_backward", backend](*args, sizes), [], None
     if location:
         of_location, location = dense(of_location, locations[-1]), [*location[:2], locations]
     else:
@@ -287,7 +289,7 @@ def _recurrence_backward(
     return found[:7], found[7:], dvectors
 
 
-def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers):
+def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers, sizes):
     """Of weights and bias of each layer; the first one reads [inputs; fed] where fed is given."""
     n_in, n_hidden, G = layers[0].shape[0], layers[1].shape[0], dgates.shape[-1]
     dx, dh = dgates[..., :n_in], dgates[..., G - n_hidden :]
@@ -299,10 +301,10 @@ def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers):
             rows = torch.cat([rows, fed], -1)
         one_bias = layers[3 * i + 2].dim() == 1
         if need_input and need_hidden and need_bias and one_bias and n_in == n_hidden == G:
-            found += _products(dx[i], rows, state, sums=True)
+            found += _products(dx[i], [rows, state], sizes, sums=True)
             continue
-        found += _products(dx[i], rows) if need_input else [None]
-        found += _products(dh[i], state) if need_hidden else [None]
+        found += _products(dx[i], [rows], sizes) if need_input else [None]
+        found += _products(dh[i], [state], sizes) if need_hidden else [None]
         found.append(dgates[i].sum((0, 1) if one_bias else 0) if need_bias else None)
     return found
 
@@ -342,6 +344,7 @@ def attention_decoder(
     location: Location | None = None,
     vector: AttentionalVector | None = None,
     recompute: bool = False,
+    batch_sizes: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> DecoderOutput:
     """A recurrent decoder over T steps, attention inside its recurrence, as one operation.
@@ -381,6 +384,12 @@ def attention_decoder(
             the first weight_ih is (G, E + O) then. See `AttentionalVector`. Triton has no kernels
             of it.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
+        batch_sizes: of the B rows how many each step has, in whole numbers that never grow, as a
+            `torch.nn.utils.rnn.PackedSequence` has them: the first ones, so that the longest rows
+            come first. A row that is over costs nothing. Its state stays what it was, its contexts
+            and weights are 0, and its outputs and theirs take no gradient. None where all rows have
+            all steps. Kernels on the CPU and the reference alone; not with location, vector,
+            state_dropout or context_dropout.
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
@@ -403,7 +412,8 @@ def attention_decoder(
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
         inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, state_dropout, context_dropout, feedback, recompute, location, vector, autocast,
+        dropout, state_dropout, context_dropout, feedback, recompute, location, vector, batch_sizes,
+        autocast,
     )  # fmt: skip
     dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
     dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
@@ -412,6 +422,15 @@ def attention_decoder(
     extended = drops or location is not None or vector is not None
     op = "extended_decoder" if extended else "attention_decoder"
     backend = choose(op, inputs, backend)
+    if (
+        batch_sizes is not None
+        and backend != "reference"
+        and (extended or backend == "triton" or not inputs.is_cpu)
+    ):
+        raise ValueError(
+            f"batch_sizes: got some for backend {backend!r} on {inputs.device}, expected None but"
+            " of kernels on the CPU, without location, vector, state_dropout and context_dropout"
+        )
     adds_up = () if location is None else accumulates(location.channels)
     detach = location is not None and location.detach
     activation = "" if vector is None else vector.activation
@@ -441,7 +460,16 @@ def attention_decoder(
                 if vector is None
                 else _row_factors(vector.input_dropout, steps, vector.weight.shape[1]),
             ),
-            _Options(cell_type, query_after, recompute, backend, adds_up, detach, activation),
+            _Options(
+                cell_type,
+                query_after,
+                recompute,
+                backend,
+                adds_up,
+                detach,
+                activation,
+                tuple(batch_sizes or ()),
+            ),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
             [] if vector is None else [cast(vector.weight), cast(bias_of(vector)).contiguous()],
@@ -452,6 +480,14 @@ def attention_decoder(
         for x in found
     ]
     return DecoderOutput(*others)
+
+
+def _without_gradients_behind(outputs: Tensor, sizes: Sequence[int]) -> Tensor:
+    """outputs (T, B, H) of the reference, which are states that stay: gradients of those would
+    reach the last step that a row has, as kernels do not let them."""
+    rows = torch.arange(outputs.shape[1], device=outputs.device)
+    there = rows < torch.tensor(sizes, device=outputs.device)[:, None]
+    return torch.where(there[..., None], outputs, outputs.detach())
 
 
 def _row_factors(dropout: float | Tensor, inputs: Tensor, width: int) -> Tensor | None:
@@ -519,6 +555,8 @@ def _decode(
             options, run, *distinct(*weights),
         )  # fmt: skip
     outputs, contexts, weights, hidden, cell, where, vectors = results
+    if options.batch_sizes and options.backend == "reference":
+        outputs = _without_gradients_behind(outputs, options.batch_sizes)
     if options.cell_type != "lstm":
         cell = None
     if not attention:

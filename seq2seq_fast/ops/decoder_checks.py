@@ -61,6 +61,7 @@ def decoder(
     recompute: bool,
     location: object,
     vector: object,
+    batch_sizes: Sequence[int] | None,
     autocast: bool,
 ) -> None:
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
@@ -128,6 +129,19 @@ def decoder(
         raise ValueError("context_dropout: got one, expected 0 without keys and values")
     if feedback is not None:
         _feedback(tensor, feedback, B, T, E, features, of_readout)
+    if batch_sizes is not None:
+        _batch_sizes(batch_sizes, B, T)
+
+
+def _batch_sizes(sizes: Sequence[int], B: int, T: int) -> None:
+    if not isinstance(sizes, Sequence) or any(type(n) is not int for n in sizes):
+        raise TypeError(f"batch_sizes: got {sizes!r}, expected a sequence of whole numbers")
+    before = [B, *sizes]
+    if len(sizes) != T or any(not 0 <= n <= m for m, n in zip(before, sizes, strict=False)):
+        raise ValueError(
+            f"batch_sizes: got {list(sizes)}, expected T = {T} numbers from B = {B} down to 0 that"
+            " never grow"
+        )
 
 
 def _source(tensor, attention, key_powers, mask, context, B: int, H: int, vector: bool) -> int:

@@ -22,6 +22,7 @@ def forward(
     feedback,
     readout,
     input_dropout,
+    batch_sizes=(),
 ):
     (T, B, _), (L, _, H), empty = inputs.shape, hidden.shape, inputs.new_empty
     queries, contexts, weights, logits = empty(0), empty(0), empty(0), empty(0)
@@ -67,7 +68,7 @@ def backward(
     weights,
     *others,
 ):
-    need_state = others[-1]
+    need_state = others[6]
     first = grad_contexts.new_empty(grad_contexts.shape[1:] or 0)
     same = (gates, queries, weights, grad_contexts)
     state = (x.new_empty(x.shape if need_state else 0) for x in (grad_hidden, grad_cell))

@@ -1,6 +1,6 @@
 """The op of each backend that has kernels, and what it makes of shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def _(a, b, blas=None):
 
 
 @torch.library.register_fake("seq2seq_fast::products")
-def _(a, b, sums):
+def _(a, b, sums, batch_sizes):
     found = [a.new_empty(a.shape[0], x.shape[1]) for x in b]
     return [*found, a.new_empty(a.shape[0])] if sums else found
 
@@ -57,7 +57,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.seq2seq_fast.product(a, b)
 
 
-def products(a: Tensor, b: list[Tensor], sums: bool = False) -> list[Tensor]:
+def products(
+    a: Tensor, b: list[Tensor], sums: bool = False, batch_sizes: Sequence[int] = ()
+) -> list[Tensor]:
     """`product` of a with each of b, and if they are wanted the sums (M,) of its rows: a is read
-    once for all of them."""
-    return torch.ops.seq2seq_fast.products(a, b, sums)
+    once for all of them. Its columns are in as many parts as there are batch_sizes, and but for the
+    first of each they are zeros."""
+    return torch.ops.seq2seq_fast.products(a, b, sums, batch_sizes)

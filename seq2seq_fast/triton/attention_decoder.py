@@ -162,8 +162,9 @@ def attention_decoder(
     feedback: list[int],
     readout: list[Tensor],
     input_dropout: Tensor | None,
+    batch_sizes: list[int],
 ) -> tuple[Tensor, ...]:
-    """Of powers, what other kernels derive from keys, these have no use."""
+    """Of powers, what other kernels derive from keys, these have no use; batch_sizes are empty."""
     return _Forward(
         inputs, hidden, cell, layers, attention, mask, context, dropout, cell_type, query_after,
         feedback, readout, input_dropout,

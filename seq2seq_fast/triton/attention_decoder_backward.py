@@ -112,8 +112,9 @@ def attention_decoder_backward(
     cell_type: str,
     query_after: bool,
     need_state: bool,
+    batch_sizes: list[int],
 ) -> tuple[Tensor, ...]:
-    """Of powers, what other kernels derive from keys, these have no use."""
+    """Of powers, what other kernels derive from keys, these have no use; batch_sizes are empty."""
     *found, d_hidden, d_cell, d_context = _Backward(
         grad_outputs, grad_contexts, grad_weights, grad_hidden, grad_cell, hiddens, cells, gates,
         queries, weights, layers, attention, dropout, cell_type, query_after,

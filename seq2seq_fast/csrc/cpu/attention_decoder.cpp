@@ -49,20 +49,25 @@ struct Feedback {
   bool is(size_t i, int64_t t) const { return i < steps.size() && steps[i] == t; }
 
   // Writes logits[:, steps[i]] and tokens[i], and what they embed to (B, E).
-  void read(size_t i, const std::vector<Tensor>& features, const Tensor& out) const {
+  // Of n rows: of the others they are zeros, and token 0.
+  void read(size_t i, const std::vector<Tensor>& features, int64_t n, const Tensor& out) const {
     const auto& [embedding, weight, bias] = std::tie(readout[0], readout[1], readout[2]);
     const int64_t t = steps[i], B = out.size(0), E = embedding.size(1);
     const int64_t V = weight.size(0), ld = logits.stride(0);
-    const Tensor rows = view(logits, {B, V}, {ld, 1}, t * V);
+    const Tensor rows = view(logits, {n, V}, {ld, 1}, t * V);
     int64_t column = 0;
     for (const Tensor& x : features) {
-      product(rows, x, transposed(columns(weight, column, x.size(1))), column ? &rows : &bias);
+      product(rows, first_rows(x, n), transposed(columns(weight, column, x.size(1))),
+              column ? &rows : &bias);
       column += x.size(1);
     }
     int64_t* ids = data<int64_t>(tokens) + static_cast<int64_t>(i) * B;
+    clear_rows(ids, n, B, 1);
+    clear_rows(data<A>(out), n, B, E);
+    for (int64_t b = n; b < B; ++b) std::fill_n(data<A>(logits) + b * ld + t * V, V, A(0));
     const Rows<A> table(embedding);
     const A* factors = dropout ? data<A>(*dropout) + t * B * E : nullptr;
-    parallel(B, V + E, [&](int64_t begin, int64_t end) {
+    parallel(n, V + E, [&](int64_t begin, int64_t end) {
       Buffer<A> scratch(table.scratch(1));
       for (int64_t b = begin; b < end; ++b) {
         ids[b] = argmax(data<A>(rows) + b * ld, V);
@@ -99,6 +104,7 @@ class Forward {
         L_(run.hiddens.size(0)),
         H_(run.hiddens.size(3)),
         G_(run.gates.size(3)),
+        sizes_(call.batch_sizes, T_, B_),
         in_turn_(!source && feedback.steps.empty()),
         dropped_(empty(call.inputs, {call.dropout ? (in_turn_ ? T_ : L_ - 1) : 0, B_, H_})),
         dropped_fed_(call.context_dropout ? B_ * call.fed(run).size(2) : 0),
@@ -127,7 +133,7 @@ class Forward {
         empty(call_.inputs, {B_, feedback_.steps.empty() ? 0 : call_.inputs.size(2)});
     for (int64_t t = 0; t < T_; ++t) {
       if (feedback_.is(next, t)) {
-        feedback_.read(next, features(t), fed_back);
+        feedback_.read(next, features(t), sizes_.at(t - 1), fed_back);
         begin_gates(0, t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
@@ -202,15 +208,18 @@ class Forward {
     const Tensor w = transposed(layers_[l].w_input), &bias = layers_[l].bias;
     const int64_t rows = steps * B_, first = (l * T_ + t) * B_ * G_, n = w.size(1);
     const Tensor gates = view(run_.gates, {rows, n}, {G_, 1}, first);
+    const auto of_steps = sizes_.of_steps.begin() + (sizes_.of_steps.empty() ? 0 : t);
+    const RowRuns there =
+        sizes_.of_steps.empty() ? RowRuns() : runs_of({of_steps, of_steps + steps}, B_);
     if (bias.dim() == 1) {
       const Tensor of_input = view(bias, {n}, {1});
-      product(gates, x, w, &of_input);
+      product(gates, x, w, &of_input, there);
       if (n < G_)  // a GRU's gate that does not read the input
         copy(view(run_.gates, {rows, G_ - n}, {G_, 1}, first + n),
              view(bias, {rows, G_ - n}, {0, 1}, n));
     } else {
       for (int64_t i = t; i < t + steps; ++i) fill(at(run_.gates, l, i), bias);
-      product(gates, x, w, &gates);
+      product(gates, x, w, &gates, there);
     }
   }
 
@@ -227,29 +236,36 @@ class Forward {
     const int64_t A_ = source_->v.size(0);
     const A* top = data<A>(run_.hiddens) + ((L_ - 1) * (T_ + 1) + state) * B_ * H_;
     A* queries = data<A>(run_.queries) + t * B_ * A_;
-    over_panels(w_query_->layout.panels(), B_, w_query_->operations(),
+    const int64_t rows = sizes_.at(t);
+    over_panels(w_query_->layout.panels(), rows, w_query_->operations(),
                 [&](int64_t p, int64_t b, int64_t n) {
                   w_query_->product(p, top + b * H_, H_, n, data<A>(source_->b_query), 0,
                                     queries + b * A_, A_);
                 });
-    if (location_ == nullptr)
-      return source_->attend(at(run_.queries, t), at(run_.contexts, t + 1), at(run_.weights, t));
-    std::vector<typename Location<A>::Row> rows;
+    if (location_ == nullptr) {
+      const Tensor contexts = at(run_.contexts, t + 1), weights = at(run_.weights, t);
+      clear_rows(queries, rows, B_, A_);
+      clear_rows(data<A>(contexts), rows, B_, contexts.size(1));
+      clear_rows(data<A>(weights), rows, B_, weights.size(1));
+      return source_->attend(first_rows(at(run_.queries, t), rows), first_rows(contexts, rows),
+                             first_rows(weights, rows));
+    }
+    std::vector<typename Location<A>::Row> places;
     for (int64_t b = 0; b < B_; ++b) {
       const auto row = [b](const Tensor& x, int64_t i) {
         return data<A>(x) + i * x.stride(0) + b * x.stride(1);
       };
-      rows.push_back({b, row(run_.queries, t), row(call_.locations, t), row(run_.contexts, t + 1),
-                      row(run_.weights, t), row(call_.locations, t + 1)});
+      places.push_back({b, row(run_.queries, t), row(call_.locations, t), row(run_.contexts, t + 1),
+                        row(run_.weights, t), row(call_.locations, t + 1)});
     }
-    location_->attend(rows);
+    location_->attend(places);
   }
 
   void advance_layer(int64_t l, int64_t t) {
     const bool has_cell = call_.kind == Cell::kLstm;
-    const int64_t slab = B_ * H_;
+    const int64_t slab = B_ * H_, rows = sizes_.at(t);
     A* gates = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
-    const A* before = data<A>(run_.hiddens) + (l * (T_ + 1) + t) * slab;
+    A* before = data<A>(run_.hiddens) + (l * (T_ + 1) + t) * slab;
     A* after = data<A>(run_.hiddens) + (l * (T_ + 1) + t + 1) * slab;
     A* memory = has_cell ? data<A>(run_.cells) + (l * (T_ + 1) + t) * slab : nullptr;
     const A* factors =
@@ -282,8 +298,10 @@ class Forward {
     const bool from_zeros =
         t == 0 && std::all_of(before, before + slab, [](A h) { return h == 0; });
     const Layout& layout = w_hidden.layout;
+    for (A* state : {before, memory})  // of rows that are over
+      if (state) std::copy(state + rows * H_, state + slab, state + slab + rows * H_);
     over_panels(
-        layout.panels(), B_, 2 * w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
+        layout.panels(), rows, 2 * w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
           Buffer<A> tile(n *
                          kPanel);  // rows of gates lie where one drives the other out of the cache
           const A *init = bias ? bias : gates + b * G_, *raw = tile;
@@ -311,6 +329,7 @@ class Forward {
   const Run& run_;
   const Location<A>* const location_;
   const int64_t T_, B_, L_, H_, G_;
+  const BatchSizes sizes_;
   const bool in_turn_;
   const Tensor dropped_;  // what the next layer reads: of each layer, or in turn of each step
   Buffer<A> dropped_fed_, dropped_features_;

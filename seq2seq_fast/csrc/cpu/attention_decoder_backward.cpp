@@ -51,6 +51,7 @@ class Backward {
         G_(run_.gates.size(3)),
         H_(run_.hiddens.size(3)),
         first_hidden_(G_ - layers[0].w_hidden.size(0)),
+        sizes_(call.batch_sizes, T_, B_),
         in_turn_(!source),
         outputs_(call.given.outputs) {
     const auto add = [](std::deque<Packed<A>>& to, const Tensor& w) {
@@ -99,7 +100,7 @@ class Backward {
     const Tensor& w = layers_[l].w_input;
     const Tensor out = empty(d_.gates, {T_, B_, H_});
     const Tensor gates = view(d_.gates, {T_ * B_, w.size(0)}, {G_, 1}, l * T_ * B_ * G_);
-    product(view(out, {T_ * B_, H_}, {H_, 1}), gates, w, nullptr);
+    product(view(out, {T_ * B_, H_}, {H_, 1}), gates, w, nullptr, runs_of(sizes_.of_steps, B_));
     if (!call_.dropout) return out;
     const int64_t n = B_ * H_;
     const A* factors = data<A>(*call_.dropout) + (l - 1) * T_ * n;
@@ -163,9 +164,13 @@ class Backward {
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
+    const int64_t rows = sizes_.at(t);
     if (location_ == nullptr) {
-      source_->attend_backward(at(d_.contexts, t), at(call_.given.weights, t), at(run_.queries, t),
-                               at(run_.weights, t), at(d_.scores, t), at(d_.queries, t));
+      const auto step = [&](const Tensor& x) { return first_rows(at(x, t), rows); };
+      for (const Tensor& x : {d_.contexts, d_.scores, d_.queries})
+        clear_rows(data<A>(x) + t * x.stride(0), rows, B_, x.size(2));
+      source_->attend_backward(step(d_.contexts), step(call_.given.weights), step(run_.queries),
+                               step(run_.weights), step(d_.scores), step(d_.queries));
     } else {
       const auto step = [&](const Tensor& x) { return data<A>(x) + t * x.stride(0); };
       location_->attend_backward(step(d_.contexts), step(call_.given.weights), step(run_.queries),
@@ -176,7 +181,7 @@ class Backward {
     const A* queries = data<A>(d_.queries) + t * B_ * width;
     A* top = hidden(L_ - 1);
     // Before the step the top layer's gradient is the one of step t - 1.
-    over_panels(w_query_->layout.panels(), B_, w_query_->operations(),
+    over_panels(w_query_->layout.panels(), rows, w_query_->operations(),
                 [&](int64_t p, int64_t b, int64_t n) {
                   w_query_->product(p, queries + b * width, width, n, top + b * H_, H_,
                                     top + b * H_, H_);
@@ -195,8 +200,10 @@ class Backward {
         call_.state_dropout ? data<A>(*call_.state_dropout) + (l * T_ + t) * slab : nullptr;
     A *dh = hidden(l), *dg = gates(l, t), *dc = c ? data<A>(d_.cell) + l * slab : nullptr;
     constexpr int64_t kRows = 4;
-    parallel_in_turns((B_ + kRows - 1) / kRows, kRows * 20 * H_, [&](int64_t task) {
-      for (int64_t b = task * kRows; b < std::min(B_, (task + 1) * kRows); ++b) {
+    const int64_t rows = sizes_.at(t);
+    clear_rows(dg, rows, B_, G_);
+    parallel_in_turns((rows + kRows - 1) / kRows, kRows * 20 * H_, [&](int64_t task) {
+      for (int64_t b = task * kRows; b < std::min(rows, (task + 1) * kRows); ++b) {
         const int64_t row = b * H_;
         for (int64_t i = 0; output && i < H_; ++i) dh[row + i] += output[b * ld_output + i];
         for (int64_t i = row; kept && i < row + H_; ++i) dh[i] *= kept[i];
@@ -231,10 +238,11 @@ class Backward {
       init = of < 0 ? nullptr : data<A>(given) + of * given.stride(0);
       ld_init = given.stride(1);
       if (call_.context_dropout) factors = data<A>(*call_.context_dropout) + t * B_ * width;
+      if (call_.query_after) begin_context(of, sizes_.at(t), init, ld_init, dx, width);
     }
     const int64_t hidden_panels = t > 0 || call_.need_state ? w_hidden.layout.panels() : 0;
     const int64_t panels = hidden_panels + (w_x ? w_x->layout.panels() : 0);
-    over_panels(panels, B_, w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
+    over_panels(panels, sizes_.at(t), w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
       if (p < hidden_panels) {
         // Of a GRU a part has passed the gates by.
         w_hidden.product(p, dg + b * G_ + first_hidden_, G_, n,
@@ -247,6 +255,13 @@ class Backward {
     });
   }
 
+  // The gradient dx of the context after step t for the rows from n on, which no step reads: what
+  // is given, of a step that they have.
+  void begin_context(int64_t t, int64_t n, const A* given, int64_t ld, A* dx, int64_t width) const {
+    if (t < 0) return clear_rows(dx, n, B_, width);
+    for (int64_t b = n; b < sizes_.at(t); ++b) std::copy_n(given + b * ld, width, dx + b * width);
+  }
+
   const DecoderBackwardCall& call_;
   const std::vector<Layer>& layers_;
   const States& run_;
@@ -254,6 +269,7 @@ class Backward {
   const Gradients& d_;
   Location<A>* const location_;
   const int64_t L_, T_, B_, G_, H_, first_hidden_;
+  const BatchSizes sizes_;
   const bool in_turn_;  // the layers, where nothing is fed back
   Tensor outputs_;  // gradients (T, B, H) of the top layer's outputs, or in turn of each layer's
   std::deque<Packed<A>> w_hidden_, w_input_;  // of all layers, of all but the first

@@ -47,7 +47,7 @@ static void backward_in_float(const Source& source, const Tensor& dcontext, cons
   const Rows<float> rows(source.values);
   const int64_t S = k.S, D = source.values.size(2), Hp = k.Hp;
   const bool v_last = q.max_v < INFINITY;  // as in scores_backward
-  parallel(k.B, S * (D / 4 + 4 * k.H), [&](int64_t begin, int64_t end) {
+  parallel(q.B, S * (D / 4 + 4 * k.H), [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(rows.scratch(S)), g(S), sum(Hp), ones(Hp), raw(k.gather_floats());
     std::fill_n(+ones, Hp, 1.f);
     for (int64_t b = begin; b < end; ++b) {

@@ -10,6 +10,12 @@
 
 namespace seq2seq_fast::decoder {
 
+// Rows from the nth on of B, `width` numbers each and one behind the other, become zeros.
+template <typename A>
+void clear_rows(A* x, int64_t n, int64_t B, int64_t width) {
+  std::fill(x + n * width, x + B * width, A(0));
+}
+
 // Each row becomes the bias, (W,) or (B, W).
 void fill(const Tensor& out, const Tensor& bias);
 

@@ -59,10 +59,6 @@ void logit_gradients(double* x, double factor, const double* subtrahend, int64_t
   }
 }
 
-Tensor first_rows(const Tensor& x, int64_t n) {
-  return view(x, {n, x.size(1)}, {x.stride(0), x.stride(1)});
-}
-
 struct Options {
   double smoothing;
   int64_t ignored;

@@ -11,6 +11,7 @@
 #endif
 
 #include <array>
+#include <numeric>
 #include <string_view>
 #include <vector>
 
@@ -32,17 +33,21 @@ constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin i
 // no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150 to 210
 // GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only one that
 // has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to 215, the
-// most for small results. On Intel's processors (measured on Emerald Rapids) these loops have the
-// edge for small products, and where several have one factor; MKL, by a tenth, for large ones.
+// most for small results. Without AVX-512 (measured on a Zen 4 that hides it) it is 30 to 155
+// against 55 to 168, all that two cores can do, but for large results, where MKL has a tenth more.
+// On Intel's processors (measured on Emerald Rapids) these loops have the edge for small products,
+// and where several have one factor; MKL, by a tenth, for large ones.
 int64_t most_of_ours() {
   static const int64_t most = []() -> int64_t {
-    if (!std::string_view(loops.name).starts_with("avx512")) return 0;
+    const std::string_view name = loops.name;
+    const bool wide = name.starts_with("avx512");
+    if (!wide && !name.starts_with("avx2")) return 0;
 #ifdef __x86_64__
     unsigned a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0) return 0;
     const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-    if (__builtin_cpu_is("amd")) return family >= 25 ? INT64_MAX : 0;
-    if (__builtin_cpu_is("intel")) return int64_t{1} << 29;
+    if (__builtin_cpu_is("amd") && family >= 25) return wide ? INT64_MAX : int64_t{1} << 31;
+    if (__builtin_cpu_is("intel") && wide) return int64_t{1} << 29;
 #endif
     return 0;
   }();
@@ -95,12 +100,33 @@ void add_panels(std::vector<Panel>& to, const Tensor& out, const Tensor& b, cons
                   static_cast<float*>(out.data_ptr()) + j});
 }
 
+// Of the rows that count, of `all` where none are named, those from the `begin`th to the `end`th:
+// f(first, count, how many of them come before), run by run.
+template <typename F>
+void over_runs(const RowRuns& runs, int64_t begin, int64_t end, F f) {
+  if (runs.empty()) return f(begin, end - begin, 0);
+  int64_t before = 0;  // rows of the runs before
+  for (const RowRun& run : runs) {
+    const int64_t from = std::max(begin - before, int64_t{0});
+    const int64_t count = std::min(run.count, end - before) - from;
+    if (count > 0) f(run.first + from, count, before + from - begin);
+    before += run.count;
+  }
+}
+int64_t rows_of(const RowRuns& runs, int64_t all) {
+  return runs.empty() ? all
+                      : std::accumulate(runs.begin(), runs.end(), int64_t{0},
+                                        [](int64_t n, RowRun run) { return n + run.count; });
+}
+
 // What a (M, K) is multiplied by may be columns of several matrices: a is read once for all, and
-// for the sums (M,) of its rows, which can be had of an `a` that is copied, its columns not next to
-// each other.
-void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nullptr) {
+// for the sums (M,) of its rows. Those, and the choice of K's rows, can be had of an `a` that is
+// copied, its columns not next to each other; the choice of M's of one that is not.
+void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nullptr,
+              const RowRuns& of_m = {}, const RowRuns& of_k = {}) {
   const Strided a(a_);
-  const int64_t M = a_.size(0), K = a_.size(1), panels = static_cast<int64_t>(all.size());
+  const int64_t M = rows_of(of_m, a_.size(0)), K = rows_of(of_k, a_.size(1));
+  const int64_t panels = static_cast<int64_t>(all.size());
   if (M == 0 || panels == 0) return;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   // As many chunks of rows for each thread as it takes to stay below the most.
@@ -119,27 +145,35 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nul
     for (int64_t k = 0; k < K || k == 0; k += std::max<int64_t>(piece, 1)) {
       const int64_t n_k = std::min(piece, K - k);
       const bool across = a.column != 1;
-      if (across) a.transposed().copy(k, first, n_k, m, copied, ld_copied);
+      if (across)
+        over_runs(of_k, k, k + n_k, [&](int64_t from, int64_t n, int64_t before) {
+          a.transposed().copy(from, first, n, m, copied + before * ld_copied, ld_copied);
+        });
       if (sums != nullptr && first_panel == 0)
         loops.sum_rows(copied, ld_copied, n_k, m, k > 0, sums + first);
       for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
         const Panel& p = all[i];
         const int64_t filled = round_up(p.n, kBlock);
-        p.b.copy(k, p.first, n_k, p.n, panel, kPanel);
+        over_runs(of_k, k, k + n_k, [&](int64_t from, int64_t n, int64_t before) {
+          p.b.copy(from, p.first, n, p.n, panel + before * kPanel, kPanel);
+        });
         for (int64_t r = 0; p.n < filled && r < n_k; ++r)
           std::fill_n(panel + r * kPanel + p.n, filled - p.n, 0.f);
-        float* const out = p.out + first * p.ldo;
-        const float* const init = k > 0 ? out : p.init ? p.init + first * p.ld_init : nullptr;
-        loops.product_panel(across ? copied : a.at(first, k), across ? ld_copied : a.row, across, m,
-                            n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
+        over_runs(of_m, first, first + m, [&](int64_t row, int64_t n, int64_t) {
+          float* const out = p.out + row * p.ldo;
+          const float* const init = k > 0 ? out : p.init ? p.init + row * p.ld_init : nullptr;
+          loops.product_panel(across ? copied : a.at(row, k), across ? ld_copied : a.row, across, n,
+                              n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
+        });
       }
     }
   });
 }
-void by_loops(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
+void by_loops(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init,
+              const RowRuns& rows = {}) {
   std::vector<Panel> panels;
   add_panels(panels, out, b, init);
-  by_loops(a, panels);
+  by_loops(a, panels, nullptr, a.stride(1) == 1 ? rows : RowRuns());
 }
 
 // Of few rows, with a weight's (N, K), of which a copy would take longer than the product.
@@ -190,8 +224,10 @@ Tensor sums_of_rows(const Tensor& a) {
   return torch::stable::sum(a, kColumns);
 }
 
-// Of each b, and then, where `sums` asks for it, of ones.
-std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
+// Of each b, and then, where `sums` asks for it, of ones. Of K rows, a multiple of how many
+// batch_sizes there are, others than the first of each part are zeros in a.
+std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums,
+                                std::vector<int64_t> batch_sizes) {
   std::vector<Tensor> outs;
   for (const Tensor& x : b) {
     STD_TORCH_CHECK(a.dim() == 2 && x.dim() == 2 && a.size(1) == x.size(0) &&
@@ -206,7 +242,10 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums) {
     for (size_t i = 0; i < b.size(); ++i) add_panels(panels, outs[i], b[i], nullptr);
     const bool with_sums = sums && !panels.empty() && a.stride(1) != 1;
     Tensor of_rows = empty(a, {with_sums ? a.size(0) : 0});
-    by_loops(a, panels, with_sums ? static_cast<float*>(of_rows.data_ptr()) : nullptr);
+    const bool chooses = !batch_sizes.empty() && a.stride(1) != 1;
+    const auto steps = static_cast<int64_t>(batch_sizes.size());
+    by_loops(a, panels, with_sums ? static_cast<float*>(of_rows.data_ptr()) : nullptr, {},
+             chooses ? runs_of(batch_sizes, a.size(1) / steps) : RowRuns());
     if (sums) outs.push_back(with_sums ? of_rows : sums_of_rows(a));
   } else {
     for (size_t i = 0; i < b.size(); ++i) by_blas(outs[i], a, b[i], nullptr);
@@ -233,11 +272,24 @@ void product_in_place(const float* a, int64_t lda, int64_t m, int64_t K, const f
   }
 }
 
-void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init) {
+RowRuns runs_of(const std::vector<int64_t>& sizes, int64_t B) {
+  RowRuns runs;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    const int64_t first = static_cast<int64_t>(t) * B;
+    if (!runs.empty() && runs.back().first + runs.back().count == first)
+      runs.back().count += sizes[t];
+    else
+      runs.push_back({first, sizes[t]});
+  }
+  return runs;
+}
+
+void product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* init,
+             const RowRuns& rows) {
   if (are_few(a, b))
     by_rows(out, a, b, init);
   else if (by_ours(a, b.size(1)))
-    by_loops(out, a, b, init);
+    by_loops(out, a, b, init, rows);
   else
     by_blas(out, a, b, init);
 }

@@ -194,6 +194,7 @@ class Forward {
 Run decode(const DecoderCall& call) {
   STD_TORCH_CHECK(call.inputs.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
+  STD_TORCH_CHECK(call.batch_sizes.empty(), "expected no batch_sizes: kernels read all rows");
   const Device device(call.inputs);
   Run run = run_of(call.inputs, call.hidden, call.cell, call.attention, call.context, call.kind,
                    call.feedback, call.readout);

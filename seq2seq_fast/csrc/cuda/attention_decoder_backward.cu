@@ -246,6 +246,7 @@ std::pair<Gradients, OfLocation> retreat(const DecoderBackwardCall& call) {
   const Tensor& gates = call.run.gates;
   STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Float,
                   "expected float32: the decoder has a CUDA kernel for nothing else");
+  STD_TORCH_CHECK(call.batch_sizes.empty(), "expected no batch_sizes: kernels read all rows");
   const Device device(gates);
   std::optional<Source> source;
   if (!call.attention.empty())
