@@ -30,6 +30,7 @@ class Model:
     emb: int = 100
     layers: int = 2
     ratio: float = 1.0  # of teacher forcing
+    padded: bool = False  # rows of a quarter of S and T to all of them
 
     def shape(self):
         kept = asdict(self)
@@ -40,10 +41,12 @@ WORDS = Model("tutorial, 10,000 words", STEP, 64, 30, 30, 10_000)
 LETTERS = Model("tutorial, 100 tokens", DECODER, 64, 50, 50, 100)
 SPEECH = Model("speech", DECODER, 8, 400, 60, 100, 1024, 128, 1)
 PHONEMES = Model("grapheme-to-phoneme", STEP, 64, 9, 9, 42, ratio=0.5)
+PADDED = replace(LETTERS, name="tutorial, 100 tokens, padded", what=STEP, padded=True)
+PAD = 0
 STEPS = (25, 50, 100, 200)
 
 QUICK = {
-    "test_model": (("case",), [(WORDS,), (LETTERS,), (PHONEMES,), (SPEECH,)]),
+    "test_model": (("case",), [(WORDS,), (LETTERS,), (PHONEMES,), (PADDED,), (SPEECH,)]),
     "test_peak_memory": (("case",), [(WORDS,)]),
 }
 FULL = {
@@ -87,7 +90,8 @@ def build(kind, case):
         encoder = Given(case)
     else:
         encoder = parts.Encoder(case.V, case.emb, case.H, case.layers, dropout)
-    return kind(encoder, parts.Decoder(case.V, case.emb, case.H, case.layers, dropout))
+    decoder = parts.Decoder(case.V, case.emb, case.H, case.layers, dropout)
+    return kind(encoder, decoder, PAD if case.padded else None)
 
 
 def contender(kind, case):
@@ -96,14 +100,19 @@ def contender(kind, case):
     g = torch.Generator().manual_seed(1)
     src = torch.randint(case.V, (case.B, case.S), generator=g)
     trg = torch.randint(case.V, (case.B, case.T + 1), generator=g)
+    if case.padded:
+        ends = torch.randint(case.S // 4, case.S + 1, (case.B, 1), generator=g)
+        src = src.clamp_min(PAD + 1).masked_fill_(torch.arange(case.S) >= ends, PAD)
+        trg = trg.clamp_min(PAD + 1).masked_fill_(torch.arange(case.T + 1) > ends, PAD)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)  # for all, as in the demo
     grad = torch.randn(case.B, case.T + 1, case.V, generator=g) if case.what == DECODER else None
+    ignored = PAD if case.padded else -100
 
     def loss():
         if kind is s2s.Seq2Seq:  # as training.train has it
-            return model.loss(src, trg, case.ratio)
-        logits = model(src, trg, case.ratio)[:, 1:]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), trg[:, 1:].flatten())
+            return model.loss(src, trg, case.ratio, ignore_index=ignored)
+        logits = model(src, trg, case.ratio)[:, 1:].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, trg[:, 1:].flatten(), ignore_index=ignored)
 
     def train():
         random.seed(0)

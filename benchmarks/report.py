@@ -39,10 +39,13 @@ def machine() -> dict:
     import torch
 
     lowered = os.environ.get("ATEN_CPU_CAPABILITY")  # the instruction set that was asked for
+    # A virtual machine may hide that of its processor, which its name does not tell.
+    has = torch.backends.cpu.get_cpu_capability()
+    narrow = f"{lowered} alone" if lowered else "AVX2" if has == "AVX2" else ""
     return {
-        "cpu": cpu_model() + (f", {lowered} alone" if lowered else ""),
+        "cpu": cpu_model() + (f", {narrow}" if narrow else ""),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": has,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

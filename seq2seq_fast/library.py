@@ -26,12 +26,12 @@ SCHEMAS = {
     "attention_decoder": "(Tensor inputs, Tensor hidden, Tensor cell, Tensor[] layers,"
     " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
     " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
-    " int[] batch_sizes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int[] batch_sizes=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attention_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
     " Tensor queries, Tensor weights, Tensor[] layers, Tensor[] attention, Tensor? powers,"
     " Tensor? dropout, str cell_type, bool query_after, bool need_state,"
-    " int[] batch_sizes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int[] batch_sizes=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One query of each source. location: conv, projection and state; see Location.
     "location_attention": "(Tensor query, Tensor keys, Tensor values, Tensor v, Tensor? mask,"
     " Tensor[] location, int[] accumulates) -> (Tensor, Tensor, Tensor)",
@@ -45,7 +45,8 @@ SCHEMAS = {
     " Tensor[] attention, Tensor? mask, Tensor? powers, Tensor? context, Tensor? dropout,"
     " str cell_type, bool query_after, int[] feedback, Tensor[] readout, Tensor? input_dropout,"
     " Tensor[] location, int[] accumulates, Tensor? state_dropout, Tensor[] vector, str activation,"
-    " Tensor? vector_dropout, Tensor? context_dropout, Tensor? features_dropout)"
+    " Tensor? vector_dropout, Tensor? context_dropout, Tensor? features_dropout,"
+    " int[] batch_sizes=[])"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "extended_decoder_backward": "(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,"
     " Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells, Tensor gates,"
@@ -53,14 +54,14 @@ SCHEMAS = {
     " Tensor? dropout, str cell_type, bool query_after, bool need_state, Tensor grad_location,"
     " Tensor[] location, int[] accumulates, bool detach, Tensor? state_dropout,"
     " Tensor grad_vectors, Tensor vectors, Tensor[] vector, str activation, Tensor? vector_dropout,"
-    " Tensor? context_dropout, Tensor? features_dropout)"
+    " Tensor? context_dropout, Tensor? features_dropout, int[] batch_sizes=[])"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
     " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # a b; `blas` names what computes it, None is the faster one.
     "product": "(Tensor a, Tensor b, bool? blas=None) -> Tensor",
     # a with each of b in turn, and then, if they are wanted, the sums of its rows. Of a's columns,
     # in as many parts as there are batch_sizes, those behind the first of each part are zeros.
-    "products": "(Tensor a, Tensor[] b, bool sums, int[] batch_sizes) -> Tensor[]",
+    "products": "(Tensor a, Tensor[] b, bool sums, int[] batch_sizes=[]) -> Tensor[]",
     "dropout_factors": "(Tensor seed, int[] size, float p) -> Tensor",
     "linear_cross_entropy": "(Tensor input, Tensor linear_weight, Tensor? linear_bias,"
     " Tensor target, Tensor? weight, Tensor? logits, int[] steps, float label_smoothing,"
@@ -124,8 +125,8 @@ def _attention_backward(
 
 
 def _decoder(*args):
-    *others, sizes = args
-    run = reference_decoder.attention_decoder(*others, batch_sizes=sizes)
+    others, sizes = args[:14], args[14:]  # what is a default may be left out
+    run = reference_decoder.attention_decoder(*others, batch_sizes=sizes[0] if sizes else ())
     return run[:8]  # no location, no vectors
 
 
@@ -133,7 +134,7 @@ def _product(a, b, blas=None):
     return a @ b
 
 
-def _products(a, b, sums, batch_sizes):
+def _products(a, b, sums, batch_sizes=()):
     return [*(a @ x for x in b), *([a.sum(1)] if sums else [])]
 
 

@@ -61,7 +61,7 @@ def advance(cell_type: str, gates: Tensor, hidden: Tensor, cell: Tensor) -> tupl
 
 
 def first_rows(x: Tensor, n: int, instead: Tensor | None = None) -> Tensor:
-    """x (B, N), from the nth row on that of `instead`, or zeros."""
+    """x (B, ...), from the nth row on that of `instead`, or zeros."""
     instead = torch.zeros_like(x) if instead is None else instead
     return torch.cat([x[:n], instead[n:]])
 
@@ -162,7 +162,7 @@ def attention_decoder(
             reads them.
         batch_sizes: of B rows those that each step has, fewer and fewer, the first ones, as those
             of a PackedSequence; nothing where all have all. Behind its last step a row's state
-            stays; its queries, contexts and weights are 0, and so are logits and tokens.
+            stays; its queries, contexts, weights and vectors are 0, and so are logits and tokens.
     """
     T, B, _ = inputs.shape
     L = hidden.shape[0]
@@ -197,7 +197,8 @@ def attention_decoder(
         contexts.append(over(c, t))
         weights.append(over(w, t))
         if locations:
-            locations.append(next_location(locations[-1], w, accumulates, detach))
+            after = next_location(locations[-1], w, accumulates, detach)
+            locations.append(over(after, t, locations[-1]))
 
     def features():
         """What the readout reads after a step, and without attention before all of them too."""
@@ -207,7 +208,7 @@ def attention_decoder(
         x = torch.cat([hiddens[-1][-1], contexts[-1]], -1)
         x = F.linear(x if features_dropout is None else x * features_dropout[t], *vector)
         x = x.tanh() if activation == "tanh" else x
-        vectors.append(x if vector_dropout is None else x * vector_dropout[t])
+        vectors.append(over(x if vector_dropout is None else x * vector_dropout[t], t))
 
     if feedback:
         embedding, w_out, b_out = readout

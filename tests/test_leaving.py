@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from decoder_problems import MODULES, cast, ops_called, problem, results
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +39,8 @@ def batch():
 def sizes_of(call):
     """What the decoder's op is told, once for each time that it is called forward."""
     called = ops_called("seq2seq_fast::attention_decoder", call)
-    return [args[14] for op, args in called if op.name().endswith("::attention_decoder")]
+    forward = [args for op, args in called if op.name().endswith("::attention_decoder")]
+    return [args[14] if len(args) > 14 else [] for args in forward]  # a default is left out
 
 
 ALL = [(c, a, after) for c in MODULES for a, after in ((True, False), (True, True), (False, False))]
@@ -96,11 +98,81 @@ def test_nobody_leaves_where_somebody_would_see_it():
     encoder, m.encoder = m.encoder, Other(11, 6, 24, 2, 0.0)
     assert not told(m)
     m.encoder = encoder
-    for options in ({"location": ("cumulative",)}, {"after": True, "attentional_dim": 5}):
-        loss = model(**options).loss(src, trg, 1.0, ignore_index=PAD)  # kernels without them
-        assert loss.isfinite()
+
+    class Table(nn.Embedding):
+        pass
+
+    table, m.decoder.embedding = m.decoder.embedding, Table(13, 6)
+    assert not told(m)
+    m.decoder.embedding = table
+    encode = m.encode
+    m.encode = lambda src: encode(src)
+    assert not told(m)
+    del m.encode
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    assert not told(m)
+    hook.remove()
+    assert told(m)
     with use_backend("reference"):
         assert m.loss(src, trg, 1.0, ignore_index=PAD).isfinite()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"location": ("cumulative", "previous")}, {"after": True, "attentional_dim": 5}],
+    ids=str,
+)
+def test_rows_leave_decoders_of_all_kinds(options):
+    m, (src, trg) = model(**options).double(), batch()
+    found = []
+
+    def fused():
+        loss = m.loss(src, trg, 1.0, ignore_index=PAD)
+        found.append([loss, *torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)])
+
+    called = ops_called("seq2seq_fast::extended_decoder", fused)
+    assert [args[-1] for _, args in called] == [[6, 5, 4, 3, 3, 2, 2]] * 2
+    with use_backend("reference"):
+        fused()
+    for a, b in zip(*found, strict=True):
+        assert (a is None or not a.any()) if b is None else True
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_trace_of_an_encoder_takes_other_lengths(bidirectional):
+    encoder = s2s.Encoder(11, 6, 8, 1, 0.0, bidirectional=bidirectional)
+    src = torch.randint(11, (4, 5))
+    traced = torch.jit.trace(encoder.requires_grad_(False), (src, torch.tensor([1, 5, 2, 3])))
+    lengths = torch.tensor([5, 1, 4, 4])
+    for got, want in zip(traced(src, lengths), encoder(src, lengths), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_checkpointing_reads_what_is_kept_once():
+    m, (src, trg) = model(), batch()
+
+    def loss():
+        return m.loss(src, trg, 1.0, ignore_index=PAD)
+
+    grads = []
+    for call in (loss, lambda: torch.utils.checkpoint.checkpoint(loss, use_reentrant=False)):
+        m.zero_grad()
+        call().backward()
+        grads.append([p.grad.clone() for p in m.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("H", [1, 8])
+def test_what_lies_behind_a_rows_end_is_not_looked_at(H, dtype):
+    args = problem(H=H, attention=False, batch_sizes=[3, 3, 2, 1, 0])
+    for b, n in enumerate((4, 3, 2)):
+        args["inputs"].data[b, n:] = torch.nan
+    found, _ = results(cast(args, dtype))
+    assert all(x.isfinite().all() for name, x in found.items())
 
 
 def test_training_with_dropout_learns_and_is_reproducible():
@@ -172,7 +244,6 @@ def test_no_row_and_all_rows_at_all_steps():
         ({"batch_sizes": [3, 2, 3, 2, 1]}, ValueError, "from B = 3 down to 0 that never grow"),
         ({"batch_sizes": [4, 3, 3, 2, 1]}, ValueError, r"batch_sizes: got \[4"),
         ({"batch_sizes": [3, 2, 1, 0, -1]}, ValueError, r"batch_sizes: got \[3, 2, 1, 0, -1\]"),
-        ({"batch_sizes": [3] * 5, "state_dropout": 0.5}, ValueError, "batch_sizes: got some"),
     ],
     ids=str,
 )
@@ -204,5 +275,14 @@ def test_products_leave_out_what_are_zeros():
     want = products(a[kept].T, [x[kept] for x in b], sums=True)
     for x, y in zip(found, want, strict=True):
         torch.testing.assert_close(x, y)
+    b[0][[14 + 5, 28 + 3]] = torch.nan  # behind an end
+    for x in (a.T, a.T.contiguous()):
+        for of, dtype in itertools.product(([b[0]], b), (torch.float32, torch.float64)):
+            found = products(x.to(dtype), [y.to(dtype) for y in of], True, sizes)
+            for y, z in zip(found, [*want[: len(of)], want[-1]], strict=True):
+                torch.testing.assert_close(y.float(), z)
+    for wrong in ([36, 0], [-1], [5] * 6):
+        with pytest.raises(RuntimeError, match="expected batch_sizes of"):
+            products(a.T, b, batch_sizes=wrong)
     nothing = products(torch.zeros(40, 14).T.contiguous().T, [torch.randn(14, 3)], True, [0, 0])
     assert not any(x.any() for x in nothing)

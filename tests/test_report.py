@@ -178,10 +178,14 @@ def test_a_processor_that_does_not_say_its_model_is_told_by_its_numbers(tmp_path
     assert report.cpu_model(tmp_path / "none")
 
 
-def test_a_lowered_instruction_set_is_part_of_the_machines_name(monkeypatch):
+def test_the_instruction_set_is_part_of_the_machines_name_where_it_is_not_all(monkeypatch):
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    best = report.machine()
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    lowered = report.machine()
-    assert lowered["cpu"] == best["cpu"] + ", avx2 alone"
-    assert report.file_stem(lowered) != report.file_stem(best)
+    names, stems = [], set()
+    for has, asked in (("AVX512", None), ("AVX2", None), ("AVX2", "avx2")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda has=has: has)
+        if asked:
+            monkeypatch.setenv("ATEN_CPU_CAPABILITY", asked)
+        names.append(report.machine()["cpu"])
+        stems.add(report.file_stem(report.machine()))
+    best = names[0]
+    assert names == [best, best + ", AVX2", best + ", avx2 alone"] and len(stems) == 3

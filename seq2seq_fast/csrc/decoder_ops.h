@@ -35,7 +35,7 @@ struct DecoderCall {
   Tensor vectors = inputs;
   std::optional<Tensor> context_dropout = std::nullopt;   // (T, B, D or O)
   std::optional<Tensor> features_dropout = std::nullopt;  // (T, B, H + D)
-  std::vector<int64_t> batch_sizes = {};                  // of attention_decoder alone
+  std::vector<int64_t> batch_sizes = {};                  // see BatchSizes
 
   // What the first layer reads of attention, each step's at the step that it is of (T + 1, B, ...)
   const Tensor& fed(const Run& run) const { return vector.empty() ? run.contexts : vectors; }
@@ -126,7 +126,7 @@ struct DecoderOps {
                        std::vector<int64_t> accumulates, std::optional<Tensor> state_dropout,
                        std::vector<Tensor> vector, std::string activation,
                        std::optional<Tensor> vector_dropout, std::optional<Tensor> context_dropout,
-                       std::optional<Tensor> features_dropout) {
+                       std::optional<Tensor> features_dropout, std::vector<int64_t> batch_sizes) {
     const Tensor locations = locations_of(inputs, attention, location);
     const Tensor vectors = vectors_of(inputs, hidden, attention, vector, context);
     STD_TORCH_CHECK(vector.empty() || query_after, "expected query_after of attentional vectors");
@@ -157,7 +157,8 @@ struct DecoderOps {
                             vector_dropout,
                             vectors,
                             context_dropout,
-                            features_dropout});
+                            features_dropout,
+                            batch_sizes});
     return std::tuple_cat(run.results(), std::tuple(locations, vectors));
   }
 };
@@ -194,7 +195,7 @@ struct DecoderBackwardOps {
                        std::optional<Tensor> state_dropout, Tensor grad_vectors, Tensor vectors,
                        std::vector<Tensor> vector, std::string activation,
                        std::optional<Tensor> vector_dropout, std::optional<Tensor> context_dropout,
-                       std::optional<Tensor> features_dropout) {
+                       std::optional<Tensor> features_dropout, std::vector<int64_t> batch_sizes) {
     const auto [d, of_location] = retreat({{grad_outputs, grad_contexts, grad_weights},
                                            grad_hidden,
                                            grad_cell,
@@ -217,7 +218,8 @@ struct DecoderBackwardOps {
                                            is_tanh(activation),
                                            vector_dropout,
                                            context_dropout,
-                                           features_dropout});
+                                           features_dropout,
+                                           batch_sizes});
     const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
     return std::tuple_cat(d.results(need_state),
                           std::tuple(dkeys, dv, dconv, dprojection, dstate, d.vectors));

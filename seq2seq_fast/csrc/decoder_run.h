@@ -26,8 +26,8 @@ inline void copy(const Tensor& to, const Tensor& from) {
 }
 
 // Of B rows those that each of T steps has, as a PackedSequence has batch_sizes: fewer and fewer,
-// so that they are the first ones. Behind its last step a row's state stays, its queries, contexts
-// and weights are 0, and gradients of what it had returned there are taken for 0.
+// so that they are the first ones. Behind its last step a row's state stays, its queries, contexts,
+// weights and vectors are 0, and gradients of what it had returned there are taken for 0.
 struct BatchSizes {
   std::vector<int64_t> of_steps;  // empty: all rows have all steps
   int64_t B;

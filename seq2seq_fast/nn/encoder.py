@@ -15,7 +15,7 @@ from ..ops.dropout import dropout_factors
 from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
 from .cells import recurrent
-from .lengths import Rows
+from .lengths import Rows, values_are_known
 
 _States = tuple[Tensor, Tensor, Tensor | None]  # outputs, hidden, cell
 
@@ -205,9 +205,9 @@ class Encoder(nn.Module):
         """What the layers make of x (B, S, E), in the decoder's loop.
 
         Rows of different lengths come to it the longest first, so that those that are over leave;
-        but in a compiler, which knows no lengths.
+        but where a compiler or a trace knows no lengths.
         """
-        if rows is None or rows.sizes is not None or torch.compiler.is_compiling():
+        if rows is None or not values_are_known():
             return self._run_in_order(x, rows)
         if len(x) > 0 and int(rows.lengths.min()) == x.shape[1]:
             return self._run_in_order(x, None)

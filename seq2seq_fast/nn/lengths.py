@@ -21,6 +21,11 @@ def read_lengths(src: Tensor, pad_idx: int) -> Tensor | None:
     return ((src != pad_idx) * places).amax(1)
 
 
+def values_are_known() -> bool:
+    """Whether what is done may depend on the values of tensors: nothing records it."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 # Of all rows' steps; below that the order of rows is not worth changing.
 LEAST_LEFT = 0.03
 

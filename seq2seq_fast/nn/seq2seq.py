@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import decoding
 from ..decoding import Generated, Scored
@@ -13,13 +14,13 @@ from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.checks import flag, whole
 from ..ops.linear_cross_entropy import loss_of_steps
-from ..ops.modules import bias_of, has_hooks, make_weights
+from ..ops.modules import bias_of, knows_no_rows, make_weights
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
 from .decoder import Decoder, DecoderState
 from .encoder import Encoder
-from .lengths import leaving, read_lengths
+from .lengths import leaving, read_lengths, values_are_known
 
 
 class Seq2Seq(nn.Module):
@@ -103,8 +104,10 @@ class Seq2Seq(nn.Module):
         The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
         back the model's own argmax there are logits, one step at a time without gradients; of the
         others some rows at a time (see `linear_cross_entropy`). On the CPU a row leaves the decoder
-        after its last target that is not ignored, so that padding costs next to nothing. The mean
-        over no tokens, of T = 1 or nothing but ignore_index, is NaN, as PyTorch's.
+        after its last target that is not ignored, so that padding costs next to nothing; rows are
+        then in another order, and draw other dropout. (Not where it would be seen: in a model that
+        has hooks, or modules that are neither PyTorch's nor the library's.) The mean over no
+        tokens, of T = 1 or nothing but ignore_index, is NaN, as PyTorch's.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -160,13 +163,13 @@ class Seq2Seq(nn.Module):
         decoder = self.decoder
         return (
             decoder.embedding.weight.is_cpu
-            and not torch.compiler.is_compiling()
+            and values_are_known()
             and type(self) is Seq2Seq
             and type(self.encoder) is Encoder
             and type(decoder) is Decoder
-            and decoder.attentional_dim is None
-            and not (decoder.attention is not None and decoder.attention.location)
-            and not any(has_hooks(part) for part in self.modules())
+            and all(map(knows_no_rows, self.modules()))
+            and "encode" not in vars(self)
+            and not _has_any_global_hook()
             and isinstance(src, Tensor)
             and src.dim() == 2
             and choose("attention_decoder", decoder.embedding.weight, None) == "native"

@@ -100,9 +100,10 @@ class _Decoder(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=False))
         needs["weights"] = ctx.needs_input_grad[len(_INPUTS) :]
-        with torch.no_grad(), autocast_off(ctx.saved_tensors[0]):
-            found = _backward(ctx.options, needs, grads, *ctx.saved_tensors)
-        known = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+        saved = ctx.saved_tensors  # once: checkpointing makes them anew each time
+        with torch.no_grad(), autocast_off(saved[0]):
+            found = _backward(ctx.options, needs, grads, *saved)
+        known = [x for x in (*grads, *saved) if x is not None]
         return once(wanted(found, ctx.needs_input_grad), known)
 
 
@@ -143,7 +144,8 @@ def _run(
     if location or vector or state_dropout is not None or context_dropout is not None:
         op = OPS["extended_decoder", options.backend]
         of_read = context_dropout, features_dropout
-        return Run(*op(*args, location, adds, state_dropout, *of_vector, *of_read))
+        others = location, adds, state_dropout, *of_vector, *of_read, options.batch_sizes
+        return Run(*op(*args, *others))
     op = OPS["attention_decoder", options.backend]
     return Run(*op(*args, options.batch_sizes), *(inputs.new_empty(0) for _ in range(2)))
 
@@ -284,7 +286,7 @@ def _recurrence_backward(
     of_vectors = rows_of(of_vectors, vectors[1:]) if vector else vectors
     *found, dvectors = OPS["extended_decoder_backward", backend](
         *args, of_location, location, adds, detach, state_dropout, of_vectors, vectors, vector,
-        activation or "none", vector_dropout, context_dropout, features_dropout,
+        activation or "none", vector_dropout, context_dropout, features_dropout, sizes,
     )  # fmt: skip
     return found[:7], found[7:], dvectors
 
@@ -384,12 +386,12 @@ def attention_decoder(
             the first weight_ih is (G, E + O) then. See `AttentionalVector`. Triton has no kernels
             of it.
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
-        batch_sizes: of the B rows how many each step has, in whole numbers that never grow, as a
-            `torch.nn.utils.rnn.PackedSequence` has them: the first ones, so that the longest rows
-            come first. A row that is over costs nothing. Its state stays what it was, its contexts
-            and weights are 0, and its outputs and theirs take no gradient. None where all rows have
-            all steps. Kernels on the CPU and the reference alone; not with location, vector,
-            state_dropout or context_dropout.
+        batch_sizes: of the B rows how many each step has, in whole numbers that never grow, as
+            `batch_sizes.tolist()` of a `torch.nn.utils.rnn.PackedSequence`: the first ones, so that
+            the longest rows come first. A row that is over costs nothing. Its state stays what it
+            was, which its outputs repeat; its contexts, weights and vectors are 0; none of them
+            takes a gradient. None where all rows have all steps. Kernels on the CPU and the
+            reference alone have it.
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
@@ -422,14 +424,11 @@ def attention_decoder(
     extended = drops or location is not None or vector is not None
     op = "extended_decoder" if extended else "attention_decoder"
     backend = choose(op, inputs, backend)
-    if (
-        batch_sizes is not None
-        and backend != "reference"
-        and (extended or backend == "triton" or not inputs.is_cpu)
-    ):
+    on_cpu = backend == "native" and inputs.is_cpu
+    if batch_sizes is not None and backend != "reference" and not on_cpu:
         raise ValueError(
             f"batch_sizes: got some for backend {backend!r} on {inputs.device}, expected None but"
-            " of kernels on the CPU, without location, vector, state_dropout and context_dropout"
+            " of kernels on the CPU and of the reference"
         )
     adds_up = () if location is None else accumulates(location.channels)
     detach = location is not None and location.detach

@@ -46,8 +46,8 @@ def forward(
 
 @fake("extended_decoder")
 def extended(inputs, *args):
-    *of_decoder, location, _, _, vector, _, _, _, _ = args
-    found = forward(inputs, *of_decoder)
+    location, _, _, vector = args[13:17]
+    found = forward(inputs, *args[:13])
     (T, B, _) = inputs.shape
     states = (T + 1, *location[2].shape) if location else 0
     vectors = (T + 1, B, vector[0].shape[0]) if vector else 0
@@ -77,7 +77,7 @@ def backward(
 
 @fake("extended_decoder_backward")
 def extended_backward(*args):
-    *of_decoder, grad_location, location, _, _, _, grad_vectors, _, vector, _, _, _, _ = args
+    of_decoder, (grad_location, location, _, _, _, grad_vectors, _, vector) = args[:17], args[17:25]
     *found, first = backward(*of_decoder)
     if vector:  # which is what the cells read before the first step
         first = grad_vectors.new_empty(grad_vectors.shape[1:])

@@ -16,6 +16,13 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS)
 
 
+def knows_no_rows(module: nn.Module) -> bool:
+    """Whether a module does to each row of a batch the same, and tells nobody: it is PyTorch's or
+    the library's, with nothing hung to it."""
+    ours = type(module).__module__.startswith(("torch.nn.", "seq2seq_fast."))
+    return ours and "forward" not in vars(module) and not has_hooks(module)
+
+
 def make_weights(*modules: nn.Module | None) -> None:
     """Does what a call begins with where a module's weights are made of others: by `prune`,
     `weight_norm` and `spectral_norm` of torch.nn.utils, which hang themselves in front of it."""

@@ -6,6 +6,8 @@ side, then its cell. Everything is allocated before the first step, and nothing 
 is copied to it, so that a CUDA graph can hold it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -162,7 +164,7 @@ def attention_decoder(
     feedback: list[int],
     readout: list[Tensor],
     input_dropout: Tensor | None,
-    batch_sizes: list[int],
+    batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """Of powers, what other kernels derive from keys, these have no use; batch_sizes are empty."""
     return _Forward(

@@ -4,6 +4,8 @@ next kernels add up; attention, and the query's product. Gradients of weights, k
 products over all steps, which are left to the caller.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -112,7 +114,7 @@ def attention_decoder_backward(
     cell_type: str,
     query_after: bool,
     need_state: bool,
-    batch_sizes: list[int],
+    batch_sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """Of powers, what other kernels derive from keys, these have no use; batch_sizes are empty."""
     *found, d_hidden, d_cell, d_context = _Backward(

@@ -133,7 +133,7 @@ class Forward {
         empty(call_.inputs, {B_, feedback_.steps.empty() ? 0 : call_.inputs.size(2)});
     for (int64_t t = 0; t < T_; ++t) {
       if (feedback_.is(next, t)) {
-        feedback_.read(next, features(t), sizes_.at(t - 1), fed_back);
+        feedback_.read(next, features(t), sizes_.at(std::max<int64_t>(t, 1) - 1), fed_back);
         begin_gates(0, t, 1, fed_back);
         from_inputs(t + 1, ++next);
       }
@@ -174,10 +174,12 @@ class Forward {
     const A* contexts = data<A>(run_.contexts) + (t + 1) * B_ * D;
     const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
     A* out = data<A>(call_.vectors) + (t + 1) * B_ * O;
+    const int64_t rows = sizes_.at(t);
+    clear_rows(out, rows, B_, O);
     if (call_.features_dropout) {
       A *dropped_top = dropped_features_, *dropped_contexts = dropped_top + B_ * H_;
       const A* by = data<A>(*call_.features_dropout) + t * B_ * (H_ + D);
-      for (int64_t b = 0; b < B_; ++b, by += H_ + D) {
+      for (int64_t b = 0; b < rows; ++b, by += H_ + D) {
         for (int64_t h = 0; h < H_; ++h) dropped_top[b * H_ + h] = top[b * H_ + h] * by[h];
         for (int64_t d = 0; d < D; ++d)
           dropped_contexts[b * D + d] = contexts[b * D + d] * by[H_ + d];
@@ -186,7 +188,7 @@ class Forward {
     }
     const Packed<A>&of_output = w_vector_->output, &of_context = w_vector_->context;
     const int64_t work = of_output.operations() + of_context.operations();
-    over_panels(of_output.layout.panels(), B_, work, [&](int64_t p, int64_t b, int64_t n) {
+    over_panels(of_output.layout.panels(), rows, work, [&](int64_t p, int64_t b, int64_t n) {
       Buffer<A> tile(n * kPanel);
       of_output.to_tile(p, top + b * H_, H_, n, data<A>(call_.vector[1]), 0, tile, H_);
       of_context.to_tile(p, contexts + b * D, D, n, nullptr, 0, tile, D);
@@ -242,16 +244,18 @@ class Forward {
                   w_query_->product(p, top + b * H_, H_, n, data<A>(source_->b_query), 0,
                                     queries + b * A_, A_);
                 });
-    if (location_ == nullptr) {
-      const Tensor contexts = at(run_.contexts, t + 1), weights = at(run_.weights, t);
-      clear_rows(queries, rows, B_, A_);
-      clear_rows(data<A>(contexts), rows, B_, contexts.size(1));
-      clear_rows(data<A>(weights), rows, B_, weights.size(1));
+    const Tensor contexts = at(run_.contexts, t + 1), weights = at(run_.weights, t);
+    clear_rows(queries, rows, B_, A_);
+    clear_rows(data<A>(contexts), rows, B_, contexts.size(1));
+    clear_rows(data<A>(weights), rows, B_, weights.size(1));
+    if (location_ == nullptr)
       return source_->attend(first_rows(at(run_.queries, t), rows), first_rows(contexts, rows),
                              first_rows(weights, rows));
-    }
+    const int64_t numbers = location_->state_numbers();
+    A* place = data<A>(call_.locations) + t * B_ * numbers;  // of rows that are over it stays
+    std::copy(place + rows * numbers, place + B_ * numbers, place + (B_ + rows) * numbers);
     std::vector<typename Location<A>::Row> places;
-    for (int64_t b = 0; b < B_; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       const auto row = [b](const Tensor& x, int64_t i) {
         return data<A>(x) + i * x.stride(0) + b * x.stride(1);
       };
@@ -289,7 +293,7 @@ class Forward {
       x = data<A>(fed) + (call_.query_after ? t : t + 1) * B_ * width;
       if (call_.context_dropout) {
         const A* by = data<A>(*call_.context_dropout) + t * B_ * width;
-        for (int64_t i = 0; i < B_ * width; ++i) dropped_fed_[i] = x[i] * by[i];
+        for (int64_t i = 0; i < rows * width; ++i) dropped_fed_[i] = x[i] * by[i];
         x = dropped_fed_;
       }
     }

@@ -121,7 +121,9 @@ class Backward {
     const A* after = data<A>(call_.vectors) + (t + 1) * B_ * O;
     const A* factors = call_.vector_dropout ? data<A>(*call_.vector_dropout) + t * B_ * O : nullptr;
     A* d = data<A>(d_.vectors) + t * B_ * O;
-    parallel(B_, O / 2, [&](int64_t begin, int64_t end) {
+    const int64_t rows = sizes_.at(t);
+    clear_rows(d, rows, B_, O);
+    parallel(rows, O / 2, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * O; i < end * O; ++i) {
         const A factor = factors ? factors[i] : A(1);
         const A x = factor != 0 ? after[i] / factor : A(0);  // before dropout
@@ -134,8 +136,8 @@ class Backward {
     const A* of_features =
         call_.features_dropout ? data<A>(*call_.features_dropout) + t * B_ * (H_ + D) : nullptr;
     const int64_t of_output = w_vector_->output.layout.panels();
-    over_panels(of_output + w_vector_->context.layout.panels(), B_, w_vector_->output.operations(),
-                [&](int64_t p, int64_t b, int64_t n) {
+    over_panels(of_output + w_vector_->context.layout.panels(), rows,
+                w_vector_->output.operations(), [&](int64_t p, int64_t b, int64_t n) {
                   const A* from = d + b * O;
                   const A* by = of_features ? of_features + b * (H_ + D) : nullptr;
                   if (p < of_output)
@@ -165,17 +167,17 @@ class Backward {
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
     const int64_t rows = sizes_.at(t);
+    for (const Tensor& x : {d_.contexts, d_.scores, d_.queries})
+      clear_rows(data<A>(x) + t * x.stride(0), rows, B_, x.size(2));
     if (location_ == nullptr) {
       const auto step = [&](const Tensor& x) { return first_rows(at(x, t), rows); };
-      for (const Tensor& x : {d_.contexts, d_.scores, d_.queries})
-        clear_rows(data<A>(x) + t * x.stride(0), rows, B_, x.size(2));
       source_->attend_backward(step(d_.contexts), step(call_.given.weights), step(run_.queries),
                                step(run_.weights), step(d_.scores), step(d_.queries));
     } else {
       const auto step = [&](const Tensor& x) { return data<A>(x) + t * x.stride(0); };
-      location_->attend_backward(step(d_.contexts), step(call_.given.weights), step(run_.queries),
-                                 step(call_.location[2]), step(run_.weights), step(d_.scores),
-                                 step(d_.queries));
+      location_->attend_backward(rows, step(d_.contexts), step(call_.given.weights),
+                                 step(run_.queries), step(call_.location[2]), step(run_.weights),
+                                 step(d_.scores), step(d_.queries));
     }
     const int64_t width = source_->v.size(0);
     const A* queries = data<A>(d_.queries) + t * B_ * width;

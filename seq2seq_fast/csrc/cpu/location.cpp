@@ -295,11 +295,12 @@ void Location<A>::products_with_values(int64_t b, const A* dcontext, A* out) con
 }
 
 template <typename A>
-void Location<A>::attend_backward(const A* dcontext, const A* dweights, const A* query,
-                                  const A* state, const A* weights, A* dscores, A* dquery) {
+void Location<A>::attend_backward(int64_t rows, const A* dcontext, const A* dweights,
+                                  const A* query, const A* state, const A* weights, A* dscores,
+                                  A* dquery) {
   const int64_t numbers = state_numbers(), before = K_ / 2, ld = padded_width();
   const int64_t of_place = D_ / 4 + (3 * C_ * K_ * N_ + Ap_ * (3 * N_ + 40)) / 16;
-  parallel(B_, S_ * of_place, [&](int64_t begin, int64_t end) {
+  parallel(rows, S_ * of_place, [&](int64_t begin, int64_t end) {
     const Room room(*this);
     const Buffer<A> dq(Ap_), g(Sp_), before_tanh(kPad * Ap_), dfeatures(N_ * ld), dx(C_ * Sp_);
     std::fill_n(+dfeatures, N_ * ld, A(0));

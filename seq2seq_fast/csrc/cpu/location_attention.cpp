@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> location_attention_ba
   return in_either(query, [&]<typename T>() {
     Location<T> place(location, accumulates, keys, values, v, std::nullopt);
     place.begin_backward(dense(grad_next), detach);
-    place.attend_backward(data<T>(dc), data<T>(dw), data<T>(q), data<T>(state), data<T>(w),
-                          data<T>(dscores), data<T>(dquery));
+    place.attend_backward(query.size(0), data<T>(dc), data<T>(dw), data<T>(q), data<T>(state),
+                          data<T>(w), data<T>(dscores), data<T>(dquery));
     const auto [dkeys, dv, dconv, dprojection, dstate] = place.results();
     return std::tuple(dquery, dkeys, dv, dconv, dprojection, dstate);
   });

@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
 #include <array>
 #include <numeric>
 #include <string_view>
@@ -224,8 +225,23 @@ Tensor sums_of_rows(const Tensor& a) {
   return torch::stable::sum(a, kColumns);
 }
 
+// The rows of x (K, N) that count, one behind the other.
+Tensor gathered(const Tensor& x, const RowRuns& runs) {
+  const int64_t N = x.size(1);
+  const Tensor out = empty(x, {rows_of(runs, 0), N});
+  int64_t before = 0;
+  for (const auto& [first, count] : runs) {
+    const Tensor to = view(out, {count, N}, {N, 1}, before * N);
+    const Tensor from =
+        view(x, {count, N}, {x.stride(0), x.stride(1)}, count > 0 ? first * x.stride(0) : 0);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+    before += count;
+  }
+  return out;
+}
+
 // Of each b, and then, where `sums` asks for it, of ones. Of K rows, a multiple of how many
-// batch_sizes there are, others than the first of each part are zeros in a.
+// batch_sizes there are, others than the first of each part are zeros in a, whatever b has there.
 std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums,
                                 std::vector<int64_t> batch_sizes) {
   std::vector<Tensor> outs;
@@ -237,15 +253,26 @@ std::vector<Tensor> products_op(Tensor a, std::vector<Tensor> b, bool sums,
   }
   int64_t columns = 0;
   for (const Tensor& x : b) columns += x.size(1);
-  if (by_ours(a, columns)) {
+  RowRuns rows;
+  if (const auto steps = static_cast<int64_t>(batch_sizes.size()); steps > 0) {
+    const int64_t each = a.size(1) / steps;
+    const auto fits = [&](int64_t n) { return 0 <= n && n <= each; };
+    STD_TORCH_CHECK(each * steps == a.size(1) && std::ranges::all_of(batch_sizes, fits),
+                    "expected batch_sizes of as many equal parts of K");
+    rows = runs_of(batch_sizes, each);
+  }
+  const bool ours = by_ours(a, columns);
+  if (!rows.empty() && !(ours && a.stride(1) != 1)) {
+    a = transposed(gathered(transposed(a), rows));
+    for (Tensor& x : b) x = gathered(x, rows);
+    rows.clear();
+  }
+  if (ours) {
     std::vector<Panel> panels;
     for (size_t i = 0; i < b.size(); ++i) add_panels(panels, outs[i], b[i], nullptr);
     const bool with_sums = sums && !panels.empty() && a.stride(1) != 1;
     Tensor of_rows = empty(a, {with_sums ? a.size(0) : 0});
-    const bool chooses = !batch_sizes.empty() && a.stride(1) != 1;
-    const auto steps = static_cast<int64_t>(batch_sizes.size());
-    by_loops(a, panels, with_sums ? static_cast<float*>(of_rows.data_ptr()) : nullptr, {},
-             chooses ? runs_of(batch_sizes, a.size(1) / steps) : RowRuns());
+    by_loops(a, panels, with_sums ? static_cast<float*>(of_rows.data_ptr()) : nullptr, {}, rows);
     if (sums) outs.push_back(with_sums ? of_rows : sums_of_rows(a));
   } else {
     for (size_t i = 0; i < b.size(); ++i) by_blas(outs[i], a, b[i], nullptr);
