@@ -16,7 +16,7 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.awaits("nvcc")
+pytestmark = [pytest.mark.awaits("nvcc"), pytest.mark.unsanitized]
 
 
 def cuobjdump(*arguments, cwd=None) -> str:
