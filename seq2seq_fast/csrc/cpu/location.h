@@ -44,10 +44,10 @@ class Location {
   // Begins backward, from the gradient of the state after the last step (B, C, S); `detach`: none
   // flows from a state to weights.
   void begin_backward(const Tensor& dstate, bool detach);
-  // A step of it, the last one first, each (B, ...), of which the first `rows` have the step. dweights
-  // is of the weights as results.
-  void attend_backward(int64_t rows, const A* dcontext, const A* dweights, const A* query, const A* state,
-                       const A* weights, A* dscores, A* dquery);
+  // A step of it, the last one first, each (B, ...), of which the first `rows` have the step.
+  // dweights is of the weights as results.
+  void attend_backward(int64_t rows, const A* dcontext, const A* dweights, const A* query,
+                       const A* state, const A* weights, A* dscores, A* dquery);
   // Gradients of keys, v, conv, projection and the state before the first step.
   std::array<Tensor, 5> results() const;
 
