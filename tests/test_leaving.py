@@ -109,6 +109,10 @@ def test_nobody_leaves_where_somebody_would_see_it():
     m.encode = lambda src: encode(src)
     assert not told(m)
     del m.encode
+    steps = m.decoder.steps
+    m.decoder.steps = lambda *args: steps(*args)
+    assert not told(m)
+    del m.decoder.steps
     hook = nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
     assert not told(m)
     hook.remove()

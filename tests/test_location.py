@@ -1,8 +1,11 @@
 """Location-sensitive attention inside the decoder: parity with its reference, with the formulas of
 papers written out, machinery, bad input; and in modules and decoding."""
 
+import functools
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from decoder_draws import problems
 from decoder_problems import (
     MODULES,
@@ -49,6 +52,19 @@ def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
 @given(located(), st.booleans())
 def test_in_float64_it_is_the_reference(drawn, recompute):
     check_in_float64(drawn, recompute=recompute)
+
+
+def test_checkpointing_reads_what_is_kept_once():
+    draw = functools.partial(torch.randn, requires_grad=True)
+    args = draw(3, 4), draw(3, 5, 4), draw(3, 5, 6), draw(4)
+    place = s2s.Location(draw(3, 1, 3), draw(4, 3), ("previous",), draw(3, 1, 5))
+
+    def run():
+        return s2s.location_attention(*args, place)[0].sin().sum()
+
+    (want,) = torch.autograd.grad(run(), args[:1])
+    again = torch.utils.checkpoint.checkpoint(run, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(again, args[:1])[0], want)
 
 
 @pytest.mark.parametrize(("cell_type", "after"), ORDERS)

@@ -94,7 +94,8 @@ class Encoder(nn.Module):
             lengths: (B,) int64 or int32, 0 to S: the layers read so many of a row's tokens, as
                 those of a packed sequence (`torch.nn.utils.rnn.pack_padded_sequence`). Outputs
                 behind them are 0; states are those after a row's last token, and backwards the
-                layers begin there. None reads S of each. On a GPU it waits for their values.
+                layers begin there. None reads S of each. On a GPU it waits for their values. On the
+                CPU dropout between layers is drawn for the longest rows first.
 
         Raises:
             TypeError, ValueError: src is not (B, S) whole numbers in the vocabulary with S above 0,

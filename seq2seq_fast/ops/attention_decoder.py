@@ -388,10 +388,10 @@ def attention_decoder(
         recompute: gates are made anew in backward, by one product per layer, rather than kept.
         batch_sizes: of the B rows how many each step has, in whole numbers that never grow, as
             `batch_sizes.tolist()` of a `torch.nn.utils.rnn.PackedSequence`: the first ones, so that
-            the longest rows come first. A row that is over costs nothing. Its state stays what it
-            was, which its outputs repeat; its contexts, weights and vectors are 0; none of them
-            takes a gradient. None where all rows have all steps. Kernels on the CPU and the
-            reference alone have it.
+            the longest rows come first. A row that is over costs nothing. Its hidden, cell and
+            location stay what they were, and its outputs repeat the last; what attention makes, and
+            vectors, logits and tokens, are 0. None of these takes a gradient there. None where all
+            rows have all steps. Kernels on the CPU and the reference alone have it.
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:

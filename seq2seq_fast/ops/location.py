@@ -124,7 +124,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        query, keys, values, v, weights, *location = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing makes them anew each time
+        query, keys, values, v, weights, *location = saved
         with torch.no_grad(), autocast_off(query):
             dquery, dkeys, dv, *of_location = OPS["location_attention_backward", "native"](
                 *(g.contiguous() for g in grads), query, keys, values, v, weights, location,
@@ -132,7 +133,7 @@ class _Attention(torch.autograd.Function):
             )  # fmt: skip
             dvalues = weights.unsqueeze(2) * grads[0].unsqueeze(1)
         found = (None, dquery, dkeys, dvalues, dv, None, *of_location)
-        return once(wanted(found, ctx.needs_input_grad), (*grads, *ctx.saved_tensors))
+        return once(wanted(found, ctx.needs_input_grad), (*grads, *saved))
 
 
 def location_attention(

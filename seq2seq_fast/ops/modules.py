@@ -8,6 +8,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALLED = frozenset(("forward", "encode", "source", "steps", "precompute"))  # with rows
 _MAKE_WEIGHTS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
@@ -20,7 +21,7 @@ def knows_no_rows(module: nn.Module) -> bool:
     """Whether a module does to each row of a batch the same, and tells nobody: it is PyTorch's or
     the library's, with nothing hung to it."""
     ours = type(module).__module__.startswith(("torch.nn.", "seq2seq_fast."))
-    return ours and "forward" not in vars(module) and not has_hooks(module)
+    return ours and _CALLED.isdisjoint(vars(module)) and not has_hooks(module)
 
 
 def make_weights(*modules: nn.Module | None) -> None:
