@@ -104,8 +104,8 @@ class Seq2Seq(nn.Module):
         The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
         back the model's own argmax there are logits, one step at a time without gradients; of the
         others some rows at a time (see `linear_cross_entropy`). On the CPU a row leaves the decoder
-        after its last target that is not ignored, so that the decoder's part of padding is not
-        computed; rows are then in another order, and draw other dropout. (Not where it would be seen: in a model that
+        after its last target that is not ignored, so that padding is not computed there; rows are
+        then in another order, and draw other dropout. (Not where it would be seen: in a model that
         has hooks, or modules that are neither PyTorch's nor the library's.) The mean over no
         tokens, of T = 1 or nothing but ignore_index, is NaN, as PyTorch's.
 
