@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import seq2seq_fast as s2s
 from seq2seq_fast import use_backend
 from seq2seq_fast.nn.lengths import batch_sizes, leaving
+from seq2seq_fast.ops.kernels import products
 from seq2seq_fast.training import train
 
 PAD = 0
@@ -269,8 +270,6 @@ def test_an_encoder_reads_each_row_to_its_end_alone(cell_type, bidirectional):
 
 
 def test_products_leave_out_what_are_zeros():
-    from seq2seq_fast.ops.kernels import products
-
     sizes, B = [7, 7, 5, 2, 0], 7
     kept = list(itertools.chain(*(range(t * B, t * B + n) for t, n in enumerate(sizes))))
     a, b = torch.zeros(35, 40), [torch.randn(35, n) for n in (3, 64, 70)]

@@ -78,7 +78,11 @@ inline Tensor one_of_each(const Tensor& x) {
 
 // The first n rows of x (B, W)
 inline Tensor first_rows(const Tensor& x, int64_t n) {
-  return view(x, {n, x.size(1)}, {x.stride(0), x.stride(1)});
+  return n == x.size(0) ? x : view(x, {n, x.size(1)}, {x.stride(0), x.stride(1)});
+}
+
+inline void copy(const Tensor& to, const Tensor& from) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
 }
 
 inline Tensor transposed(const Tensor& x) {

@@ -20,6 +20,7 @@ struct DecoderCall {
   std::vector<int64_t> feedback;
   std::vector<Tensor> readout;
   std::optional<Tensor> input_dropout;
+  std::vector<int64_t> batch_sizes;  // see BatchSizes
   // What extended_decoder has beside. location: nothing, or conv, projection and the state before
   // the first step; locations are the states before all steps and behind the last one (T + 1, B, C,
   // S), of which the first is there already.
@@ -35,7 +36,6 @@ struct DecoderCall {
   Tensor vectors = inputs;
   std::optional<Tensor> context_dropout = std::nullopt;   // (T, B, D or O)
   std::optional<Tensor> features_dropout = std::nullopt;  // (T, B, H + D)
-  std::vector<int64_t> batch_sizes = {};                  // see BatchSizes
 
   // What the first layer reads of attention, each step's at the step that it is of (T + 1, B, ...)
   const Tensor& fed(const Run& run) const { return vector.empty() ? run.contexts : vectors; }
@@ -49,6 +49,7 @@ struct DecoderBackwardCall {
   std::optional<Tensor> powers, dropout;
   Cell kind;
   bool query_after, need_state;
+  std::vector<int64_t> batch_sizes;
   // location: nothing, or conv, projection and `locations`.
   Tensor grad_location = grad_hidden;
   std::vector<Tensor> location = {};
@@ -60,7 +61,6 @@ struct DecoderBackwardCall {
   bool tanh = true;
   std::optional<Tensor> vector_dropout = std::nullopt;
   std::optional<Tensor> context_dropout = std::nullopt, features_dropout = std::nullopt;
-  std::vector<int64_t> batch_sizes = {};
 };
 
 inline Gradients gradients_of(const DecoderBackwardCall& call) {
@@ -111,11 +111,9 @@ struct DecoderOps {
                     std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                     std::vector<int64_t> feedback, std::vector<Tensor> readout,
                     std::optional<Tensor> input_dropout, std::vector<int64_t> batch_sizes) {
-    DecoderCall call = {inputs,      hidden,   cell,    layers,       attention,
-                        mask,        powers,   context, dropout,      cell_of(cell_type),
-                        query_after, feedback, readout, input_dropout};
-    call.batch_sizes = batch_sizes;
-    return decode(call).results();
+    return decode({inputs, hidden, cell, layers, attention, mask, powers, context, dropout,
+                   cell_of(cell_type), query_after, feedback, readout, input_dropout, batch_sizes})
+        .results();
   }
   static auto extended(Tensor inputs, Tensor hidden, Tensor cell, std::vector<Tensor> layers,
                        std::vector<Tensor> attention, std::optional<Tensor> mask,
@@ -148,6 +146,7 @@ struct DecoderOps {
                             feedback,
                             readout,
                             input_dropout,
+                            batch_sizes,
                             location,
                             accumulates,
                             state_dropout,
@@ -157,8 +156,7 @@ struct DecoderOps {
                             vector_dropout,
                             vectors,
                             context_dropout,
-                            features_dropout,
-                            batch_sizes});
+                            features_dropout});
     return std::tuple_cat(run.results(), std::tuple(locations, vectors));
   }
 };
@@ -171,19 +169,19 @@ struct DecoderBackwardOps {
                     std::vector<Tensor> attention, std::optional<Tensor> powers,
                     std::optional<Tensor> dropout, std::string cell_type, bool query_after,
                     bool need_state, std::vector<int64_t> batch_sizes) {
-    DecoderBackwardCall call = {{grad_outputs, grad_contexts, grad_weights},
-                                grad_hidden,
-                                grad_cell,
-                                {hiddens, cells, gates, queries, weights},
-                                layers,
-                                attention,
-                                powers,
-                                dropout,
-                                cell_of(cell_type),
-                                query_after,
-                                need_state};
-    call.batch_sizes = batch_sizes;
-    return retreat(call).first.results(need_state);
+    return retreat({{grad_outputs, grad_contexts, grad_weights},
+                    grad_hidden,
+                    grad_cell,
+                    {hiddens, cells, gates, queries, weights},
+                    layers,
+                    attention,
+                    powers,
+                    dropout,
+                    cell_of(cell_type),
+                    query_after,
+                    need_state,
+                    batch_sizes})
+        .first.results(need_state);
   }
   static auto extended(Tensor grad_outputs, Tensor grad_contexts, Tensor grad_weights,
                        Tensor grad_hidden, Tensor grad_cell, Tensor hiddens, Tensor cells,
@@ -207,6 +205,7 @@ struct DecoderBackwardOps {
                                            cell_of(cell_type),
                                            query_after,
                                            need_state,
+                                           batch_sizes,
                                            grad_location,
                                            location,
                                            accumulates,
@@ -218,8 +217,7 @@ struct DecoderBackwardOps {
                                            is_tanh(activation),
                                            vector_dropout,
                                            context_dropout,
-                                           features_dropout,
-                                           batch_sizes});
+                                           features_dropout});
     const auto& [dkeys, dv, dconv, dprojection, dstate] = of_location;
     return std::tuple_cat(d.results(need_state),
                           std::tuple(dkeys, dv, dconv, dprojection, dstate, d.vectors));

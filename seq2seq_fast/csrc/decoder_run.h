@@ -21,10 +21,6 @@ inline Tensor columns(const Tensor& x, int64_t first, int64_t count) {
   return view(x, {x.size(0), count}, {x.stride(0), x.stride(1)}, first * x.stride(1));
 }
 
-inline void copy(const Tensor& to, const Tensor& from) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
-}
-
 // Of B rows those that each of T steps has, as a PackedSequence has batch_sizes: fewer and fewer,
 // so that they are the first ones. Behind its last step a row's state stays, its queries, contexts,
 // weights and vectors are 0, and gradients of what it had returned there are taken for 0.
@@ -40,6 +36,11 @@ struct BatchSizes {
                       "expected batch sizes that never grow, of ", B, " at most");
   }
   int64_t at(int64_t t) const { return of_steps.empty() ? B : of_steps[t]; }
+  // Those of `count` steps from t on, if not all rows have all
+  std::vector<int64_t> of(int64_t t, int64_t count) const {
+    if (of_steps.empty()) return {};
+    return {of_steps.begin() + t, of_steps.begin() + t + count};
+  }
 };
 
 // Of a run over T steps, to be filled in but for the states before the first one.

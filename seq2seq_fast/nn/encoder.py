@@ -15,7 +15,7 @@ from ..ops.dropout import dropout_factors
 from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
 from .cells import recurrent
-from .lengths import Rows, values_are_known
+from .lengths import Rows, reordered, values_are_known
 
 _States = tuple[Tensor, Tensor, Tensor | None]  # outputs, hidden, cell
 
@@ -213,9 +213,10 @@ class Encoder(nn.Module):
         if len(x) > 0 and int(rows.lengths.min()) == x.shape[1]:
             return self._run_in_order(x, None)
         order, rows = rows.longest_first()
-        outputs, hidden, cell = self._run_in_order(x[order], rows)
         back = order.argsort()
-        return outputs[back], hidden[:, back], None if cell is None else cell[:, back]
+        outputs, hidden, cell = self._run_in_order(reordered(x, order, back), rows)
+        outputs = reordered(outputs, back, order)
+        return outputs, hidden[:, back], None if cell is None else cell[:, back]
 
     def _run_in_order(self, x: Tensor, rows: Rows | None) -> _States:
         layers, weights = self.layers, self.layers.all_weights

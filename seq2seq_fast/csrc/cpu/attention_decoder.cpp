@@ -210,9 +210,7 @@ class Forward {
     const Tensor w = transposed(layers_[l].w_input), &bias = layers_[l].bias;
     const int64_t rows = steps * B_, first = (l * T_ + t) * B_ * G_, n = w.size(1);
     const Tensor gates = view(run_.gates, {rows, n}, {G_, 1}, first);
-    const auto of_steps = sizes_.of_steps.begin() + (sizes_.of_steps.empty() ? 0 : t);
-    const RowRuns there =
-        sizes_.of_steps.empty() ? RowRuns() : runs_of({of_steps, of_steps + steps}, B_);
+    const RowRuns there = runs_of(sizes_.of(t, steps), B_);
     if (bias.dim() == 1) {
       const Tensor of_input = view(bias, {n}, {1});
       product(gates, x, w, &of_input, there);

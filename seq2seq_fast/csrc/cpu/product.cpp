@@ -231,10 +231,8 @@ Tensor gathered(const Tensor& x, const RowRuns& runs) {
   const Tensor out = empty(x, {rows_of(runs, 0), N});
   int64_t before = 0;
   for (const auto& [first, count] : runs) {
-    const Tensor to = view(out, {count, N}, {N, 1}, before * N);
-    const Tensor from =
-        view(x, {count, N}, {x.stride(0), x.stride(1)}, count > 0 ? first * x.stride(0) : 0);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+    copy(view(out, {count, N}, {N, 1}, before * N),
+         view(x, {count, N}, {x.stride(0), x.stride(1)}, first * x.stride(0)));
     before += count;
   }
   return out;
