@@ -51,8 +51,8 @@ def batch_sizes(lengths: Tensor, steps: int) -> list[int]:
 
 
 class _Reordered(torch.autograd.Function):
-    """The rows of x in another order, which `back` takes back: x's gradient is that of the rows. That
-    of index_select, which sums up, takes six times as long."""
+    """The rows of x in another order, which `back` takes back, so that x's gradient is its rows.
+    That of index_select, which sums up, takes six times as long."""
 
     @staticmethod
     def forward(ctx, x, order, back):
