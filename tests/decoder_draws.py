@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 
 @st.composite
-def problems(draw, attention=None, vectors=False, ragged=False):
+def problems(draw, attention=None, vectors=False, ragged=False, ids=False):
     """Arguments of `problem`: a failing draw is printed, so it had better be short."""
     largest = {"B": 5, "T": 9, "S": 40, "E": 9, "H": 37, "A": 37, "D": 20}
     sizes = {name: draw(st.integers(1, most)) for name, most in largest.items()}
@@ -26,6 +26,8 @@ def problems(draw, attention=None, vectors=False, ragged=False):
     if ragged and draw(st.booleans()):
         rows = st.lists(st.integers(0, sizes["B"]), min_size=T, max_size=T)
         sizes["batch_sizes"] = sorted(draw(rows), reverse=True)
+    if ids:
+        sizes["ids"] = draw(st.sampled_from([0, 1, 2, 5, 20]))
     return sizes | {
         "cell_type": draw(st.sampled_from([*MODULES])),
         "L": draw(st.integers(1, 3)),

@@ -15,9 +15,10 @@ def problem(
     cell_type="lstm", L=2, B=3, T=5, S=6, E=4, H=7, A=5, D=3, attention=True, after=False,
     dropout=False, feedback=(), strided=False, seed=0, V=9, channels=(), N=3, K=3, start=True,
     detach=False, states_dropped=False, joined="", O=6, vectors_dropped=False,  # noqa: E741
-    contexts_dropped=False, features_dropped=False, batch_sizes=None,
+    contexts_dropped=False, features_dropped=False, batch_sizes=None, ids=0,
 ):  # fmt: skip
-    """Arguments of attention_decoder in float64, {name: value}, gradients asked of them."""
+    """Arguments of attention_decoder in float64, {name: value}, gradients asked of them. ids: what
+    token ids are below, if inputs are some."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, size=1.0):
@@ -67,8 +68,11 @@ def problem(
     if contexts_dropped:
         args["context_dropout"] = (torch.rand(B, T, fed, generator=g) < 0.7).double() / 0.7
     if feedback:
-        factors = torch.rand(B, T, E, generator=g).double() if dropout else None
+        factors = torch.rand(B, T, E, generator=g).double() if dropout and not ids else None
         args["feedback"] = s2s.Feedback(feedback, draw(V, E), draw(V, features), draw(V), factors)
+    if ids:
+        args["inputs"] = torch.randint(ids, (B, T), generator=g)
+        args["embedding"] = draw(ids, E)
     return args
 
 
@@ -85,7 +89,7 @@ def tensors(args):
     if "vector" in args:
         named |= {"vector.weight": args["vector"].weight, "vector.bias": args["vector"].bias}
     if "feedback" in args:
-        named["embedding"] = args["feedback"].embedding
+        named["feedback.embedding"] = args["feedback"].embedding
     return {k: x for k, x in named.items() if x.requires_grad}
 
 

@@ -32,7 +32,7 @@ from seq2seq_fast.training import train
 
 
 @settings(max_examples=25, deadline=None)
-@given(problems(ragged=True), st.booleans())
+@given(problems(ragged=True, ids=True), st.booleans())
 def test_outputs_and_every_gradient_keep_the_accuracy_rule(drawn, recompute):
     used = accuracy(drawn, recompute=recompute)
     assume(used is not None)
@@ -102,7 +102,7 @@ def test_gradients_of_outputs_may_be_parts_of_longer_rows():
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(ragged=True), st.booleans())
+@given(problems(ragged=True, ids=True), st.booleans())
 def test_in_float64_it_is_the_reference(drawn, recompute):
     check_in_float64(drawn, recompute=recompute)
 

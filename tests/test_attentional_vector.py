@@ -21,7 +21,7 @@ B, S, E, H, D, A, O, V = 3, 6, 4, 7, 10, 5, 9, 11  # noqa: E741
 
 @st.composite
 def joined(draw):
-    drawn = draw(problems(attention=True, vectors=True, ragged=True))
+    drawn = draw(problems(attention=True, vectors=True, ragged=True, ids=True))
     sizes = {"after": True, "O": draw(st.integers(1, 70))}
     sizes |= {f"{x}_dropped": draw(st.booleans()) for x in ("vectors", "features")}
     channels = draw(st.sampled_from([(), (), ("previous",)]))

@@ -30,7 +30,7 @@ CHANNELS = [("previous",), ("cumulative",), ("previous", "cumulative"), ("cumula
 
 @st.composite
 def located(draw):
-    return draw(problems(attention=True, vectors=True, ragged=True)) | {
+    return draw(problems(attention=True, vectors=True, ragged=True, ids=True)) | {
         "channels": draw(st.sampled_from(CHANNELS)),
         "S": draw(st.integers(1, 140)),
         "N": draw(st.integers(1, 37)),

@@ -51,27 +51,8 @@ def part(name: str, x: object, expected: str, *attributes: str) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, expected {expected}")
 
 
-def tokens(
-    name: str, x: Tensor, spelled: str, dims: int, vocabulary: int, device: torch.device
-) -> None:
-    """x: ids below `vocabulary`, on the module's device. On a GPU or in a compiler their range is
-    left to the embedding, because looking would wait for the device or break the graph."""
-    tensor(name, x)
-    if x.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: got {x.dtype}, expected int64 or int32 token ids")
-    if x.dim() != dims:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled}")
-    if x.device != device:
-        raise ValueError(f"{name}: is on {x.device}, expected {device} as the module is")
-    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
-        low, high = (int(n) for n in torch.aminmax(x))
-        if low < 0 or high >= vocabulary:
-            bad = low if low < 0 else high
-            raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
-
-
 def lengths(x: object, batch: int, most: int, device: torch.device) -> Tensor:
-    """x (B,): whole numbers from 0 to most, whose values are looked at as `tokens` are."""
+    """x (B,): whole numbers from 0 to most, whose values are looked at as token ids' are."""
     x = tensor("lengths", x)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"lengths: got {x.dtype}, expected int64 or int32")

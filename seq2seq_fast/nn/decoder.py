@@ -14,10 +14,16 @@ from ..decoding.packing import PackedDecoder, let_go
 from ..library import asked_for
 from ..ops.attention_decoder import DecoderOutput, Feedback, attention_decoder
 from ..ops.attentional_vector import AttentionalVector, activation_name
-from ..ops.checks import flag, probability
+from ..ops.checks import flag, probability, token_ids
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
-from ..ops.modules import bias_of, dropout_rate, make_weights, rate_between_layers
+from ..ops.modules import (
+    bias_of,
+    dropout_rate,
+    make_weights,
+    plain_embedding,
+    rate_between_layers,
+)
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent
@@ -182,7 +188,7 @@ class Decoder(nn.Module):
         """
         source = self.source(encoder_outputs, mask)
         device = self.embedding.weight.device
-        checks.tokens("input", input, "(B,)", 1, self.output_dim, device)
+        token_ids("input", input, "(B,)", 1, self.output_dim, device)
         B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
         if input.shape[0] != B:
             raise ValueError(f"input: got batch {input.shape[0]}, expected {B} as the source has")
@@ -285,7 +291,7 @@ class Decoder(nn.Module):
         checks.decoder_state(state)
         source, device = self.source(source), self.embedding.weight.device
         self.check_state(state, source)
-        checks.tokens("tokens", tokens, "(B, T)", 2, self.output_dim, device)
+        token_ids("tokens", tokens, "(B, T)", 2, self.output_dim, device)
         if tokens.shape[0] != state.hidden.shape[1]:
             B = state.hidden.shape[1]
             raise ValueError(f"tokens: got batch {tokens.shape[0]}, expected {B} as the source has")
@@ -302,11 +308,15 @@ class Decoder(nn.Module):
         """`run`, unchecked; batch_sizes as in `attention_decoder`."""
         check_layers(self)
         make_weights(self.layers)
-        embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
-        factors, between_layers, of_vectors = self._dropout_factors(*embedded.shape[:2])
-        if factors is not None:
-            embedded = embedded * factors
-            factors = factors.transpose(0, 1)
+        factors, between_layers, of_vectors = self._dropout_factors(*tokens.T.shape)
+        inputs: Tensor = tokens
+        table: Tensor | None = self.embedding.weight
+        if factors is not None or not plain_embedding(self.embedding):
+            embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
+            if factors is not None:
+                embedded = embedded * factors
+                factors = factors.transpose(0, 1)
+            inputs, table = embedded.transpose(0, 1), None
         attends: dict[str, Any] = {"context": state.context}
         if isinstance(source, PreparedSource):
             assert self.attention is not None
@@ -323,7 +333,7 @@ class Decoder(nn.Module):
             readout = self.embedding.weight, self.fc_out.weight, bias_of(self.fc_out)
             fed_back = Feedback(feedback, *readout, factors)
         return attention_decoder(
-            embedded.transpose(0, 1),
+            inputs,
             state.hidden,
             state.cell,
             self.layers.all_weights,
@@ -334,6 +344,7 @@ class Decoder(nn.Module):
             feedback=fed_back,
             recompute=self.recompute,
             batch_sizes=batch_sizes,
+            embedding=table,
         )
 
     def _drops(self) -> bool:

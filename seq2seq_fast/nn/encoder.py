@@ -10,7 +10,7 @@ from ..decoding.fits import plain_layers
 from ..decoding.packing import PackedLayers, let_go, pack_layers
 from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
-from ..ops.checks import flag, probability
+from ..ops.checks import flag, probability, token_ids
 from ..ops.dropout import dropout_factors
 from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
                 or lengths are not (B,) whole numbers from 0 to S.
         """
         table = self.embedding
-        checks.tokens("src", src, "(B, S)", 2, table.num_embeddings, table.weight.device)
+        token_ids("src", src, "(B, S)", 2, table.num_embeddings, table.weight.device)
         if src.shape[1] == 0:
             raise ValueError("src: got an empty source (S = 0), expected S above 0")
         rows = None if lengths is None else Rows.of(lengths, src)

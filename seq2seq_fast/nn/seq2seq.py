@@ -12,7 +12,7 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.checks import flag, whole
+from ..ops.checks import flag, token_ids, whole
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.modules import bias_of, knows_no_rows, make_weights
 from ..ops.readout import readout
@@ -136,7 +136,7 @@ class Seq2Seq(nn.Module):
         """
         checks.teacher_forcing_ratio(ratio)
         device = self.decoder.embedding.weight.device
-        checks.tokens("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
+        token_ids("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
         checks.batches_agree(src, trg)
         if trg.shape[1] == 0:
             raise ValueError(f"trg: got shape {tuple(trg.shape)}, expected (B, T) with T above 0")

@@ -3,7 +3,7 @@
 The ops are the recurrence alone, time first; every product over all T steps is here, around them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,6 +87,8 @@ class _Decoder(torch.autograd.Function):
             factors = dropout, state_dropout, vector_dropout, context_dropout, features_dropout
             run = _run(options, inputs, hidden, cell, weights, mask, powers, context, factors)
         gates = None if options.recompute else run.gates
+        if options.multiplied and not options.recompute:
+            inputs = inputs.new_empty(*inputs.shape[:2], 0)
         ctx.save_for_backward(
             inputs, run.hiddens, run.cells, gates, run.queries, run.contexts, run.weights,
             run.locations, run.vectors, powers, dropout, state_dropout, vector_dropout,
@@ -122,6 +124,7 @@ class _Options(NamedTuple):
     detach: bool = False
     activation: str = ""  # of an attentional vector; none where there is none
     batch_sizes: tuple[int, ...] = ()  # of steps, where not all rows have all of them
+    multiplied: bool = False  # inputs (T, B, I) are what the first layer makes of them
 
 
 def _run(
@@ -153,7 +156,7 @@ def _run(
 def _split(options, weights, inputs, hidden):
     """The ops' layers, attention, location and vector, of weights of which the first is over
     [input; context]: a gradient of its parts would be put together in passes over all of it."""
-    n, E = 3 * hidden.shape[0], inputs.shape[2]
+    n, E = 3 * hidden.shape[0], 0 if options.multiplied else inputs.shape[2]
     layers, attention, others = list(weights[:n]), list(weights[n : n + 5]), list(weights[n + 5 :])
     vector = [others.pop(), others.pop()][::-1] if options.activation else []
     if attention:
@@ -189,14 +192,17 @@ def _layer_inputs(inputs, hiddens, dropout, i):
     return hiddens[i - 1, 1:] if dropout is None else hiddens[i - 1, 1:] * dropout[i - 1]
 
 
-def _recomputed(cell_type, inputs, hiddens, fed, dropout, layers, attention):
-    """Activated gates (L, T, B, G): one product each, now that all states are known."""
+def _recomputed(cell_type, inputs, made, hiddens, fed, dropout, layers, attention):
+    """Activated gates (L, T, B, G): one product each, now that all states are known. `made` is what
+    the first layer has made of inputs that it reads no more, or None."""
     gates = []
     for i in range(len(layers) // 3):
         x, w_input = _layer_inputs(inputs, hiddens, dropout, i), layers[3 * i]
         if i == 0 and attention:
             x, w_input = torch.cat([x, fed], -1), torch.cat([w_input, attention[0]], 1)
         g = reference.layer_gates(x, hiddens[i, :-1], w_input, *layers[3 * i + 1 : 3 * i + 3])
+        if i == 0 and made is not None:
+            g[..., : made.shape[-1]] += made
         gates.append(reference.activate(cell_type, g))
     return torch.stack(gates)
 
@@ -207,11 +213,14 @@ def _backward(
 ):  # fmt: skip
     """Gradients of `_Decoder.forward`'s arguments."""
     layers, attention, location, vector = _split(options, weights, inputs, hiddens)
+    made = inputs if options.multiplied else None
+    inputs = inputs[..., :0] if options.multiplied else inputs
     fed = vectors if vector else contexts
     fed = fed[:-1] if options.query_after else fed[1:]
     fed = fed if context_dropout is None else fed * context_dropout
     if gates is None:
-        gates = _recomputed(options.cell_type, inputs, hiddens, fed, dropout, layers, attention)
+        of_states = hiddens, fed, dropout, layers, attention
+        gates = _recomputed(options.cell_type, inputs, made, *of_states)
     need_state = needs["hidden"] or needs["cell"]
     run = hiddens, cells, gates, queries, contexts, w, locations, vectors
     factors = dropout, state_dropout, vector_dropout, context_dropout, features_dropout
@@ -244,7 +253,9 @@ def _backward(
         elif vector:
             found += [None, None]
     dinputs = None
-    if needs["inputs"]:
+    if needs["inputs"] and options.multiplied:
+        dinputs = dx[0]
+    elif needs["inputs"]:
         dinputs = product(dx[0].flatten(0, 1), layers[0]).unflatten(0, inputs.shape[:2])
     dcontext = dcontext if options.query_after else None
     return dinputs, dhidden, dcell, dcontext, *9 * [None], *found
@@ -257,7 +268,7 @@ def _recurrence_backward(
     contexts and of the states before the first step; those of keys, v and a location, which it
     makes where there is one; and of attentional vectors before their activation."""
     hiddens, cells, gates, queries, contexts, w, locations, vectors = run
-    cell_type, query_after, _, backend, adds, detach, activation, sizes = options
+    cell_type, query_after, _, backend, adds, detach, activation, sizes, _ = options
     dropout, state_dropout, vector_dropout, context_dropout, features_dropout = factors
 
     def dense(grad, like):
@@ -311,7 +322,7 @@ def _layer_gradients(needs, dgates, inputs, hiddens, fed, dropout, layers, sizes
     return found
 
 
-def layer_weights(layers, cell_type):
+def layer_weights(layers: Iterable[Iterable[Tensor]], cell_type: str) -> list[Tensor]:
     """nn.LSTM's, nn.GRU's or nn.RNN's weights in the ops' order: w_input, w_hidden and bias of each
     layer, but the first w_input is over [input; context] still."""
     weights = []
@@ -347,6 +358,7 @@ def attention_decoder(
     vector: AttentionalVector | None = None,
     recompute: bool = False,
     batch_sizes: Sequence[int] | None = None,
+    embedding: Tensor | None = None,
     backend: str | None = None,
 ) -> DecoderOutput:
     """A recurrent decoder over T steps, attention inside its recurrence, as one operation.
@@ -355,7 +367,8 @@ def attention_decoder(
     and the first layer reads the step's input and a context.
 
     Args:
-        inputs: (B, T, E), embedded tokens, floating point.
+        inputs: (B, T, E), embedded tokens, floating point; (B, T) token ids where there is an
+            embedding.
         hidden: (L, B, H), before the first step.
         cell: the same of an LSTM; None for other cells.
         layers: weight_ih, weight_hh, bias_ih, bias_hh of each layer, as in `nn.LSTM.all_weights`;
@@ -392,6 +405,8 @@ def attention_decoder(
             location stay what they were, and its outputs repeat the last; what attention makes, and
             vectors, logits and tokens, are 0. None of these takes a gradient there. None where all
             rows have all steps. Kernels on the CPU and the reference alone have it.
+        embedding: (V, E), of token ids. Where they are more than twice V, kernels on the CPU
+            multiply its rows by the first layer's weights in place of each input.
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
@@ -408,22 +423,23 @@ def attention_decoder(
         checks.listed("query", query, "weight and bias", 2)
     if feedback is not None:
         instance("feedback", feedback, Feedback)
-    autocast = autocast_on(inputs)
+    like = inputs if embedding is None else embedding
+    autocast = autocast_on(like)
     if query is not None and query[1] is None and isinstance(query[0], Tensor):
         query = query[0], query[0].new_zeros(query[0].shape[:1])
     attention = (*((None, None) if query is None else query), keys, values, v)
     checks.decoder(
-        inputs, hidden, cell, layers, attention, powers, mask, context, cell_type, query_after,
-        dropout, state_dropout, context_dropout, feedback, recompute, location, vector, batch_sizes,
-        autocast,
+        inputs, embedding, hidden, cell, layers, attention, powers, mask, context, cell_type,
+        query_after, dropout, state_dropout, context_dropout, feedback, recompute, location, vector,
+        batch_sizes, autocast,
     )  # fmt: skip
-    dtype = torch.get_autocast_dtype(inputs.device.type) if autocast else inputs.dtype
-    dtype = torch.float64 if inputs.dtype == torch.float64 else dtype
+    dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
+    dtype = torch.float64 if like.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32
     drops = any(isinstance(p, Tensor) or p > 0 for p in (state_dropout, context_dropout))
     extended = drops or location is not None or vector is not None
     op = "extended_decoder" if extended else "attention_decoder"
-    backend = choose(op, inputs, backend)
+    backend = choose(op, like, backend)
     on_cpu = backend == "native" and inputs.is_cpu
     if batch_sizes is not None and backend != "reference" and not on_cpu:
         raise ValueError(
@@ -434,18 +450,31 @@ def attention_decoder(
     detach = location is not None and location.detach
     activation = "" if vector is None else vector.activation
 
-    fed = layers[0][0].shape[1] - inputs.shape[2]  # D, or O of attentional vectors
+    fed = layers[0][0].shape[1] - like.shape[-1]  # D, or O of attentional vectors
 
     def cast(x):  # a call of `to` takes longer than to see that it has nothing to do
         return x if x is None or x.dtype is within else x.to(within)
 
-    with autocast_off(inputs):
-        steps, first = cast(inputs).transpose(0, 1).contiguous(), cast(hidden).contiguous()
+    with autocast_off(like):
+        weights, first = layer_weights([map(cast, x) for x in layers], cell_type), cast(hidden)
+        embedding, multiplied = cast(embedding), False
+        if on_cpu and embedding is not None and _read_often(inputs, embedding, feedback):
+            # A product over the vocabulary, and not over all steps' rows.
+            E, multiplied = embedding.shape[1], True
+            of_input, weights[0] = weights[0][:, :E].T, weights[0][:, E:]
+            embedding = embedding @ of_input
+            if feedback is not None:
+                feedback = feedback._replace(embedding=cast(feedback.embedding) @ of_input)
+        if embedding is None:
+            steps = cast(inputs).transpose(0, 1).contiguous()
+        else:
+            steps = F.embedding(inputs.T, embedding)
+        first = first.contiguous()
         found = _decode(
             steps,
             first,
-            inputs.new_empty(0, dtype=within) if cell is None else cast(cell).contiguous(),
-            [[cast(w) for w in layer] for layer in layers],
+            like.new_empty(0, dtype=within) if cell is None else cast(cell).contiguous(),
+            weights,
             [cast(x) for x in attention if x is not None],
             mask,
             powers,
@@ -468,6 +497,7 @@ def attention_decoder(
                 detach,
                 activation,
                 tuple(batch_sizes or ()),
+                multiplied,
             ),
             feedback and Feedback(list(feedback.steps), *(cast(x) for x in feedback[1:])),
             [] if location is None else [cast(x) for x in parts(location, attention[2])],
@@ -479,6 +509,12 @@ def attention_decoder(
         for x in found
     ]
     return DecoderOutput(*others)
+
+
+def _read_often(tokens: Tensor, embedding: Tensor, feedback: Feedback | None) -> bool:
+    """Whether rows of an embedding are better multiplied once each than at each token (B, T)."""
+    dropped = feedback is not None and feedback.dropout is not None
+    return tokens.numel() > 2 * len(embedding) and not dropped
 
 
 def _without_gradients_behind(outputs: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -522,8 +558,8 @@ def _decode(
     inputs, hidden, cell, layers, attention, mask, powers, context, factors, options, feedback,
     location, vector,
 ):  # fmt: skip
-    weights = [*layer_weights(layers, options.cell_type), *attention, *location, *vector]
-    E = inputs.shape[2]
+    weights = [*layers, *attention, *location, *vector]
+    E = 0 if options.multiplied else inputs.shape[2]
     if not attention and weights[0].shape[1] > E:  # the same at every step: a part of the bias
         from_context, bias = context @ weights[0][:, E:].T, weights[2]
         weights[0] = weights[0][:, :E]

@@ -32,6 +32,31 @@ def tensor(name: str, x: object, expected: str = "a Tensor") -> Tensor:
     return x
 
 
+def token_ids(
+    name: str,
+    x: object,
+    spelled: str,
+    dims: int,
+    vocabulary: int,
+    device: torch.device,
+    whose: str = "the module",
+) -> None:
+    """x: ids below `vocabulary`, on a device. On a GPU or in a compiler their range is left to the
+    embedding, because looking would wait for the device or break the graph."""
+    x = tensor(name, x)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got {x.dtype}, expected int64 or int32 token ids")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled}")
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, expected {device} as {whose} is")
+    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
+        low, high = (int(n) for n in torch.aminmax(x))
+        if low < 0 or high >= vocabulary:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
+
+
 def bools(x: object) -> Tensor:
     if not isinstance(x, Tensor) or x.dtype != torch.bool:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__

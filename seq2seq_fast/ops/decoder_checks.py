@@ -7,7 +7,7 @@ from torch import Tensor
 from ..reference_decoder import BLOCKS
 from .attentional_vector import AttentionalVector
 from .attentional_vector import check as check_vector
-from .checks import DTYPES, STRIDED, bools, flag, instance, powers, probability
+from .checks import DTYPES, STRIDED, bools, flag, instance, powers, probability, token_ids
 from .checks import tensor as check_tensor
 from .location import check as check_location
 
@@ -19,14 +19,16 @@ def cell_type(name: object) -> None:
         raise ValueError(f"cell_type: got {name!r}, expected one of {list(BLOCKS)}")
 
 
-def _tensor(name: str, x: object, like: Tensor, spelled: str, shape: tuple, autocast: bool):
+def _tensor(
+    name: str, x: object, like: Tensor, whose: str, spelled: str, shape: tuple, autocast: bool
+) -> None:
     """x is a tensor of a shape, in which None stands for any size."""
     if not isinstance(x, Tensor) or x.layout is not STRIDED or x.is_nested:
         x = check_tensor(name, x, f"a Tensor {spelled}")  # an error
     if x.dtype != like.dtype and not (autocast and x.dtype in DTYPES):
-        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as inputs have")
+        raise TypeError(f"{name}: got {x.dtype}, expected {like.dtype} as {whose}")
     if x.device != like.device:
-        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as inputs are")
+        raise ValueError(f"{name}: is on {x.device}, expected {like.device} as {whose}")
     if x.shape == shape:
         return
     sizes = zip(x.shape, shape, strict=False)
@@ -45,6 +47,7 @@ def listed(name: str, x: object, expected: str, n: int | None = None) -> None:
 
 def decoder(
     inputs: Tensor,
+    embedding: Tensor | None,
     hidden: Tensor,
     cell: Tensor | None,
     layers: Sequence[Sequence[Tensor]],
@@ -67,18 +70,24 @@ def decoder(
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
     cell_type(kind)
     flag(query_after=query_after, recompute=recompute)
-    inputs = check_tensor("inputs", inputs, "a floating-point Tensor (B, T, E)")
-    if inputs.dtype not in DTYPES:
-        raise TypeError(f"inputs: got {inputs.dtype}, expected a floating-point Tensor (B, T, E)")
+    name, spelled, sizes, whose = "inputs", "(B, T, E)", 3, "that of inputs"
+    if embedding is not None:
+        name, spelled, sizes, whose = "embedding", "(V, E)", 2, "that of embedding"
+    like = inputs if embedding is None else embedding
+    like = check_tensor(name, like, f"a floating-point Tensor {spelled}")
+    if like.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {like.dtype}, expected a floating-point Tensor {spelled}")
 
     def tensor(name: str, x: object, spelled: str, *shape: int | None) -> None:
-        _tensor(name, x, inputs, spelled, shape, autocast)
+        _tensor(name, x, like, whose, spelled, shape, autocast)
 
-    tensor("inputs", inputs, "(B, T, E)", None, None, None)
+    tensor(name, like, spelled, *sizes * [None])
+    if embedding is not None:
+        token_ids("inputs", inputs, "(B, T)", 2, len(like), like.device, "embedding")
     listed("layers", layers, "a sequence of four tensors for each layer")
     for layer in layers[:1]:
         listed("layers[0]", layer, "weight_ih, weight_hh, bias_ih, bias_hh", 4)
-    B, T, E = inputs.shape
+    (B, T), E = inputs.shape[:2], like.shape[-1]
     L = len(layers)
     tensor("hidden", hidden, "(L, B, H)", L, B, None)
     H = hidden.shape[2]

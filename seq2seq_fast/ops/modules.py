@@ -24,6 +24,18 @@ def knows_no_rows(module: nn.Module) -> bool:
     return ours and _CALLED.isdisjoint(vars(module)) and not has_hooks(module)
 
 
+def plain_embedding(module: nn.Module) -> bool:
+    """Whether all that a call of it does, backward too, is to pick rows of its weight."""
+    return (
+        type(module) is nn.Embedding
+        and module.padding_idx is None
+        and module.max_norm is None
+        and not (module.scale_grad_by_freq or module.sparse)
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+    )
+
+
 def make_weights(*modules: nn.Module | None) -> None:
     """Does what a call begins with where a module's weights are made of others: by `prune`,
     `weight_norm` and `spectral_norm` of torch.nn.utils, which hang themselves in front of it."""

@@ -211,7 +211,11 @@ class Forward {
     const int64_t rows = steps * B_, first = (l * T_ + t) * B_ * G_, n = w.size(1);
     const Tensor gates = view(run_.gates, {rows, n}, {G_, 1}, first);
     const RowRuns there = runs_of(sizes_.of(t, steps), B_);
-    if (bias.dim() == 1) {
+    const bool made = w.size(0) == 0 && x.size(1) == n;  // what the layer makes of its inputs
+    STD_TORCH_CHECK(made || x.size(1) == w.size(0), "expected inputs as wide as weights, or gates");
+    if (made) {
+      add_bias(x, bias, l, t, steps);
+    } else if (bias.dim() == 1) {
       const Tensor of_input = view(bias, {n}, {1});
       product(gates, x, w, &of_input, there);
       if (n < G_)  // a GRU's gate that does not read the input
@@ -221,6 +225,20 @@ class Forward {
       for (int64_t i = t; i < t + steps; ++i) fill(at(run_.gates, l, i), bias);
       product(gates, x, w, &gates, there);
     }
+  }
+
+  // The same, given what comes of their inputs, x (rows, n).
+  void add_bias(const Tensor& x, const Tensor& bias, int64_t l, int64_t t, int64_t steps) const {
+    const int64_t n = x.size(1), ld = x.stride(0), ld_bias = bias.dim() == 1 ? 0 : bias.stride(0);
+    const A *from = data<A>(x), *biases = data<A>(bias);
+    A* to = data<A>(run_.gates) + (l * T_ + t) * B_ * G_;
+    parallel(steps * B_, G_ / 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A *row = from + i * ld, *b = biases + i % B_ * ld_bias;
+        for (int64_t j = 0; j < n; ++j) to[i * G_ + j] = b[j] + row[j];
+        std::copy(b + n, b + G_, to + i * G_ + n);  // of a GRU's gate that does not read the input
+      }
+    });
   }
 
   // Those of the steps [t, the next one fed back), as one product.
