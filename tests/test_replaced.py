@@ -495,3 +495,129 @@ def test_dropout_is_what_its_modules_say(part):
     else:
         with pytest.raises(ValueError, match="decoder.dropout: got AlphaDropout, expected nn.Drop"):
             differs()
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input) * 4
+
+
+class Adapted(nn.Linear):
+    """A readout with an adapter beside it, as LoRA has one."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.down, self.up = nn.Linear(sizes[0], 2), nn.Linear(2, sizes[1])
+
+    def forward(self, input):
+        return super().forward(input) + self.up(self.down(input))
+
+
+def _replace(model, what):
+    torch.manual_seed(3)
+    decoder = model.decoder
+    if what == "readout":
+        decoder.fc_out = Adapted(decoder.fc_out.in_features, V)
+    elif what == "hook":
+        decoder.embedding.register_forward_hook(lambda _, __, out: out * 4)
+    elif what == "patched":
+        lookup = decoder.embedding.forward
+        decoder.embedding.forward = lambda input: lookup(input) * 4
+    elif what == "scaled":
+        decoder.embedding = Scaled(V, E)
+    elif what == "padding_idx":
+        decoder.embedding = nn.Embedding(V, E, padding_idx=5)
+        with torch.no_grad():
+            decoder.fc_out.bias[5] += 0.5  # and is fed back
+    else:
+        decoder.embedding = nn.Embedding(V, E, max_norm=0.3)
+    return model.eval()
+
+
+def _by_hand(model, src, trg, fed_back):
+    """Logits (B, T, V) of a loop over PyTorch's modules."""
+    source, state = model.encode(src)
+    decoder, logits, token = model.decoder, [], trg[:, 0]
+    for t in range(1, trg.shape[1]):
+        x = decoder.embedding(token)
+        attended = decoder.attention(state.hidden[-1], source)[0][:, 0]
+        out, (hidden, cell) = decoder.lstm(
+            torch.cat([x, attended], -1)[:, None], (state.hidden, state.cell)
+        )
+        state = s2s.DecoderState(hidden, cell)
+        logits.append(decoder.fc_out(torch.cat([out[:, 0], attended], -1)))
+        token = logits[-1].argmax(-1) if t in fed_back else trg[:, t]
+    return torch.stack(logits, 1)
+
+
+CALLED = ["readout", "hook", "patched", "scaled", "max_norm"]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("what", [*CALLED, "padding_idx"])
+def test_an_embedding_or_readout_that_is_more_than_a_weight_is_so_in_training(what, backend, ratio):
+    model, src, trg = _replace(make(), what), sources(3, 5), torch.randint(3, V, (3, 7))
+    random.seed(1)
+    forced = [random.random() < ratio for _ in range(6)]
+    fed_back = [t for t, force in enumerate(forced, 1) if not force]
+    found = []
+    for how in ("fused", "loss", "by hand"):
+        random.seed(1)
+        with s2s.use_backend(backend if how != "by hand" else "reference"):
+            if how == "loss":
+                loss = model.loss(src, trg, ratio)
+            else:
+                hand = how == "by hand"
+                logits = (
+                    _by_hand(model, src, trg, fed_back) if hand else model(src, trg, ratio)[:, 1:]
+                )
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), trg[:, 1:].flatten())
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found.append([loss, *(torch.zeros(()) if g is None else g for g in grads)])
+    for x, y, want in zip(*found, strict=True):
+        torch.testing.assert_close(x, want.expand_as(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y, want.expand_as(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("what", CALLED)
+def test_an_embedding_or_readout_that_is_more_than_a_weight_is_so_in_decoding(what, prepared):
+    """Where it was put there after the weights had been packed, too."""
+    model, src = make(), sources(3, 5)
+    if prepared:
+        model.prepare_inference()
+        model.generate(src, **OPTIONS)
+    _replace(model, what)
+    ours = model.generate(src, **OPTIONS)
+    plain = model.generate(src, backend="reference", **OPTIONS)
+    assert torch.equal(ours.tokens, plain.tokens)
+    torch.testing.assert_close(ours.log_probs, plain.log_probs)
+    trg = torch.cat([torch.full((3, 1), BOS), ours.tokens], 1)
+    scored = model.score(src, trg, eos=EOS).log_probs
+    torch.testing.assert_close(ours.log_probs, scored, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        source, state = model.encode(src)
+        step = model.decoder(trg[:, 0], *state[:2], source)[0]
+        torch.testing.assert_close(step, _by_hand(model, src, trg[:, :2], [])[:, 0])
+    name = "fc_out" if what == "readout" else "embedding"
+    with pytest.raises(ValueError, match=f"backend: .*decoder.{name} does more than its weights"):
+        model.generate(src, backend="native", **OPTIONS)
+    with pytest.raises(ValueError, match=f"decoder: cannot be prepared: decoder.{name} does more"):
+        model.prepare_inference()
+
+
+def test_a_decoder_with_steps_of_its_own_takes_them():
+    class Sharper(s2s.Decoder):
+        def step(self, *args):
+            logits, *others = super().step(*args)
+            return 3 * logits, *others
+
+    model, src = make().prepare_inference(), sources(3, 5)
+    before = model.generate(src, **OPTIONS)
+    model.decoder.__class__ = Sharper
+    found = model.generate(src, **OPTIONS)
+    assert torch.equal(found.tokens, before.tokens)
+    assert (found.log_probs > before.log_probs).all()
+    with pytest.raises(ValueError, match="Sharper has its own step"):
+        model.generate(src, backend="native", **OPTIONS)

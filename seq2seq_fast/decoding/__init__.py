@@ -137,10 +137,10 @@ def prepare_inference(decoder: "Decoder", dtype: str | None, project_values: boo
             f"decoder: is {weight.dtype} on {weight.device}, expected float32, bfloat16 or float16"
             " on the CPU or a GPU"
         )
+    why = native.refusal(decoder) if weight.is_cuda else decoder.refusal()
+    if why is not None:
+        raise ValueError(f"decoder: cannot be prepared: {why}")
     if weight.is_cuda:
-        why = native.refusal(decoder)
-        if why is not None:
-            raise ValueError(f"decoder: cannot be prepared: {why}")
         if dtype != "float32":
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' on {weight.device}")
         if project_values:
@@ -159,7 +159,7 @@ def _ready(decoder: "Decoder", backend: str | None) -> PackedDecoder | None:
     kept: PackedDecoder | None = decoder.packed
     if kept is None or asked_for(backend) not in (None, "native"):
         return None
-    return kept if kept.watch.holds() else None
+    return kept if kept.watch.holds() and decoder.refusal() is None else None
 
 
 def _packed(decoder: "Decoder") -> PackedDecoder:

@@ -44,7 +44,7 @@ def refusal(decoder: "Decoder") -> str | None:
         return "the decoder has attentional vectors, which are for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
-    return None
+    return decoder.refusal()
 
 
 def chosen(decoder: "Decoder", backend: str | None) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import decoding
 from ..decoding import native
@@ -21,12 +22,14 @@ from ..ops.modules import (
     bias_of,
     dropout_rate,
     make_weights,
-    plain_embedding,
     rate_between_layers,
+    reads_alone,
+    table_of,
 )
 from . import checks
 from .attention import Attention, PreparedSource
 from .cells import recurrent
+from .fed_back import steps_by_calls
 
 
 class DecoderState(NamedTuple):
@@ -265,7 +268,21 @@ class Decoder(nn.Module):
             return None
         if asked_for(None) not in (None, "native") or torch.is_autocast_enabled("cpu"):
             return None
-        return packed if packed.watch.holds() else None
+        return packed if packed.watch.holds() and self.called() is None else None
+
+    def called(self) -> str | None:
+        """What of it does more than its weights tell, so that it must be called, or None."""
+        for name, kind in (("embedding", nn.Embedding), ("fc_out", nn.Linear)):
+            if not reads_alone(getattr(self, name), kind):
+                return f"decoder.{name} does more than its weights tell: {getattr(self, name)}"
+        return None
+
+    def refusal(self) -> str | None:
+        """Why engines that read weights would not do what it does, or None."""
+        for name in ("step", "steps"):
+            if getattr(type(self), name) is not getattr(Decoder, name) or name in vars(self):
+                return f"{type(self).__name__} has its own {name}"
+        return self.called()
 
     def run(
         self,
@@ -308,15 +325,18 @@ class Decoder(nn.Module):
         """`run`, unchecked; batch_sizes as in `attention_decoder`."""
         check_layers(self)
         make_weights(self.layers)
+        table = table_of(self.embedding)
+        if feedback and (table is None or not reads_alone(self.fc_out, nn.Linear)):
+            return steps_by_calls(self, tokens, state, source, feedback, batch_sizes)
         factors, between_layers, of_vectors = self._dropout_factors(*tokens.T.shape)
-        inputs: Tensor = tokens
-        table: Tensor | None = self.embedding.weight
-        if factors is not None or not plain_embedding(self.embedding):
-            embedded = self.embedding(tokens.T)  # time first, as the operation has it inside
+        inputs, of_ids = tokens, table
+        if factors is not None or table is None:
+            # Time first, as the operation has it inside
+            embedded = self.embedding(tokens.T) if table is None else F.embedding(tokens.T, table)
             if factors is not None:
                 embedded = embedded * factors
                 factors = factors.transpose(0, 1)
-            inputs, table = embedded.transpose(0, 1), None
+            inputs, of_ids = embedded.transpose(0, 1), None
         attends: dict[str, Any] = {"context": state.context}
         if isinstance(source, PreparedSource):
             assert self.attention is not None
@@ -330,7 +350,8 @@ class Decoder(nn.Module):
         fed_back = None
         if feedback:
             make_weights(self.fc_out)
-            readout = self.embedding.weight, self.fc_out.weight, bias_of(self.fc_out)
+            assert table is not None
+            readout = table, self.fc_out.weight, bias_of(self.fc_out)
             fed_back = Feedback(feedback, *readout, factors)
         return attention_decoder(
             inputs,
@@ -344,7 +365,7 @@ class Decoder(nn.Module):
             feedback=fed_back,
             recompute=self.recompute,
             batch_sizes=batch_sizes,
-            embedding=table,
+            embedding=of_ids,
         )
 
     def _drops(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import decoding
@@ -14,7 +15,7 @@ from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
 from ..ops.checks import flag, token_ids, whole
 from ..ops.linear_cross_entropy import loss_of_steps
-from ..ops.modules import bias_of, knows_no_rows, make_weights
+from ..ops.modules import bias_of, knows_no_rows, make_weights, reads_alone
 from ..ops.readout import readout
 from . import checks
 from .attention import PreparedSource
@@ -77,6 +78,8 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         out, feedback, _ = self._decode(src, trg, teacher_forcing_ratio)
+        if not reads_alone(self.decoder.fc_out, nn.Linear):
+            return F.pad(self.decoder.fc_out(out.features), (0, 0, 1, 0))
         features = out.outputs, out.contexts
         if out.vectors is not None:
             features = out.vectors, out.vectors.detach()[..., :0]
@@ -113,6 +116,15 @@ class Seq2Seq(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         out, feedback, trg = self._decode(src, trg, teacher_forcing_ratio, ignore_index)
+        if not reads_alone(self.decoder.fc_out, nn.Linear):
+            return F.cross_entropy(
+                self.decoder.fc_out(out.features).flatten(0, 1),
+                trg[:, 1:].long().flatten(),
+                weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
         return loss_of_steps(
             out.features,
             self.decoder.fc_out.weight,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -24,16 +25,31 @@ def knows_no_rows(module: nn.Module) -> bool:
     return ours and _CALLED.isdisjoint(vars(module)) and not has_hooks(module)
 
 
-def plain_embedding(module: nn.Module) -> bool:
-    """Whether all that a call of it does, backward too, is to pick rows of its weight."""
+def reads_alone(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module does what its kind's does with its weights, and nothing beside."""
+    before = module._forward_pre_hooks.values()
     return (
-        type(module) is nn.Embedding
-        and module.padding_idx is None
-        and module.max_norm is None
-        and not (module.scale_grad_by_freq or module.sparse)
+        type(module).forward is kind.forward
         and "forward" not in vars(module)
-        and not has_hooks(module)
+        and getattr(module, "max_norm", None) is None
+        and not any(getattr(module, name) for name in _HOOKS if name != "_forward_pre_hooks")
+        and all(isinstance(hook, _MAKE_WEIGHTS) for hook in before)
     )
+
+
+def table_of(embedding: nn.Module) -> Tensor | None:
+    """The weight of which a call of an embedding picks rows, with its gradients, if that is all it
+    does; None if not."""
+    if not isinstance(embedding, nn.Embedding) or not reads_alone(embedding, nn.Embedding):
+        return None
+    if embedding.scale_grad_by_freq or embedding.sparse:
+        return None
+    make_weights(embedding)
+    weight: Tensor = embedding.weight
+    if embedding.padding_idx is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    padding = torch.arange(len(weight), device=weight.device) == embedding.padding_idx
+    return torch.where(padding[:, None], weight.detach(), weight)  # a row without a gradient
 
 
 def make_weights(*modules: nn.Module | None) -> None:
