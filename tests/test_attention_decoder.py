@@ -89,6 +89,14 @@ def test_a_first_state_of_zeros_with_and_without_a_gradient(cell_type, after, at
             torch.testing.assert_close(x, want[name], msg=name, rtol=1e-4, atol=1e-5)
 
 
+def test_without_attention_or_context_it_is_a_recurrent_network():
+    lstm, x = nn.LSTM(3, 8, 2, batch_first=True), torch.randn(4, 5, 3)
+    zeros = torch.zeros(2, 4, 8)
+    out = s2s.attention_decoder(x, zeros, zeros, lstm.all_weights)
+    torch.testing.assert_close(out.outputs, lstm(x)[0])
+    assert out.contexts.shape == (4, 5, 0)
+
+
 def test_gradients_of_outputs_may_be_parts_of_longer_rows():
     args = cast(problem(), torch.float32)
     leaves = [*tensors(args).values()]

@@ -109,8 +109,9 @@ def test_ten_thousand_rows_have_the_reference_s_tokens():
     + [(kind, False, where) for kind in PROJECT[:2] for where in LOCATIONS],
     ids=str,
 )
+@torch.no_grad()
 def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values, location):
-    """Bit for bit, from what an encoder made of it."""
+    """Bit for bit, and encoded too, by a prepared encoder."""
     model, src = make(kind, V=70, H=40, location=location), sources(67, 70 if location else 7)
     model.prepare_inference(project_values=project_values)
     source, state = model.encode(src)
@@ -118,16 +119,25 @@ def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values, loc
         options |= {"bos": BOS, "eos": EOS, "max_length": 12, "backend": "native"}
         together = s2s.generate(model.decoder, source, state, **options)
         for b in range(0, 67, 11):
-            row = torch.tensor([b])
-            alone = s2s.generate(
-                model.decoder,
-                stepwise.take_source(source, row),
-                stepwise.take_state(state, row),
-                **options,
-            )
+            alone = s2s.generate(model.decoder, *model.encode(src[b, None]), **options)
             assert torch.equal(alone.scores[0], together.scores[b])
             n = alone.tokens.shape[-1]
             assert torch.equal(alone.tokens[0], together.tokens[b, ..., :n])
+
+
+@pytest.mark.parametrize("D", [16, 300, 512])
+@pytest.mark.parametrize("S", [1, 4, 30])
+@torch.no_grad()
+def test_keys_and_bridges_are_alike_too(D, S):
+    torch.manual_seed(0)
+    options = {"bidirectional": True, "bridge_dim": 300}
+    encoder = s2s.Encoder(V_SRC, 5, D // 2, 1, 0.0, **options).eval().prepare_inference()
+    decoder, src = s2s.Decoder(5, 4, 300, 1, 0.0, encoder_dim=D), sources(40, S)
+    together, alone = encoder(src), [encoder(row[None]) for row in src]
+    for i, dim in enumerate((0, 1, 1)):
+        assert torch.equal(together[i], torch.cat([x[i] for x in alone], dim))
+    keys = torch.cat([decoder.source(values[None]).keys.keys for values in together[0]])
+    assert torch.equal(decoder.source(together[0]).keys.keys, keys)
 
 
 @pytest.mark.parametrize("location", [(), LOCATIONS[1]], ids=str)
@@ -255,6 +265,48 @@ def test_where_no_token_is_left_eos_is_taken(backend, beam_size):
     )  # fmt: skip
     assert (found.lengths == 4).all() and found.finished.all()
     assert (found.tokens.sort(-1).values == torch.tensor([0, 1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("V", [6, 2000])
+def test_so_it_is_where_eos_is_impossible(V, prepared):
+    """Of probability zero, as log P then says."""
+    model, src = make(V=V), sources(3, 4)
+    with torch.no_grad():
+        model.decoder.fc_out.bias.fill_(-math.inf)
+        model.decoder.fc_out.bias[[0, 5]] = 0.0
+    if prepared:
+        model.prepare_inference()
+    for sample in (False, True):
+        for backend in ("native", "reference"):
+            found = model.generate(
+                src, bos=BOS, eos=EOS, max_length=9, no_repeat_ngram=1, sample=sample,
+                backend=backend,
+            )  # fmt: skip
+            assert (found.lengths == 3).all() and found.finished.all()
+            assert (found.tokens.sort(-1).values == torch.tensor([0, 2, 5])).all()
+            assert (found.log_probs == -math.inf).all()
+
+
+def test_a_length_penalty_may_be_of_any_size():
+    model, src = make(), sources(3, 5)
+    for alpha in (200.0, 1e308):
+        ours, plain = (
+            model.generate(
+                src, bos=BOS, eos=EOS, max_length=500, beam_size=2, length_penalty=alpha, backend=b
+            )
+            for b in ("native", "reference")
+        )
+        assert torch.equal(ours.tokens, plain.tokens) and torch.equal(ours.scores, plain.scores)
+
+
+def test_a_prepared_source_must_be_of_the_decoder_s_dtype():
+    """Prepared weights or not."""
+    model = make()
+    source, state = model.encode(sources(3, 5))
+    model.decoder.bfloat16().prepare_inference()
+    with pytest.raises(TypeError, match="got torch.float32, expected torch.bfloat16"):
+        s2s.generate(model.decoder, source, state, bos=BOS, eos=EOS, max_length=3)
 
 
 def test_special_sources():

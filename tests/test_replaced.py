@@ -523,6 +523,9 @@ def _replace(model, what):
     elif what == "patched":
         lookup = decoder.embedding.forward
         decoder.embedding.forward = lambda input: lookup(input) * 4
+    elif what == "sequence":
+        decoder.embedding = nn.Sequential(nn.Embedding(V, 3), nn.Linear(3, E))
+        decoder.fc_out = nn.Sequential(nn.Linear(2 * H, 7), nn.Tanh(), nn.Linear(7, V))
     elif what == "scaled":
         decoder.embedding = Scaled(V, E)
     elif what == "padding_idx":
@@ -550,7 +553,7 @@ def _by_hand(model, src, trg, fed_back):
     return torch.stack(logits, 1)
 
 
-CALLED = ["readout", "hook", "patched", "scaled", "max_norm"]
+CALLED = ["readout", "hook", "patched", "scaled", "max_norm", "sequence"]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
@@ -621,3 +624,104 @@ def test_a_decoder_with_steps_of_its_own_takes_them():
     assert (found.log_probs > before.log_probs).all()
     with pytest.raises(ValueError, match="Sharper has its own step"):
         model.generate(src, backend="native", **OPTIONS)
+
+
+class Query(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class OwnLayers(nn.LSTM):
+    def forward(self, *args):
+        raise NotImplementedError
+
+
+class Attends(s2s.Attention):
+    def forward(self, *args):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        ("attention.Wa", Query(H, H)),
+        ("attention.Va", Query(H, 1)),
+        ("attention", Attends(H)),
+        ("lstm", OwnLayers(E + H, H, 2, batch_first=True)),
+    ],
+    ids=["Wa", "Va", "attention", "lstm"],
+)  # fmt: skip
+def test_a_forward_that_would_not_be_called_is_refused(place, module):
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 7))
+    model.prepare_inference().generate(src, **OPTIONS)
+    parent, _, name = place.rpartition(".")
+    setattr(model.decoder.get_submodule(parent), name, module)
+    calls = {
+        "forward": lambda: model(src, trg),
+        "loss": lambda: model.loss(src, trg),
+        "score": lambda: model.score(src, trg),
+        "generate": lambda: model.generate(src, **OPTIONS),
+        "reference": lambda: model.generate(src, backend="reference", **OPTIONS),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{place}: got .*, whose forward is its own"):
+            call()
+            pytest.fail(name)
+
+
+def test_parts_without_what_is_read_are_named():
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 7))
+    model.decoder.lstm = nn.Linear(3, 4)
+    for call in (lambda: model(src, trg), lambda: model.generate(src, **OPTIONS)):
+        with pytest.raises(ValueError, match="decoder.lstm: got Linear.*, expected one direction"):
+            call()
+
+
+class Speech(nn.Module):
+    """An encoder of frames (B, S, 5), of what `Seq2Seq` reads of one."""
+
+    cell_type, output_dim, state_dim = "lstm", H, H
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.LSTM(5, H, 2, batch_first=True)
+
+    def forward(self, src):
+        outputs, (hidden, cell) = self.layers(src)
+        return outputs, hidden, cell
+
+
+def test_an_encoder_of_another_kind():
+    torch.manual_seed(0)
+    model, src = s2s.Seq2Seq(Speech(), make().decoder).eval(), torch.randn(3, 9, 5)
+    trg = torch.randint(3, V, (3, 7))
+    assert model(src, trg).shape == (3, 7, V) and model.loss(src, trg).isfinite()
+    ours, plain = (model.generate(src, backend=b, **OPTIONS).tokens for b in (None, "reference"))
+    assert torch.equal(ours, plain)
+    assert s2s.Seq2Seq(Speech(), model.decoder, pad_idx=10**6).pad_idx == 10**6
+    with pytest.raises(ValueError, match="pad_idx: got -1, expected at least 0"):
+        s2s.Seq2Seq(Speech(), model.decoder, pad_idx=-1)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("made_by", [_pruned, _weight_normed, nn.utils.spectral_norm])
+@pytest.mark.parametrize("name", ["location_conv", "location_dense"])
+@torch.no_grad()
+def test_the_weights_of_a_location_that_are_made_of_others_are_made_anew(name, made_by, prepared):
+    torch.manual_seed(0)
+    decoder = s2s.Decoder(V, E, H, 1, 0.0, location=("cumulative",)).eval()
+    for p in decoder.parameters():
+        nn.init.normal_(p)
+    module = made_by(decoder.attention.get_submodule(name), "weight")
+    source = decoder.source(torch.randn(3, 8, H))
+    state = s2s.DecoderState(torch.randn(1, 3, H), torch.randn(1, 3, H))
+    if prepared:
+        decoder.prepare_inference()
+    for _ in range(2):
+        for p in module.parameters(recurse=False):
+            p.copy_(3 * torch.randn_like(p))
+        ours, plain = (
+            s2s.generate(decoder, source, state, backend=b, return_weights=True, **OPTIONS)
+            for b in ("native", "reference")
+        )
+        torch.testing.assert_close(ours.weights[:, 0], plain.weights[:, 0], rtol=1e-3, atol=1e-4)

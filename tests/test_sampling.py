@@ -134,6 +134,15 @@ def test_logits_that_are_not_finite(barred, backend, options):
     assert set(first_tokens(logits, 50, backend=backend, **options).flatten().tolist()) <= {1, 3}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_one_that_is_barred_does_not_decide_on_the_others(bad, backend):
+    """Infinite or no number, it comes first, once: then the rest is drawn of."""
+    model, src = with_logits([0.0] * 7 + [bad]), sources(1, 3).expand(40, -1)
+    found = drawn(model, src, backend=backend, no_repeat_ngram=1, max_length=3, min_length=3)
+    assert (found.tokens[:, 0] == 7).all() and len(found.tokens[:, 1].unique()) > 2
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_huge_logits_and_tiny_temperatures(backend, options):

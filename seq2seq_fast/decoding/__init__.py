@@ -107,6 +107,8 @@ def _at_once(
         packed = _ready(decoder, backend)
         if packed is None or decoder.training:
             return None
+        if decoder.like.dtype != torch.float32:  # as source and state must be
+            return None
         if state.location is not None or (state.context is not None and not decoder.query_after):
             return None
         widths = state.hidden.shape[2], source.values.shape[2], source.v.shape[0]
@@ -131,7 +133,7 @@ def prepare_inference(decoder: "Decoder", dtype: str | None, project_values: boo
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {list(DTYPES)} or None")
     flag(project_values=project_values)
-    weight = decoder.fc_out.weight
+    weight = decoder.like
     if weight.dtype not in native.DTYPES or weight.device.type not in native.OPS:
         raise ValueError(
             f"decoder: is {weight.dtype} on {weight.device}, expected float32, bfloat16 or float16"
@@ -218,7 +220,7 @@ def score(
 
 def check_targets(decoder: "Decoder", trg: object, eos: object) -> None:
     """What `score` asks of them, but for the rows of a source."""
-    device = decoder.fc_out.weight.device
+    device = decoder.like.device
     token_ids("trg", trg, decoder.output_dim)
     assert isinstance(trg, Tensor)
     if trg.dim() != 2 or trg.shape[1] == 0:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..ops.modules import check_is_read
+
 if TYPE_CHECKING:
     from ..nn.decoder import Decoder
 
@@ -21,20 +23,32 @@ def plain_layers(layers: nn.Module, cell_type: str) -> bool:
     )
 
 
-def check_layers(decoder: "Decoder") -> None:
-    """Raises ValueError where the recurrent layers are others than a decoder computes."""
+def check_read(decoder: "Decoder") -> None:
+    """Raises ValueError of modules whose weights are read where that is not all there is to them:
+    recurrent layers that are others than a decoder computes, and what has a forward of its own."""
     layers = decoder.layers
     if not plain_layers(layers, decoder.cell_type) or layers.bidirectional:
         raise ValueError(
             f"decoder.{decoder.cell_type}: got {layers}, expected one direction of"
             f" {MODES[decoder.cell_type]}, batch_first, with biases and no projection"
         )
+    attention = decoder.attention
+    parts: dict[str, object] = {decoder.cell_type: layers}
+    if decoder.attentional_dim is not None:
+        parts["attentional"] = decoder.attentional
+    if attention is not None:
+        parts["attention"] = attention
+        for name in ("Wa", "location_conv", "location_dense"):
+            if name in attention._modules:
+                parts[f"attention.{name}"] = attention._modules[name]
+    for name, module in parts.items():
+        check_is_read(f"decoder.{name}", module)
 
 
 def check_fits(decoder: "Decoder") -> None:
     """Raises ValueError, naming the module, what it has and what was expected: the engines read
     weights by the decoder's widths."""
-    check_layers(decoder)
+    check_read(decoder)
     V, H, D, layers = decoder.output_dim, decoder.hidden_dim, decoder.context_dim, decoder.layers
     E = decoder.embedding.weight.shape[1]
     features, fed = H + D, decoder.fed_dim

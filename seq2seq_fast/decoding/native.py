@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..library import HAS_KERNEL, interruption, is_reference
 from ..ops.location import accumulates
+from ..ops.modules import make_weights
 from . import sampling, stepwise
 from .options import DecodingOptions
 from .packing import PackedDecoder
@@ -30,7 +31,7 @@ class Interrupted(BaseException):
 
 def refusal(decoder: "Decoder") -> str | None:
     """Why no engine can run it, or None."""
-    weight, attention = decoder.fc_out.weight, decoder.attention
+    weight, attention = decoder.like, decoder.attention
     device = weight.device.type
     if device not in OPS:
         return f"the decoder is on {weight.device}"
@@ -49,7 +50,7 @@ def refusal(decoder: "Decoder") -> str | None:
 
 def chosen(decoder: "Decoder", backend: str | None) -> bool:
     """Whether an engine decodes this; asked for and not able to, it raises."""
-    weight = decoder.fc_out.weight
+    weight = decoder.like
     why = refusal(decoder)
     if backend == "native" and why is not None:
         raise ValueError(f"backend: 'native' was asked for, but {why}")
@@ -115,6 +116,7 @@ def _located(
     if before is None:
         B, S, _ = source.values.shape
         before = source.values.new_zeros(B, len(channels), S)
+    make_weights(attention.location_conv, attention.location_dense)
     weights = attention.location_conv.weight, attention.location_dense.weight
     return [_floats(x) for x in (*weights, before)], accumulates(channels)
 
@@ -201,7 +203,7 @@ def _decode(
             raise Interrupted from raised
         raise
     tokens, lengths, log_probs, scores, finished, weights = found
-    kept = weights.to(decoder.fc_out.weight.dtype) if options.return_weights else None
+    kept = weights.to(decoder.like.dtype) if options.return_weights else None
     return Generated(tokens, lengths, log_probs, scores, finished, kept)
 
 

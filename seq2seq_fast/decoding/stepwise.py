@@ -133,6 +133,7 @@ def one_each(
             else:
                 noise = sampling.gumbel(seed, live, t, allowed.shape[1])
                 token = sampling.draw(allowed, noise, options)
+            token = token.masked_fill(allowed.isneginf().all(1), options.eos)  # nothing is left
         tokens[live, t] = token
         lengths[live] = t + 1
         log_probs[live] += log_p.gather(1, token[:, None]).squeeze(1)
@@ -231,8 +232,8 @@ class Ended:
         P only falls, lp is largest at the greatest length, cp is at most 0."""
         if len(self.best) < self.options.n_best or not self.best[-1].finished:
             return False
-        bound = log_prob / ((5 + limit) / 6) ** self.options.length_penalty
-        return self.best[-1].score >= bound
+        length = torch.tensor((5 + limit) / 6, dtype=torch.float64)  # whose power may be infinite
+        return self.best[-1].score >= float(log_prob / length**self.options.length_penalty)
 
 
 def beam_search(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops.additive_attention import PreparedKeys, additive_attention, prepare_keys
 from ..ops.linear import linear
 from ..ops.location import Location, check_channels, location_attention
-from ..ops.modules import make_weights
+from ..ops.modules import check_is_read, make_weights
 from . import checks
 
 
@@ -97,11 +97,12 @@ class Attention(nn.Module):
         checks.mask(mask, encoder_outputs)
         # Softmax cancels Va's bias. It stays in the graph, with a gradient of zero as in the plain
         # form, since DistributedDataParallel expects one of every parameter.
+        check_is_read("attention.Va", self.Va)
         make_weights(self.Va)
         v = self.Va.weight[0]
         if torch.is_grad_enabled() and self.Va.bias is not None:
             v = v + 0 * self.Va.bias
-        keys = linear(self.Ua, encoder_outputs)
+        keys = linear(self.Ua, encoder_outputs, alike=True)
         # What a step adds to keys leaves no use for their exponentials.
         prepared = PreparedKeys(keys) if self.location else prepare_keys(keys)
         return PreparedSource(prepared, encoder_outputs, v, mask)

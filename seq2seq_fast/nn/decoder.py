@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .. import decoding
 from ..decoding import native
-from ..decoding.fits import check_layers, check_linear
+from ..decoding.fits import check_linear, check_read
 from ..decoding.graphed import Loops
 from ..decoding.packing import PackedDecoder, let_go
 from ..library import asked_for
@@ -147,6 +147,15 @@ class Decoder(nn.Module):
         return getattr(self, self.cell_type)
 
     @property
+    def like(self) -> Tensor:
+        """A weight, whose dtype and device all of them have."""
+        weight = getattr(self.layers, "weight_hh_l0", None)
+        if weight is None:
+            check_read(self)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def fed_dim(self) -> int:
         """Width of what the layers read beside the token: D, or O of attentional vectors."""
         return self.context_dim if self.attentional_dim is None else self.attentional_dim
@@ -190,7 +199,7 @@ class Decoder(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         source = self.source(encoder_outputs, mask)
-        device = self.embedding.weight.device
+        device = self.like.device
         token_ids("input", input, "(B,)", 1, self.output_dim, device)
         B = (source.values if isinstance(source, PreparedSource) else source).shape[0]
         if input.shape[0] != B:
@@ -237,7 +246,7 @@ class Decoder(nn.Module):
             return self.attention.source(encoder_outputs, mask)
         if mask is not None:
             raise ValueError("mask: got a Tensor, expected None: the decoder has no attention")
-        checks.context("encoder_outputs", encoder_outputs, self.context_dim, self.fc_out.weight)
+        checks.context("encoder_outputs", encoder_outputs, self.context_dim, self.like)
         return encoder_outputs
 
     def step(
@@ -264,7 +273,7 @@ class Decoder(nn.Module):
         packed = self.packed
         if packed is None or packed.dtype != "float32" or packed.projects_values:
             return None
-        if self.fc_out.weight.dtype != torch.float32:  # which is what the results would be
+        if self.like.dtype != torch.float32:  # which is what the results would be
             return None
         if asked_for(None) not in (None, "native") or torch.is_autocast_enabled("cpu"):
             return None
@@ -306,7 +315,7 @@ class Decoder(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         checks.decoder_state(state)
-        source, device = self.source(source), self.embedding.weight.device
+        source, device = self.source(source), self.like.device
         self.check_state(state, source)
         token_ids("tokens", tokens, "(B, T)", 2, self.output_dim, device)
         if tokens.shape[0] != state.hidden.shape[1]:
@@ -323,12 +332,14 @@ class Decoder(nn.Module):
         batch_sizes: Sequence[int] | None = None,
     ) -> DecoderOutput:
         """`run`, unchecked; batch_sizes as in `attention_decoder`."""
-        check_layers(self)
+        check_read(self)
         make_weights(self.layers)
         table = table_of(self.embedding)
         if feedback and (table is None or not reads_alone(self.fc_out, nn.Linear)):
             return steps_by_calls(self, tokens, state, source, feedback, batch_sizes)
-        factors, between_layers, of_vectors = self._dropout_factors(*tokens.T.shape)
+        factors, between_layers, of_vectors = self._dropout_factors(
+            tokens.shape[1], tokens.shape[0], table
+        )
         inputs, of_ids = tokens, table
         if factors is not None or table is None:
             # Time first, as the operation has it inside
@@ -377,19 +388,20 @@ class Decoder(nn.Module):
             return None
         make_weights(self.attentional)
         shape = self.attentional_dim, self.hidden_dim + self.context_dim
-        check_linear("attentional", self.attentional, shape, self.fc_out.weight)
+        check_linear("attentional", self.attentional, shape, self.like)
         weight, bias = self.attentional.weight, self.attentional.bias
         dropout = 0.0 if factors is None else factors
         return AttentionalVector(weight, bias, self.attentional_activation, dropout)
 
-    def _dropout_factors(self, T: int, B: int) -> list[Tensor | None]:
-        """(T, B, E) of embedded tokens, (n_layers - 1, B, T, H) between layers and (B, T, O) of
-        attentional vectors, or None."""
-        p, like = dropout_rate("decoder.dropout", self.dropout), self.embedding.weight
+    def _dropout_factors(self, T: int, B: int, table: Tensor | None) -> list[Tensor | None]:
+        """(T, B, E) of embedded tokens, from a table (V, E) if they are, (n_layers - 1, B, T, H)
+        between layers and (B, T, O) of attentional vectors, or None."""
+        p, like = dropout_rate("decoder.dropout", self.dropout), self.like
         between = rate_between_layers(self.layers)
         found: list[Tensor | None] = [None, None, None]
         if p > 0 and T > 0:
-            found[0] = dropout_factors((T, B, like.shape[1]), p, like)
+            E = self.layers.input_size - self.fed_dim if table is None else table.shape[1]
+            found[0] = dropout_factors((T, B, E), p, like)
         if between > 0 and T > 0:
             shape = (self.layers.num_layers - 1, T, B, self.layers.hidden_size)
             found[1] = dropout_factors(shape, between, like).transpose(1, 2)
@@ -400,7 +412,7 @@ class Decoder(nn.Module):
     def check_state(self, state: DecoderState, source: Tensor | PreparedSource) -> None:
         """state is one of a prepared source's rows."""
         values = source if isinstance(source, Tensor) else source.values
-        shape, weight = (self.n_layers, len(values), self.hidden_dim), self.fc_out.weight
+        shape, weight = (self.n_layers, len(values), self.hidden_dim), self.like
         checks.state("hidden", state.hidden, shape, weight)
         if self.cell_type == "lstm":
             checks.state("cell", state.cell, shape, weight)

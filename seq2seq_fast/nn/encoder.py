@@ -12,6 +12,7 @@ from ..library import asked_for, choose
 from ..ops.attention_decoder import DecoderOutput, attention_decoder
 from ..ops.checks import flag, probability, token_ids
 from ..ops.dropout import dropout_factors
+from ..ops.linear import linear
 from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
 from . import checks
 from .cells import recurrent
@@ -115,8 +116,8 @@ class Encoder(nn.Module):
         hidden = self._both_directions(hidden)
         cell = None if cell is None else self._both_directions(cell)
         if hasattr(self, "bridge_hidden"):
-            hidden = torch.tanh(self.bridge_hidden(hidden))
-            cell = None if cell is None else self.bridge_cell(cell)
+            hidden = torch.tanh(linear(self.bridge_hidden, hidden, alike=True))
+            cell = None if cell is None else linear(self.bridge_cell, cell, alike=True)
         return outputs, hidden, cell
 
     def prepare_inference(self) -> "Encoder":

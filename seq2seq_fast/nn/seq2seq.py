@@ -13,7 +13,7 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.checks import flag, token_ids, whole
+from ..ops.checks import WHOLE, flag, token_ids, whole
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.modules import bias_of, knows_no_rows, make_weights, reads_alone
 from ..ops.readout import readout
@@ -57,9 +57,9 @@ class Seq2Seq(nn.Module):
         ):
             if ours != theirs:
                 raise ValueError(f"decoder: has {name} {ours}, expected {theirs} as encoder has")
-        vocabulary = encoder.embedding.num_embeddings
         if pad_idx is not None:
-            whole("pad_idx", pad_idx, 0, vocabulary - 1)
+            table = getattr(encoder, "embedding", None)  # an encoder of speech, say, has none
+            whole("pad_idx", pad_idx, 0, getattr(table, "num_embeddings", WHOLE) - 1)
         flag(pack_padded=pack_padded)
         if pack_padded and pad_idx is None:
             raise ValueError("pack_padded: got True without a pad_idx, expected one")
@@ -147,7 +147,7 @@ class Seq2Seq(nn.Module):
         the last target of a row that is not may be anything.
         """
         checks.teacher_forcing_ratio(ratio)
-        device = self.decoder.embedding.weight.device
+        device = self.decoder.like.device
         token_ids("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
         checks.batches_agree(src, trg)
         if trg.shape[1] == 0:
@@ -174,7 +174,7 @@ class Seq2Seq(nn.Module):
         the decoder."""
         decoder = self.decoder
         return (
-            decoder.embedding.weight.is_cpu
+            decoder.like.is_cpu
             and values_are_known()
             and type(self) is Seq2Seq
             and type(self.encoder) is Encoder
@@ -183,7 +183,7 @@ class Seq2Seq(nn.Module):
             and not _has_any_global_hook()
             and isinstance(src, Tensor)
             and src.dim() == 2
-            and choose("attention_decoder", decoder.embedding.weight, None) == "native"
+            and choose("attention_decoder", decoder.like, None) == "native"
         )
 
     def encode(self, src: Tensor) -> tuple[Tensor | PreparedSource, DecoderState]:

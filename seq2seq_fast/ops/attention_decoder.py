@@ -380,7 +380,7 @@ def attention_decoder(
         mask: (B, S) bool, True = attend. A row masked everywhere has contexts of zero.
         context: (B, D): with `query_after` what the first step reads (zeros if None), with `vector`
             that of the step before it (B, O). Without query, keys, values and v the decoder has no
-            attention, and every step reads it.
+            attention, and every step reads it, or if it is None inputs alone.
         cell_type: "lstm", "gru" or "rnn" (tanh), with PyTorch's formulas.
         query_after: the query is the hidden state after the step, and the first layer reads the
             context of the step before (input feeding). Otherwise the query is the state before
@@ -433,6 +433,8 @@ def attention_decoder(
         query_after, dropout, state_dropout, context_dropout, feedback, recompute, location, vector,
         batch_sizes, autocast,
     )  # fmt: skip
+    if context is None and keys is None:
+        context = like.new_empty(hidden.shape[1], 0)
     dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
     dtype = torch.float64 if like.dtype == torch.float64 else dtype
     within = torch.float64 if dtype == torch.float64 else torch.float32

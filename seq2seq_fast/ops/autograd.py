@@ -19,7 +19,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "seq2seq_fast has no double backward; use backend='reference' where it is needed"
+            "seq2seq_fast has no double backward; use backend='reference', or use_backend around"
+            " modules, where it is needed"
         )
 
 

@@ -92,10 +92,13 @@ def _shape(name: str, x: Tensor, spelled: str, *expected: tuple[int | None, ...]
             e is None or e == n for e, n in zip(shape, x.shape, strict=True)
         ):
             return
-    wanted = " or ".join(
-        "(" + ", ".join("any" if e is None else str(e) for e in s) + ")" for s in expected
-    )
+    wanted = " or ".join(map(sizes, expected))
     raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = {wanted}")
+
+
+def sizes(shape: tuple[int | None, ...]) -> str:
+    """A shape, in which None stands for any size, as Python writes tuples."""
+    return str(tuple("any" if n is None else n for n in shape)).replace("'", "")
 
 
 def keys(keys: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..reference_decoder import BLOCKS
 from .attentional_vector import AttentionalVector
 from .attentional_vector import check as check_vector
-from .checks import DTYPES, STRIDED, bools, flag, instance, powers, probability, token_ids
+from .checks import DTYPES, STRIDED, bools, flag, instance, powers, probability, sizes, token_ids
 from .checks import tensor as check_tensor
 from .location import check as check_location
 
@@ -31,10 +31,9 @@ def _tensor(
         raise ValueError(f"{name}: is on {x.device}, expected {like.device} as {whose}")
     if x.shape == shape:
         return
-    sizes = zip(x.shape, shape, strict=False)
-    if x.dim() != len(shape) or any(e is not None and n != e for n, e in sizes):
-        wanted = ", ".join("any" if e is None else str(e) for e in shape)
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = ({wanted})")
+    pairs = zip(x.shape, shape, strict=False)
+    if x.dim() != len(shape) or any(e is not None and n != e for n, e in pairs):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled} = {sizes(shape)}")
 
 
 def listed(name: str, x: object, expected: str, n: int | None = None) -> None:
@@ -70,9 +69,9 @@ def decoder(
     """attention: weight and bias of the query's projection, keys, values and v, or five None."""
     cell_type(kind)
     flag(query_after=query_after, recompute=recompute)
-    name, spelled, sizes, whose = "inputs", "(B, T, E)", 3, "that of inputs"
+    name, spelled, dims, whose = "inputs", "(B, T, E)", 3, "that of inputs"
     if embedding is not None:
-        name, spelled, sizes, whose = "embedding", "(V, E)", 2, "that of embedding"
+        name, spelled, dims, whose = "embedding", "(V, E)", 2, "that of embedding"
     like = inputs if embedding is None else embedding
     like = check_tensor(name, like, f"a floating-point Tensor {spelled}")
     if like.dtype not in DTYPES:
@@ -81,7 +80,7 @@ def decoder(
     def tensor(name: str, x: object, spelled: str, *shape: int | None) -> None:
         _tensor(name, x, like, whose, spelled, shape, autocast)
 
-    tensor(name, like, spelled, *sizes * [None])
+    tensor(name, like, spelled, *dims * [None])
     if embedding is not None:
         token_ids("inputs", inputs, "(B, T)", 2, len(like), like.device, "embedding")
     listed("layers", layers, "a sequence of four tensors for each layer")
@@ -162,6 +161,8 @@ def _source(tensor, attention, key_powers, mask, context, B: int, H: int, vector
     if not any(given):
         if mask is not None:
             raise ValueError("mask: got a Tensor, expected None without keys and values")
+        if context is None:
+            return 0
         tensor("context", context, "(B, D)", B, None)
         return context.shape[1]
     w_query, b_query, keys, values, v = attention

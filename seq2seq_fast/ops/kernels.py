@@ -52,9 +52,10 @@ def _(a, b, sums, batch_sizes=()):
     return [*found, a.new_empty(a.shape[0])] if sums else found
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of matrices (M, K) and (K, N), by what is fastest on this machine; has no gradient."""
-    return torch.ops.seq2seq_fast.product(a, b)
+def product(a: Tensor, b: Tensor, blas: bool | None = None) -> Tensor:
+    """a b of matrices (M, K) and (K, N), by what is fastest on this machine; has no gradient. blas:
+    by that behind torch, or by the library's loops, which take float32."""
+    return torch.ops.seq2seq_fast.product(a, b, blas)
 
 
 def products(

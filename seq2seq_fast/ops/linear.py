@@ -9,8 +9,8 @@ from .kernels import product
 from .modules import has_hooks
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = product(x, weight.T)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, blas: bool | None = None) -> Tensor:
+    out = product(x, weight.T, blas)
     return out if bias is None else out.add_(bias)
 
 
@@ -33,8 +33,9 @@ class _Linear(torch.autograd.Function):
         return once(wanted(found, ctx.needs_input_grad), (grad, x, weight))
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x) of x (..., K); layers that are more than a weight and a bias are called."""
+def linear(layer: nn.Linear, x: Tensor, alike: bool = False) -> Tensor:
+    """layer(x) of x (..., K); layers that are more than a weight and a bias are called. alike: a
+    row's result is rounded alike however many there are, where no gradient is needed."""
     plain = type(layer) is nn.Linear and not has_hooks(layer)
     plain = plain and x.is_cpu and x.dtype == torch.float32 and not autocast_on(x)
     if not plain or asked_for(None) == "reference":
@@ -43,5 +44,5 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if needs_grad(rows, weight, bias):
         out = _Linear.apply(rows, weight, bias)
     else:
-        out = _product(rows, weight, bias)
+        out = _product(rows, weight, bias, blas=False if alike else None)
     return out.unflatten(0, x.shape[:-1])

@@ -37,6 +37,21 @@ def reads_alone(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a call does what neither PyTorch's nor the library's module of its kind does."""
+    of = getattr(type(module).forward, "__module__", "")
+    return "forward" in vars(module) or not of.startswith(("torch.nn.modules.", "seq2seq_fast."))
+
+
+def check_is_read(name: str, module: object) -> None:
+    """Raises ValueError of a module whose weights are read where that is not all there is to it."""
+    if isinstance(module, nn.Module) and has_own_forward(module):
+        raise ValueError(
+            f"{name}: got {type(module).__name__}, whose forward is its own, expected a module that"
+            " is read and not called"
+        )
+
+
 def table_of(embedding: nn.Module) -> Tensor | None:
     """The weight of which a call of an embedding picks rows, with its gradients, if that is all it
     does; None if not."""

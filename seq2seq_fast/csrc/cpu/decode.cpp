@@ -200,7 +200,7 @@ void Engine::bar(int32_t m) const {
     if (std::equal(last, history.end(), gram)) readout.bar(m, gram[n - 1]);
 }
 
-// The most probable token of what may follow, or one that is drawn of it.
+// The most probable token of what may follow, or one that is drawn of it; eos where nothing may.
 int32_t Engine::choose(int32_t m) const {
   Readout& readout = step_.readout();
   float* logits = readout.logits(m);
@@ -218,7 +218,7 @@ int32_t Engine::choose(int32_t m) const {
   const Peak left = loops.peak(logits, model_.V);
   if (left.top != -INFINITY) return left.index;
   logits[o_.eos] = eos;
-  return loops.peak(logits, model_.V).index;
+  return o_.eos;
 }
 
 // The 2 K best continuations, of K hypotheses: at most K of them end, so that K go on. Among equals

@@ -78,7 +78,10 @@ DecoderSource::DecoderSource(const std::vector<Tensor>& x, const std::optional<T
                       x[0].scalar_type() == ScalarType::Float &&
                       (!mask_ || (mask_->dim() == 2 && mask_->scalar_type() == ScalarType::Bool)),
                   "expected float32 keys, powers, values and v, and a mask of bool");
-  if (x.size() == 4) keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
+  if (x.size() == 4) {
+    STD_TORCH_CHECK(x[1].dim() == 2 || x[1].numel() == 0, "expected powers of two dimensions");
+    keys.emplace(x[0], x[1].dim() == 2 ? std::optional(x[1]) : std::nullopt);
+  }
   values = x[2], v_ = x[3];
   S = x[0].size(1), A = x[0].size(2), D = values.size(2);
   STD_TORCH_CHECK(x[0].size(0) == B && values.size(0) == B && values.size(1) == S &&

@@ -240,7 +240,10 @@ int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
 
 int32_t Readout::drawn(int64_t m, const Sampling& sampling, const Draw& draw) {
   const int64_t V = packed_.V;
-  if (!sought_ && !finite(m)) return most_probable(m);
+  if (!sought_ && !finite(m)) {  // though what is not may have been barred
+    const Peak first = loops.peak(logits(m), V);
+    if (!(first.top < INFINITY)) return first.index;
+  }
   if (sought_ && !sampling.cuts(V)) return find_drawn(m, draw);
   if (sought_) {
     const std::vector<int32_t> tokens = among_largest(m, sampling.top_k);

@@ -295,7 +295,7 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
       if (no_number.at < V) best = no_number;
     }
     if (thread != 0) return;
-    if (best.value == -INFINITY && eos_logit != -INFINITY) best.at = a.rules.eos;
+    if (best.value == -INFINITY) best.at = a.rules.eos;
     const int token = best.at;
     const double log_prob = so_far + (token == a.rules.eos ? eos_log_p : log_p(token));
     if (token == a.rules.eos)
