@@ -22,7 +22,7 @@ GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
         ({"max_length": 0}, ValueError, "max_length: got 0, expected at least 1"),
         ({"min_length": 7}, ValueError, "min_length: got 7, expected 0 to 6"),
         ({"beam_size": 12}, ValueError, "beam_size: got 12, expected 1 to 11"),
-        ({"beam_size": 2, "n_best": 3}, ValueError, "n_best: got 3, expected 1 to 2"),
+        ({"beam_size": 2, "n_best": 3}, ValueError, "n_best: got 3, expected at most beam_s"),
         ({"length_penalty": math.inf}, ValueError, "length_penalty: got inf, expected a finite"),
         ({"coverage_penalty": math.nan}, ValueError, "coverage_penalty: got nan"),
         ({"length_penalty": -1.0}, ValueError, "length_penalty: got -1.0"),

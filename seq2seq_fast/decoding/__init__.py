@@ -40,8 +40,7 @@ def generate(
         decoder: a `Decoder`.
         source: encoder outputs (B, S, D), or what `decoder.source` made of them, with a mask say;
             the context (B, D) of a decoder without attention.
-        state: `DecoderState` before the first token. To go on from another call, bos is the last
-            token that has not been fed; rows whose last tokens differ need a prefix.
+        state: `DecoderState` before the first token.
         backend: None for the best there is: one compiled call on the CPU, which runs without the
             GIL, and CUDA graphs of fused kernels on a GPU, both in float32, whatever the decoder
             is; float64 is PyTorch step by step. "native" for the former, else an error;

@@ -10,6 +10,7 @@ which searches are over one block late, so that the GPU never waits for it.
 import contextlib
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -37,13 +38,28 @@ MOST_LOOPS = 8  # kept of a decoder
 _ops = torch.ops.seq2seq_fast
 
 
+_captured_on: "weakref.WeakValueDictionary[int, Graph]" = weakref.WeakValueDictionary()
+
+
+def _stream_of_its_own() -> torch.cuda.Stream:
+    """One that no other graph here was captured on, as far as there are any: PyTorch hands out 32
+    in turn. Products of a graph keep the workspace of the stream that it was captured on, and
+    PyTorch lets go of that with any graph that was."""
+    for _ in range(32):
+        stream = torch.cuda.Stream()
+        if stream.cuda_stream not in _captured_on:
+            break
+    return stream
+
+
 class Graph:
     """A call's work on the GPU, to be done again by `replay`."""
 
     def __init__(self, call: Callable[[], None]):
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.current_blas_handle()  # this thread's first product would make it, uncapturably
-        stream = torch.cuda.Stream()
+        stream = _stream_of_its_own()
+        _captured_on[stream.cuda_stream] = self
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Not torch.cuda.graph, which collects garbage and returns memory first, and other

@@ -15,7 +15,8 @@ FARTHEST = 2.0**62  # that a length may be, so that it stays whole in 64 bits
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """What `generate` is asked for. |Y| counts a hypothesis' tokens, its eos among them.
+    """What `generate` may be asked for, by keyword. |Y| counts a hypothesis' tokens, its eos among
+    them.
 
     Args:
         bos, eos: token ids, fed first and ending a hypothesis.
@@ -138,7 +139,11 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
     whole("max_length", options.max_length, 1)
     whole("min_length", options.min_length, 0, options.max_length)
     whole("beam_size", options.beam_size, 1, vocabulary)
-    whole("n_best", options.n_best, 1, options.beam_size)
+    whole("n_best", options.n_best, 1)
+    if options.n_best > options.beam_size:
+        raise ValueError(
+            f"n_best: got {options.n_best}, expected at most beam_size = {options.beam_size}"
+        )
     whole("no_repeat_ngram", options.no_repeat_ngram, 0)
     whole("top_k", options.top_k, 0)
     _not_below_zero("length_penalty", options.length_penalty)

@@ -104,13 +104,15 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """The cross entropy of forward's logits[:, 1:] and trg[:, 1:], without making them all.
 
-        The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`. Of steps that feed
-        back the model's own argmax there are logits, one step at a time without gradients; of the
-        others some rows at a time (see `linear_cross_entropy`). On the CPU a row leaves the decoder
-        after its last target that is not ignored, so that padding is not computed there; rows are
-        then in another order, and draw other dropout. (Not where it would be seen: in a model that
-        has hooks, or modules that are neither PyTorch's nor the library's.) The mean over no
-        tokens, of T = 1 or nothing but ignore_index, is NaN, as PyTorch's.
+        The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`, but for
+        reduction="none". Targets are fed to the decoder too, those to be ignored as well, and so
+        must be ids of its vocabulary. Of steps that feed back the model's own argmax there are
+        logits, one step at a time without gradients; of the others some rows at a time (see
+        `linear_cross_entropy`). On the CPU a row leaves the decoder after its last target that is
+        not ignored, so that padding is not computed there; rows are then in another order, and draw
+        other dropout. (Not where it would be seen: in a model that has hooks, or modules that are
+        neither PyTorch's nor the library's.) The mean over no tokens, of T = 1 or nothing but
+        ignore_index, is NaN, as PyTorch's.
 
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
@@ -249,8 +251,8 @@ class Seq2Seq(nn.Module):
         Any number of threads may generate at once. The packed copy follows the parameters: it is
         made anew at the next call after they were changed in place or exchanged, and is no part of
         copies and pickles, which make their own. (Changes through `.data`, NumPy or DLPack, and
-        those of shared memory by another process, are not seen.) On a GPU `generate` keeps what it
-        needs by itself, and this does no more than make it ready.
+        those of shared memory by another process, are not seen: call this again after them.) On a
+        GPU `generate` keeps what it needs by itself, and this does no more than make it ready.
 
         But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
         in six and eight bits: greedy decoding then reads the bits, and of the dtype's numbers

@@ -111,7 +111,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), never with all the logits.
 
-    The arguments are those of `torch.nn.functional.linear_cross_entropy`. Logits are made for some
+    The arguments are those of `torch.nn.functional.linear_cross_entropy`, but for reduction="none"
+    and targets that are probabilities, of which there are none here. Logits are made for some
     rows at a time, and with them the gradients, where any is asked for: of a large vocabulary the
     logits neither take memory nor pass through it. Rows whose target is ignored cost nothing.
 

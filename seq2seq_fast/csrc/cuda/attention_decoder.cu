@@ -133,7 +133,7 @@ class Forward {
     if (place_) follow(t, true);
     one_query_attention(device_, one, place_ ? *placed_ : s.keys, s.values, s.v, s.softmax,
                         place_ ? std::nullopt : std::optional(s.powers), at(run_.contexts, t + 1),
-                        weights, {to_context().data, to_context().ld});
+                        weights, {to_context().data, to_context().ld, nullptr, &parts_});
   }
 
   // Where else a context goes, to be read.
@@ -182,6 +182,7 @@ class Forward {
   const Run& run_;
   const int64_t T_, B_, L_, H_, G_;
   std::optional<Tensor> placed_;              // keys (B, S, A) of a step
+  std::optional<Tensor> parts_;               // of attention to a source that is split
   const Tensor fed_;                          // (B, E)
   std::optional<Tensor> features_, product_;  // (B, H + D), (B, G)
   std::optional<Tensor> vector_features_,

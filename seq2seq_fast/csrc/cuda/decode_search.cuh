@@ -90,8 +90,8 @@ struct RankArguments {
   Search search;
   SearchRules rules;
   Draw draw;
-  float* logits;  // (M, V), without their bias
-  View bias;      // (1, 1, V)
+  float* logits;      // (M, V), without their bias
+  const float* bias;  // (V,)
   int V;
   int* path;  // (M, T), room for a row's tokens so far
   // The 2 K best continuations of each row, the best first, and how many there are.
@@ -236,9 +236,17 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
   if (a.S > 0) keep_weights(a, m, scratch);
 
   Peak mine = {-INFINITY, 0.f};
-  for (int v = thread; v < V; v += kRankThreads) {
-    const float x = logits[v] + a.bias(0, 0, v);
-    logits[v] = x;
+  constexpr int kAtOnce = 8;  // reads on their way before the first is waited for
+  for (int v0 = thread; v0 < V; v0 += kAtOnce * kRankThreads) {
+    float x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int v = v0 + i * kRankThreads;
+      x[i] = v < V ? logits[v] + a.bias[v] : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (const int v = v0 + i * kRankThreads; v < V) logits[v] = x[i];
     mine.add(x);
   }
   const Peak all = peak_of_block(mine, scratch);
@@ -307,22 +315,30 @@ static __global__ void __launch_bounds__(kRankThreads, 1) rank(RankArguments a) 
     __syncthreads();
     bar(a, m, logits);
     __syncthreads();
-    // The first of a thread's own places that come after `last`.
-    const auto next = [&](const Choice& last) {
+    // The first of the places from `begin` on, `step` apart, that come after `last`.
+    const auto next = [&](int begin, int step, const Choice& last) {
       Choice best = {-INFINITY, V};
-      for (int v = thread; v < V; v += kRankThreads) {
+      for (int v = begin; v < V; v += step) {
         const Choice here = {log_p(v), v};
         if (here.value > -INFINITY && last.before(here) && here.before(best)) best = here;
       }
       return best;
     };
-    Choice own = next({INFINITY, -1});
+    Choice own = next(thread, kRankThreads, {INFINITY, -1});  // of a thread's own places
     int found = 0;
     for (; found < 2 * a.search.K; ++found) {
       const Choice best = first_of_block(own, scratch);
       if (best.at == V) break;
       if (thread == 0) propose(found, best.at);
-      if (best.at % kRankThreads == thread) own = next(best);
+      // What the thread that had it has next, its whole warp looks for.
+      const int of = best.at % kRankThreads, lane = thread % kWarp;
+      if (of / kWarp != thread / kWarp) continue;
+      Choice left = next(of + lane * kRankThreads, kWarp * kRankThreads, best);
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+        const Choice other = shuffle(left, lanes);
+        if (other.before(left)) left = other;
+      }
+      if (of == thread) own = left;
     }
     if (thread != 0) return;
     if (found == 0 && eos_logit > -INFINITY && all.sum == all.sum) {  // nothing else is left

@@ -125,7 +125,7 @@ class Steps {
         coverage_(empty(state.hidden, {M_}, ScalarType::Double)),
         path_(empty(state.hidden, {M_, rules.ngram > 0 ? search_.T : 0}, ScalarType::Int)) {
     rank_.search = search_, rank_.rules = rules, rank_.draw = draw;
-    rank_.logits = floats_of(logits_), rank_.bias = view_of(weights.b_readout);
+    rank_.logits = floats_of(logits_), rank_.bias = floats(weights.b_readout);
     rank_.V = size_of(weights.readout, 0);
     rank_.path = ints(path_);
     rank_.candidate_log_probs = doubles(candidate_log_probs_);
@@ -183,7 +183,7 @@ class Steps {
     one_query_attention(device_, view(queries_, {state_.B(), K, A}, {K * A, A, 1}), source_->keys,
                         source_->values, source_->v, source_->softmax, source_->powers,
                         state_.context, attended_,
-                        {floats_of(lowest_) + E_, lowest_.stride(0), search_.live});
+                        {floats_of(lowest_) + E_, lowest_.stride(0), search_.live, &parts_});
   }
 
   void advance(int64_t l) {
@@ -224,6 +224,7 @@ class Steps {
   const int64_t L_, M_, H_, E_, D_, S_, V_;
   const Tensor lowest_, upper_, cell_before_, product_, logits_, queries_, attended_;
   const Tensor covered_before_, candidates_, candidate_log_probs_, coverage_, path_;
+  std::optional<Tensor> parts_;  // of attention to sources that are split
   RankArguments rank_{};
 };
 

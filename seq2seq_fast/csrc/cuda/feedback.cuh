@@ -25,10 +25,21 @@ static __global__ void __launch_bounds__(kFeedbackThreads, 1) feed_back(Feedback
   Best* const found = reinterpret_cast<Best*>(shared_memory());  // (threads,)
   float* const logits = a.logits + b * a.ld_logits;
   Best best{-INFINITY, a.V};  // behind all places
-  for (int i = thread; i < a.V; i += kFeedbackThreads) {
-    const Best here{logits[i] + a.bias(0, 0, i), i};
-    logits[i] = here.value;
-    if (here.before(best)) best = here;
+  constexpr int kAtOnce = 8;  // reads on their way before the first is waited for
+  for (int v0 = thread; v0 < a.V; v0 += kAtOnce * kFeedbackThreads) {
+    float x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int v = v0 + i * kFeedbackThreads;
+      if (v < a.V) x[i] = logits[v] + a.bias(0, 0, v);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int v = v0 + i * kFeedbackThreads;
+      if (v >= a.V) break;
+      logits[v] = x[i];
+      if (const Best here{x[i], v}; here.before(best)) best = here;
+    }
   }
   found[thread] = best;
   for (int n = kFeedbackThreads / 2; n > 0; n /= 2) {

@@ -51,14 +51,15 @@ OneQueryArguments attention_arguments(const Device& device, const Tensor& query,
   return a;
 }
 
-Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query) {
+Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query,
+                   const std::optional<Tensor>& made) {
   if (a.ranges == 1) return empty(query, {0}, ScalarType::Float);
   const int64_t rows = query.size(0) * a.T, of_parts = rows * a.ranges * (2 + a.D);
-  Tensor memory = empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);
+  Tensor memory = made ? *made : empty(query, {rows * a.S + of_parts + rows}, ScalarType::Float);
   a.exponentials = floats_of(memory);
   a.parts = a.exponentials + rows * a.S;
   a.arrived = reinterpret_cast<unsigned*>(a.parts + of_parts);
-  device.zero(a.arrived, rows * static_cast<int64_t>(sizeof(unsigned)));
+  if (!made) device.zero(a.arrived, rows * static_cast<int64_t>(sizeof(unsigned)));
   return memory;
 }
 
@@ -70,7 +71,8 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
   const int64_t rows = query.size(0) * a.T;
   a.context = context.data_ptr(), a.weights = weights.data_ptr();
   a.also = options.also, a.ld_also = options.ld_also, a.live = options.live;
-  const Tensor parts = share_parts(device, a, query);
+  std::optional<Tensor> parts, &kept = options.parts == nullptr ? parts : *options.parts;
+  kept = share_parts(device, a, query, kept);
   launch(device, a, rows);
 }
 

@@ -21,6 +21,9 @@ struct OneQueryOptions {
   float* also = nullptr;  // rows of float32, ld_also apart, that the context goes to as well
   int64_t ld_also = 0;
   const int* live = nullptr;  // (B,), so many queries of each source are wanted, the first ones
+  // What `share_parts` made for an earlier call of the same shapes, which must have ended; made
+  // where there is none yet.
+  std::optional<Tensor>* parts = nullptr;
 };
 void one_query_attention(const Device& device, const Tensor& query, const Tensor& keys,
                          const Tensor& values, const Tensor& v, const Softmax& softmax,
@@ -34,8 +37,10 @@ OneQueryArguments attention_arguments(const Device& device, const Tensor& query,
                                       const Tensor& values, const Tensor& v, const Softmax& softmax,
                                       const std::optional<Tensor>& powers);
 
-// Makes the memory for the latter; without elements where the source is not split.
-Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query);
+// Makes the memory for the latter, unless it has been made; without elements where the source is
+// not split. Its counts are zero before a launch and after it.
+Tensor share_parts(const Device& device, OneQueryArguments& a, const Tensor& query,
+                   const std::optional<Tensor>& made = std::nullopt);
 
 // Scores (B, T, S) alone.
 void one_query_scores(const Device& device, const Tensor& query, const Tensor& keys,

@@ -52,9 +52,8 @@ class Cut {
 
   // Keeps the k largest, and those as large as the last of them.
   __device__ __forceinline__ void keep_largest(int k) {
-    const uint32_t kth = largest([&](uint32_t key) {
-      return sum([&](float x) { return ordered(x) >= key ? 1. : 0.; }) >= k;
-    });
+    const uint32_t kth = largest(
+        [&](uint32_t key) { return sum([&](float x) { return ordered(x) >= key ? 1 : 0; }) >= k; });
     drop([&](float x, int) { return ordered(x) < kth; });
   }
 
@@ -88,11 +87,13 @@ class Cut {
  private:
   static constexpr int kThreads = kWarp * kWarps;
 
+  // In whole numbers where f makes them, in double where it makes those.
   template <typename F>
-  __device__ __forceinline__ double sum(F f) {
-    double mine = 0;
+  __device__ __forceinline__ auto sum(F f) {
+    using T = decltype(f(0.f));
+    T mine = 0;
     for (int i = threadIdx.x; i < V_; i += kThreads) mine += f(x_[i]);
-    return join_block<kWarps>(mine, scratch_, [](double a, double b) { return a + b; });
+    return join_block<kWarps>(mine, scratch_, [](T a, T b) { return a + b; });
   }
   // The largest number that `reached` is true of, which is true of all below it; 0 if of none.
   template <typename F>
