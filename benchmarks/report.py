@@ -233,16 +233,53 @@ def _join(parts: list[str], sections: list[tuple]) -> str:
     return "\n\n".join(parts)
 
 
+# What the README shows of each kind: who counts as plain PyTorch, and who are the others.
+_SHOWN = {
+    "attention": (("eager",), ("compile", "compile, Linear")),
+    "model": (("tutorial",), ("hoisted",)),
+    "decoding": (("tutorial code",), ("ONNX Runtime",)),
+    "located": (("plain",), ()),
+}
+_OTHERS = {
+    "compile": "torch.compile",
+    "compile, Linear": "torch.compile",
+    "hoisted": "hoisted by hand",
+}
+
+
+def _against_the_best(ratio: dict[str, float], others: tuple[str, ...]) -> tuple[str, str]:
+    """The ratio of the fastest of the others, and which that is."""
+    there = {name: ratio[name] for name in others if name in ratio}
+    if not there:
+        return "–", ""
+    best = min(there, key=lambda name: there[name])
+    return _ratio(there[best]), _OTHERS.get(best, best)
+
+
+def _case(row: dict) -> tuple[str, str]:
+    """A row's case and what is done with it, for people."""
+    sizes = {axis: n for axis, n in row["shape"].items() if axis in "BTSVHA"}
+    shape = " ".join(f"{axis} {n}" for axis, n in sizes.items())
+    what = {"attention": "attention, ", "decoding": f"{row.get('dtype')}, "}.get(row["kind"], "")
+    return f"{row['name']} ({shape})", what + row["mode"]
+
+
 def summary(results: dict) -> str:
-    """For the README: a line per attention row, models, decoding, and accuracy in a sentence."""
-    head = ["case", "shape", "what", "library", *BASELINES.values()]
+    """For the README: a line for each case, without variants, and accuracy in a sentence."""
     lines = []
-    for row in _rows(results, "attention"):
-        ratio = ratios(row)
-        time = _time(row["seconds"]["library"]) + _disturbed(row)
-        line = [_name(row), _shape(row), row["mode"], time]
-        lines.append(line + [_ratio(ratio.get(baseline)) for baseline in BASELINES])
-    text = _join([_introduction(results), _table(head, lines)], _sections(results))
+    for kind, (plain, others) in _SHOWN.items():
+        for row in _rows(results, kind):
+            if kind == "decoding" and ("," in row["mode"] or row["mode"] == "sampled"):
+                continue  # variants
+            seconds, ratio = row["seconds"]["library"], ratios(row)
+            time = _time(seconds)
+            if kind in ("decoding", "located"):
+                time = _time(seconds / row["steps"]) + " a step"
+            other = " ".join(_against_the_best(ratio, others)).strip()
+            against = [_against_the_best(ratio, plain)[0], other]
+            lines.append([*_case(row), time + _disturbed(row), *against])
+    head = ["case", "what", "library", "plain PyTorch takes", "the best of the others takes"]
+    text = f"{_introduction(results)}\n\n{_table(head, lines)}"
     if not results["accuracy"]:
         return text
     median = statistics.median(entry["ratio_median"] for entry in results["accuracy"])
@@ -251,6 +288,41 @@ def summary(results: dict) -> str:
         f"{text}\n\nLargest error against float64 over that of eager PyTorch, attention and its"
         f" gradients: {median:.2f} in the median. Of what the tests' accuracy rule allows:"
         f" {most:.0%} at most."
+    )
+
+
+def across(folder: Path) -> str:
+    """Models and decoding on all machines that there are results of."""
+    stems = sorted(path.stem for path in folder.glob("cpu-*.json"))
+    found = [json.loads((folder / f"{stem}.json").read_text(encoding="utf-8")) for stem in stems]
+    cases: dict[tuple[str, str], dict[int, str]] = {}
+    for i, results in enumerate(found):
+        for kind in ("model", "decoding", "located"):
+            for row in _rows(results, kind):
+                if row["mode"].startswith("`"):
+                    continue  # parts of models
+                ratio = ratios(row)
+                against = [_against_the_best(ratio, names)[0] for names in _SHOWN[kind]]
+                cases.setdefault(_case(row), {})[i] = " / ".join(x for x in against if x != "–")
+    lines = [[*case, *(of.get(i, "–") for i in range(len(found)))] for case, of in cases.items()]
+    machines = [
+        f"{i}. {x['machine']['cpu']}, PyTorch {x['machine']['torch']},"
+        f" {x['machine']['date']}: [tables]({stem}.md), [numbers]({stem}.json)"
+        for i, (stem, x) in enumerate(zip(stems, found, strict=True), 1)
+    ]
+    return "\n".join(
+        [
+            "# Results",
+            "",
+            "What plain PyTorch takes over what the library takes, and behind the stroke what the",
+            "best other way takes (hoisted by hand in training, ONNX Runtime in decoding). Two",
+            "threads, float32 unless it says int8. Written by `make bench`; medians of interleaved",
+            "rounds, which differ by a tenth from run to run, on a shared machine by more.",
+            "",
+            *machines,
+            "",
+            _table(["case", "what", *map(str, range(1, len(found) + 1))], lines),
+        ]
     )
 
 
@@ -331,7 +403,8 @@ def write(results: dict, folder: Path, readme: Path | None = None) -> list[str]:
     as_json = json.dumps(results | {"rows": rows}, indent=1, ensure_ascii=False)
     (folder / f"{stem}.json").write_text(as_json + "\n", encoding="utf-8")
     (folder / f"{stem}.md").write_text(text + "\n", encoding="utf-8")
-    said = [f"Wrote {stem}.json, {stem}.md", chart(results, folder / f"{stem}.png")]
+    (folder / "README.md").write_text(across(folder) + "\n", encoding="utf-8")
+    said = [f"Wrote {stem}.json, {stem}.md, README.md", chart(results, folder / f"{stem}.png")]
     if readme:
         replaced = replace_block(readme.read_text(encoding="utf-8"), summary(results))
         readme.write_text(replaced, encoding="utf-8")

@@ -46,7 +46,13 @@ GROWTH = {
     "steps": (10, 20),
     "seconds": {"library": 0.1, "T 20": 0.22},
 }
-DECODING = MODEL | {"kind": "decoding", "mode": "greedy", "steps": 10, "seconds": {"library": 0.5}}
+DECODING = MODEL | {
+    "kind": "decoding",
+    "mode": "greedy",
+    "steps": 10,
+    "seconds": {"library": 0.5, "tutorial code": 5.0, "ONNX Runtime": 2.0},
+}
+VARIANT = DECODING | {"mode": "greedy, tokens alone"}
 PART = DECODING | {"kind": "part", "mode": "one step", "steps": 1}
 DROP_IN = MODEL | {"kind": "drop_in", "name": "a head", "seconds": {"library": 1e-3, "plain": 4e-3}}
 RESULTS = {
@@ -58,7 +64,7 @@ RESULTS = {
         "python": "3.10",
         "date": "2000-01-01",
     },
-    "rows": [ATTENTION, MODEL, DECODING, PART, DROP_IN, GROWTH],
+    "rows": [ATTENTION, MODEL, DECODING, VARIANT, PART, DROP_IN, GROWTH],
     "accuracy": [
         {"name": "step", "output": "context", "library": 1e-7, "eager": 2e-7}
         | {"ratio_median": 0.5, "ratio_max": 0.75, "allowed_median": 0.25}
@@ -84,7 +90,8 @@ def test_markdown_shows_ratios_scale_and_what_did_not_run():
     assert prepared[-4:] == ["5.00×", "3.00×", "–", "0.50×"]
     assert line_of(text, "step (keys not prepared)")[-4:] == ["2.50×", "1.50×", "–", "0.25×"]
     assert line_of(text, "small model", "3.00×")[-3:] == ["1000.00 ms", "3.00×", "–"]
-    assert line_of(text, "greedy")[3:5] == ["float32", "50.00 ms"]
+    assert line_of(text, "| greedy |")[3:5] == ["float32", "50.00 ms"]
+    assert line_of(text, "tokens alone")[-3:] == ["10.00×", "4.00×", "–"]
     assert line_of(text, "a head")[2:] == ["forward", "1.00 ms", "4.00×"]
     assert line_of(text, "one step")[3:5] == ["float32", "500.00 ms"]
     assert line_of(text, "step", "20 MB") == ["step", "B 4 of 16", "1 MB", "20 MB"]
@@ -117,17 +124,26 @@ def test_written_files(tmp_path, monkeypatch):
     readme.write_text(f"{report.BEGIN}{report.END}")
     said = report.write(RESULTS, tmp_path / "results", readme)
     stem = "cpu-amd-epyc-7-core-2-threads"
-    assert said == [f"Wrote {stem}.json, {stem}.md", f"{stem}.png", "Wrote README.md"]
+    assert said == [f"Wrote {stem}.json, {stem}.md, README.md", f"{stem}.png", "Wrote README.md"]
     data = json.loads((tmp_path / "results" / f"{stem}.json").read_text())
     assert data.keys() == {"machine", "rows", "accuracy"}
     assert data["machine"].keys() >= {"cpu", "threads", "torch", "date"}
     assert data["rows"][0].keys() >= {"name", "mode", "shape", "scale", "dtype", "seconds"}
     assert data["rows"][0]["ratios"]["eager"] == pytest.approx(5)
     assert "small model" in (tmp_path / "results" / f"{stem}.md").read_text()
-    assert line_of(readme.read_text(), "step (keys prepared)")[-4:] == [
-        *("2.00 ms", "5.00×", "3.00×", "–"),
+    assert line_of(readme.read_text(), "attention, forward") == [
+        *(
+            "step (B 4 T 1 S 5 H 8)",
+            "attention, forward",
+            "2.00 ms",
+            "5.00×",
+            "3.00× torch.compile",
+        ),
     ]
-    assert line_of(readme.read_text(), "greedy")[3:5] == ["float32", "50.00 ms"]
+    assert line_of(readme.read_text(), "greedy")[1:] == [
+        *("float32, greedy", "50.00 ms a step", "10.00×", "4.00× ONNX Runtime"),
+    ]
+    assert line_of(readme.read_text(), "small model", "1000.00 ms")[3:] == ["3.00×", "–"]
     assert "one step" not in readme.read_text()  # parts are the results file's
     assert "0.50 in the median" in readme.read_text() and "25% at most" in readme.read_text()
 
