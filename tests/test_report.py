@@ -118,6 +118,17 @@ def test_block_replacement_is_idempotent_and_keeps_the_rest():
             report.replace_block(bad, "new")
 
 
+def test_machines_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "chart", lambda results, path: path.name)
+    report.write(RESULTS, tmp_path)
+    other = RESULTS["machine"] | {"cpu": "Xeon 7"}
+    report.write(RESULTS | {"machine": other, "rows": [MODEL, DROP_IN]}, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "1. AMD EPYC" in text and "2. Xeon 7" in text and "a head" not in text
+    assert line_of(text, "small model", "| forward |")[-2:] == ["3.00×", "3.00×"]
+    assert line_of(text, "tokens alone")[-2:] == ["10.00× / 4.00×", "–"]
+
+
 def test_written_files(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "chart", lambda results, path: path.name)
     readme = tmp_path / "README.md"

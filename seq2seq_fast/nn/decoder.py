@@ -49,6 +49,12 @@ class DecoderState(NamedTuple):
     location: Tensor | None = None
 
 
+_READ: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("embedding", nn.Embedding),
+    ("fc_out", nn.Linear),
+)
+
+
 class Decoder(nn.Module):
     """Embedding, recurrent layers over [embedded token; context], logits of [output; context].
 
@@ -281,16 +287,20 @@ class Decoder(nn.Module):
 
     def called(self) -> str | None:
         """What of it does more than its weights tell, so that it must be called, or None."""
-        for name, kind in (("embedding", nn.Embedding), ("fc_out", nn.Linear)):
-            if not reads_alone(getattr(self, name), kind):
-                return f"decoder.{name} does more than its weights tell: {getattr(self, name)}"
+        for name, kind in _READ:
+            module = self._modules[name]
+            assert module is not None
+            if not reads_alone(module, kind):
+                return f"decoder.{name} does more than its weights tell: {module}"
         return None
 
     def refusal(self) -> str | None:
         """Why engines that read weights would not do what it does, or None."""
-        for name in ("step", "steps"):
-            if getattr(type(self), name) is not getattr(Decoder, name) or name in vars(self):
-                return f"{type(self).__name__} has its own {name}"
+        kind, own = type(self), vars(self)
+        if kind is not Decoder or "step" in own or "steps" in own:
+            for name in ("step", "steps"):
+                if getattr(kind, name) is not getattr(Decoder, name) or name in own:
+                    return f"{kind.__name__} has its own {name}"
         return self.called()
 
     def run(
