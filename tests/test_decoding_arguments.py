@@ -115,6 +115,16 @@ def test_equal_options_of_other_types_are_refused_all_the_same():
         model.generate(src, **options, vocabulary=11)
 
 
+def test_whole_numbers_may_be_numpys():
+    numpy = pytest.importorskip("numpy")
+    model, options = make(), GOOD | {"beam_size": 2, "n_best": 2}
+    ours = model.generate(sources(2, 4), **options)
+    theirs = model.generate(sources(2, 4), **{k: numpy.int32(x) for k, x in options.items()})
+    assert torch.equal(ours.tokens, theirs.tokens)
+    with pytest.raises(ValueError, match="bos: got 11, expected 0 to 10"):
+        model.generate(sources(2, 4), **options | {"bos": numpy.int64(11)})
+
+
 def test_a_length_beyond_all_numbers_is_the_greatest():
     model, src = make(), sources(3, 5)
     options = GOOD | {"min_length": 6}

@@ -65,6 +65,26 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(cell_type, attention
         torch.testing.assert_close(a, b.expand_as(a))
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_targets_to_be_ignored_may_be_no_ids(ratio, backend):
+    """PyTorch's -100, which is fed as token 0."""
+    m, (src, trg) = model().double(), batch()
+    found = []
+    for ignored in (PAD, -100, 10**6):
+        random.seed(1)
+        targets = trg.masked_fill(trg == PAD, ignored)
+        with use_backend(backend):
+            loss = m.loss(src, targets, ratio, ignore_index=ignored)
+        found.append([loss, *torch.autograd.grad(loss, list(m.parameters()))])
+        assert (targets == ignored).any()  # which nobody has changed
+    for first, *others in zip(*found, strict=True):
+        for x in others:
+            torch.testing.assert_close(x, first)
+    with pytest.raises(ValueError, match="trg: got token id -100, expected 0 to 12"):
+        m.loss(src, trg.masked_fill(trg == PAD, -100), ratio, ignore_index=PAD)
+
+
 def test_rows_leave_behind_their_last_target():
     m, (src, trg) = model(), batch()
     want = [sum(n > t for n in LENGTHS) for t in range(max(LENGTHS))]

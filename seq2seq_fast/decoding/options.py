@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -104,9 +105,14 @@ def checked(given: dict[str, Any], batch: int, vocabulary: int, attention: bool)
     """
     if all(type(x) in _PLAIN for x in given.values()):
         return _checked_before(vocabulary, attention, **given)
-    options = _named(given)
+    options = _named({name: _plain(x) for name, x in given.items()})
     check(options, batch, vocabulary, attention)
     return options
+
+
+def _plain(x: Any) -> Any:
+    """Whole numbers of NumPy, say, as Python's."""
+    return int(x) if isinstance(x, Integral) and not isinstance(x, bool) else x
 
 
 def _named(given: dict[str, Any]) -> DecodingOptions:

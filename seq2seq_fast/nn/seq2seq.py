@@ -13,7 +13,7 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.checks import WHOLE, flag, token_ids, whole
+from ..ops.checks import WHOLE, flag, tensor, token_ids, whole
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.modules import bias_of, knows_no_rows, make_weights, reads_alone
 from ..ops.readout import readout
@@ -105,9 +105,9 @@ class Seq2Seq(nn.Module):
         """The cross entropy of forward's logits[:, 1:] and trg[:, 1:], without making them all.
 
         The arguments beyond `forward`'s are those of `nn.CrossEntropyLoss`, but for
-        reduction="none". Targets are fed to the decoder too, those to be ignored as well, and so
-        must be ids of its vocabulary. Of steps that feed back the model's own argmax there are
-        logits, one step at a time without gradients; of the others some rows at a time (see
+        reduction="none". In place of targets that are to be ignored and no ids of the vocabulary,
+        -100 say, 0 is fed. Of steps that feed back the model's own argmax there are logits, one
+        step at a time without gradients; of the others some rows at a time (see
         `linear_cross_entropy`). On the CPU a row leaves the decoder after its last target that is
         not ignored, so that padding is not computed there; rows are then in another order, and draw
         other dropout. (Not where it would be seen: in a model that has hooks, or modules that are
@@ -149,17 +149,19 @@ class Seq2Seq(nn.Module):
         the last target of a row that is not may be anything.
         """
         checks.teacher_forcing_ratio(ratio)
-        device = self.decoder.like.device
-        token_ids("trg", trg, "(B, T)", 2, self.decoder.output_dim, device)
+        device, V, wanted = self.decoder.like.device, self.decoder.output_dim, trg
+        if type(ignored) is int and not 0 <= ignored < V:
+            trg = tensor("trg", trg).masked_fill(trg == ignored, 0)
+        token_ids("trg", trg, "(B, T)", 2, V, device)
         checks.batches_agree(src, trg)
         if trg.shape[1] == 0:
             raise ValueError(f"trg: got shape {tuple(trg.shape)}, expected (B, T) with T above 0")
         sizes = None
         if type(ignored) is int and self._may_leave(src):
-            found = leaving(trg[:, 1:], ignored)
+            found = leaving(wanted[:, 1:], ignored)
             if found is not None:
                 order, sizes = found
-                src, trg = src[order], trg[order]
+                src, trg, wanted = src[order], trg[order], wanted[order]
         source, state = self.encode(src)
         # A draw after each step 1 ... T - 1 decides on the input of the next; the last on none.
         if torch.compiler.is_compiling() and ratio in (0, 1):  # which needs none and takes none
@@ -169,7 +171,7 @@ class Seq2Seq(nn.Module):
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
         if not feedback:  # which makes them before
             make_weights(self.decoder.fc_out)
-        return self.decoder.steps(trg[:, :-1], state, source, feedback, sizes), feedback, trg
+        return self.decoder.steps(trg[:, :-1], state, source, feedback, sizes), feedback, wanted
 
     def _may_leave(self, src: Tensor) -> bool:
         """Whether nobody would see that rows are in another order, and the kernels let them leave
