@@ -71,7 +71,7 @@ SCHEMAS = {
     " Tensor cell, Tensor? context, Tensor[] source, Tensor? mask, Tensor? limits, Tensor? prefix,"
     " int max_length, int[] whole, float length_penalty, float coverage_penalty,"
     " bool return_weights, bool return_scores, bool project_values, Tensor? seed,"
-    " float temperature, int top_k, float top_p, int[] accumulates, int[] vector)"
+    " float temperature, int top_k, float top_p, int[] accumulates, int[] vector, Tensor? bos)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # One step of it, with all logits.
     "decoder_step": "(Tensor packed, Tensor layout, str cell_type, bool query_after, Tensor tokens,"
@@ -90,7 +90,8 @@ SCHEMAS = {
     # Greedy decoding in one launch; empty where a block of the GPU has too little memory for it.
     "decode_greedy": "(Tensor hidden, Tensor cell, Tensor? context, Tensor[] weights,"
     " str cell_type, bool query_after, Tensor[] source, Tensor? mask, Tensor? limits,"
-    " Tensor prefix, int[] whole, float length_penalty, bool return_weights, int steps)"
+    " Tensor prefix, int[] whole, float length_penalty, bool return_weights, int steps,"
+    " Tensor? bos)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "decode_results": "(Tensor[] state, int fill)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

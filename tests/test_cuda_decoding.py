@@ -133,6 +133,23 @@ def test_the_kernels_decode_as_plain_pytorch_does(
         plain.check_same(model, src, *both(model, src, **options))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"beam_size": 3}], ids=str)
+@pytest.mark.parametrize("kind", [plain.KINDS[0], plain.KINDS[5]], ids=str)
+def test_each_row_may_have_its_own_bos(kind, options, loop):
+    """In a graph whose rows had others too."""
+    model = plain.make(kind, size=6.0)
+    source, state = model.encode(plain.sources(4, 6))
+    for bos in (BOS, torch.tensor([3, 1, 7, 0]), torch.tensor([4, 9, 9, 2]), torch.tensor([5] * 4)):
+        o = DecodingOptions(bos=bos, eos=EOS, max_length=12, **options)
+        found, want = (
+            decode(model.decoder, source, state, o)
+            for decode in (graphed.generate, stepwise.generate)
+        )
+        assert torch.equal(found.tokens, want.tokens)
+        torch.testing.assert_close(found.scores, want.scores)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(plain.KINDS),

@@ -125,6 +125,32 @@ def test_a_row_is_decoded_alike_alone_and_in_any_batch(kind, project_values, loc
             assert torch.equal(alone.tokens[0], together.tokens[b, ..., :n])
 
 
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[5]], ids=str)
+def test_each_row_may_have_its_own_bos(kind, prepared):
+    """Of its language, say: as it has alone."""
+    model, src, bos = make(kind, size=6.0), sources(5, 6), torch.tensor([1, 3, 7, 10, 0])
+    if prepared:
+        model.prepare_inference()
+    for options in ({}, {"beam_size": 3, "n_best": 2}, {"prefix": torch.tensor([4, 5])}):
+        options |= {"eos": EOS, "max_length": 6}
+        for backend in ("native", "reference"):
+            found = model.generate(src, bos=bos.int(), backend=backend, **options)
+            for b, of_row in enumerate(bos.tolist()):
+                alone = model.generate(src[b, None], bos=of_row, backend=backend, **options)
+                n = alone.tokens.shape[-1]
+                assert torch.equal(found.tokens[b, ..., :n], alone.tokens[0])
+                torch.testing.assert_close(found.scores[b], alone.scores[0])
+    drawn = [
+        model.generate(
+            src, bos=bos, eos=EOS, max_length=6, sample=True, backend=b,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for b in ("native", "reference")
+    ]  # fmt: skip
+    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
+
+
 @pytest.mark.parametrize("D", [16, 300, 512])
 @pytest.mark.parametrize("S", [1, 4, 30])
 @torch.no_grad()

@@ -16,6 +16,15 @@ GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
     ("options", "error", "message"),
     [
         ({"bos": 11}, ValueError, "bos: got 11, expected 0 to 10"),
+        ({"bos": torch.tensor([1, 11])}, ValueError, "bos: got token id 11, expected 0 to 10"),
+        (
+            {"bos": torch.tensor([1.0])},
+            TypeError,
+            "bos: got torch.float32, expected a Tensor of",
+        ),
+        ({"bos": torch.tensor(1)}, ValueError, r"bos: got shape \(\), expected \(B,\) = "),
+        ({"bos": torch.ones(9).long()}, ValueError, r"bos: got shape \(9,\), expected \(B,\) = "),
+        ({"eos": torch.tensor(2)}, TypeError, "eos: got Tensor, expected a whole number"),
         ({"eos": -1}, ValueError, "eos: got -1, expected 0 to 10"),
         ({"eos": 2.0}, TypeError, "eos: got float, expected a whole number"),
         ({"pad_idx": 11}, ValueError, "pad_idx: got 11"),

@@ -238,8 +238,10 @@ def check(
     attends = decoder.attention is not None
     if batch is not None:
         checked(options, batch, decoder.output_dim, attends)
-    else:  # no source that a prefix could have rows for, as the encoder will say
-        checked(options | {"prefix": None}, 0, decoder.output_dim, attends)
+    else:  # no source that a prefix or bos could have rows for, as the encoder will say
+        bos = options.get("bos")
+        of_rows = {"prefix": None} | ({"bos": 0} if isinstance(bos, Tensor) else {})
+        checked(options | of_rows, 0, decoder.output_dim, attends)
     if _ready(decoder, backend) is None:
         native.chosen(decoder, backend)
 

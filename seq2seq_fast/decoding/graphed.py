@@ -187,9 +187,9 @@ class Loop:
             new(4, B, N, dtype=torch.int32),
             new(2, B, N, dtype=torch.float64),
         ]
-        first = torch.arange(B, dtype=torch.int32, device=like.device) * K
+        first, bos = torch.arange(B, dtype=torch.int32, device=like.device) * K, options.whole[0]
         self.first_rows = torch.stack(
-            [torch.full_like(first, options.bos).repeat_interleave(K), first.repeat_interleave(K)]
+            [torch.full_like(first, bos).repeat_interleave(K), first.repeat_interleave(K)]
         )
         self.watch.end_run()  # another stream may be the first to run it
 
@@ -256,6 +256,9 @@ class Loop:
         self.counts[0] = 1
         self.counts[1] = 0
         self.rows.copy_(self.first_rows)
+        bos = options.bos_of_rows(self.rows.device)
+        if bos is not None:
+            self.rows[0].unflatten(0, (B, K)).copy_(bos[:, None])
         self.log_probs.zero_()
 
     def run(

@@ -196,6 +196,7 @@ def _decode(
             float(options.top_p),
             attended.accumulates,
             _vector(decoder),
+            options.bos_of_rows("cpu"),
         )
     except RuntimeError:
         raised = interruption()

@@ -20,7 +20,8 @@ class DecodingOptions:
     them.
 
     Args:
-        bos, eos: token ids, fed first and ending a hypothesis.
+        bos, eos: token ids, fed first and ending a hypothesis. bos may be a Tensor (B,), one of
+            each source: of its language, say.
         max_length: most tokens of a hypothesis.
         max_length_ratio: the same relative to the source: at most floor(ratio |X|), where |X|
             counts the positions that may be attended to, but at least 1 and the prefix.
@@ -53,7 +54,7 @@ class DecodingOptions:
     what may be chosen, not the log-probabilities of what is.
     """
 
-    bos: int
+    bos: int | Tensor
     eos: int
     max_length: int
     max_length_ratio: float | None = None
@@ -79,11 +80,18 @@ class DecodingOptions:
 
     @property
     def whole(self) -> list[int]:
-        """Those that are whole numbers, in the order of the compiled engines."""
+        """Those that are whole numbers, in the order of the compiled engines; 0 where each row has
+        its own bos."""
         return [
-            self.bos, self.eos, self.fill, self.min_length, self.beam_size, self.n_best,
-            self.no_repeat_ngram,
+            0 if isinstance(self.bos, Tensor) else self.bos, self.eos, self.fill, self.min_length,
+            self.beam_size, self.n_best, self.no_repeat_ngram,
         ]  # fmt: skip
+
+    def bos_of_rows(self, device: torch.device | str) -> Tensor | None:
+        """(B,) int64 where each row has its own bos."""
+        if not isinstance(self.bos, Tensor):
+            return None
+        return self.bos.to(device, torch.int64).contiguous()
 
     def limits(self, lengths: Tensor) -> Tensor:
         """The most tokens of each row, given the length of its source."""
@@ -138,10 +146,16 @@ def _checked_before(vocabulary: int, attention: bool, /, **given: Any) -> Decodi
 
 def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool) -> None:
     """Raises TypeError or ValueError, naming the option, what came and what was expected."""
-    for name in ("bos", "eos", "pad_idx"):
-        token = getattr(options, name)
-        if token is not None or name != "pad_idx":
-            whole(name, token, 0, vocabulary - 1)
+    if isinstance(options.bos, Tensor):
+        _ids_to_read("bos", options.bos, vocabulary)
+        if options.bos.shape != (batch,):
+            got = tuple(options.bos.shape)
+            raise ValueError(f"bos: got shape {got}, expected (B,) = ({batch},)")
+    else:
+        whole("bos", options.bos, 0, vocabulary - 1)
+    whole("eos", options.eos, 0, vocabulary - 1)
+    if options.pad_idx is not None:
+        whole("pad_idx", options.pad_idx, 0, vocabulary - 1)
     whole("max_length", options.max_length, 1)
     whole("min_length", options.min_length, 0, options.max_length)
     whole("beam_size", options.beam_size, 1, vocabulary)
@@ -209,9 +223,7 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
     prefix: Any = options.prefix
     if prefix is None:
         return
-    token_ids("prefix", prefix, vocabulary)
-    if prefix.is_meta:
-        raise ValueError("prefix: is on meta, expected ids that can be read")
+    _ids_to_read("prefix", prefix, vocabulary)
     if prefix.dim() not in (1, 2) or (prefix.dim() == 2 and prefix.shape[0] != batch):
         raise ValueError(
             f"prefix: got shape {tuple(prefix.shape)}, expected (P,) or (B, P) with B = {batch}"
@@ -223,6 +235,12 @@ def _prefix(options: DecodingOptions, batch: int, vocabulary: int) -> None:
         )
     if bool((prefix == options.eos).any()):
         raise ValueError(f"prefix: got eos ({options.eos}) in it, expected none")
+
+
+def _ids_to_read(name: str, x: Tensor, vocabulary: int) -> None:
+    token_ids(name, x, vocabulary)
+    if x.is_meta:
+        raise ValueError(f"{name}: is on meta, expected ids that can be read")
 
 
 def token_ids(name: str, x: object, vocabulary: int) -> None:

@@ -75,6 +75,12 @@ def forced(options: DecodingOptions, batch: int, device: torch.device) -> Tensor
     return options.prefix.to(device, torch.int64).expand(batch, -1)
 
 
+def begun(options: DecodingOptions, batch: int, device: torch.device) -> Tensor:
+    """The token that is fed first to each row (B,)."""
+    of_rows = options.bos_of_rows(device)
+    return torch.full((batch,), options.whole[0], device=device) if of_rows is None else of_rows
+
+
 def penalised(
     log_probs: Tensor, lengths: Tensor, weights: Tensor | None, positions: Tensor | None, options
 ) -> Tensor:
@@ -120,7 +126,7 @@ def one_each(
         weights = state.hidden.new_zeros(B, T, positions.shape[1])
     live = torch.arange(B, device=device)  # rows that have not ended
     seed = sampling.seed_of(options, device) if options.sample else None
-    token = torch.full((B,), options.bos, device=device)
+    token = begun(options, B, device)
     for t in range(T):
         logits, state, w = decoder.step(token, state, source)
         log_p = logits.log_softmax(-1).double()
@@ -247,7 +253,7 @@ def beam_search(
     S = positions.shape[1] if positions is not None and keep_weights else None
     ended = [Ended(options, None if positions is None else positions[b]) for b in range(B)]
     beams = Beams(B, K, S, state)
-    token = torch.full((B * K,), options.bos, device=device)
+    token = begun(options, B, device).repeat_interleave(K)
     for t in range(int(limits.max())):
         R = len(beams.rows)
         expanded = take_source(source, beams.rows.repeat_interleave(K))

@@ -72,6 +72,7 @@ def generate(
         float(options.length_penalty),
         options.return_weights,
         options.max_length,
+        options.bos_of_rows(device),
     )
     if not tokens.numel():
         return None

@@ -54,7 +54,7 @@ class Engine {
  public:
   Engine(const Options& options, const PackedDecoder& model, const DecoderSource& source,
          DecoderStep& step, int64_t B, int64_t max_length, const std::optional<Tensor>& limits,
-         const std::optional<Tensor>& prefix)
+         const std::optional<Tensor>& prefix, const std::optional<Tensor>& bos)
       : o_(options),
         model_(model),
         source_(source),
@@ -70,8 +70,10 @@ class Engine {
       searches_[b].limit = limits ? static_cast<const int64_t*>(limits->data_ptr())[b] : max_length;
       most_ = std::max(most_, searches_[b].limit);
       searches_[b].first = static_cast<int32_t>(b);
+      const int64_t token = bos ? static_cast<const int64_t*>(bos->data_ptr())[b] : o_.bos;
+      STD_TORCH_CHECK(model.has(token), "expected bos of the vocabulary");
       live_.push_back(
-          {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(o_.bos)});
+          {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(token)});
     }
     least_ = std::min(o_.min_length, most_);
   }
@@ -393,7 +395,7 @@ Sampling sampling_of(const Tensor& seed, double temperature, int64_t top_k, doub
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram
+// whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram; bos (B,) in its place.
 Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_after, Tensor hidden,
                Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
                std::optional<Tensor> mask, std::optional<Tensor> limits,
@@ -401,13 +403,13 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                double length_penalty, double coverage_penalty, bool return_weights,
                bool return_scores, bool project_values, std::optional<Tensor> seed,
                double temperature, int64_t top_k, double top_p, std::vector<int64_t> accumulates,
-               std::vector<int64_t> vector) {
+               std::vector<int64_t> vector, std::optional<Tensor> bos) {
   const int64_t B = hidden.size(1);
   STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
-  for (const auto& x : {limits, prefix})
+  for (const auto& x : {limits, prefix, bos})
     STD_TORCH_CHECK(
         !x || (x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->size(0) == B),
-        "expected int64 limits (B,) and prefix (B, P)");
+        "expected int64 limits (B,), prefix (B, P) and bos (B,)");
   const auto sampling =
       seed ? std::optional(sampling_of(*seed, temperature, top_k, top_p)) : std::nullopt;
   const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
@@ -425,7 +427,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                            project_values && all && model.readout.matrix.type != Weights::kInt8};
   DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0,
                    project);
-  Engine engine(options, model, from, step, B, max_length, limits, prefix);
+  Engine engine(options, model, from, step, B, max_length, limits, prefix, bos);
   engine.run();
   const auto r = engine.results(hidden);
   return {r[0], r[1], r[2], r[3], r[4], r[5]};

@@ -16,12 +16,14 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // weights: embedding (V, E); of each layer weights (G, its input's width + H, filled up to
 // multiples of 16 bytes) and bias (G,); the query's weight and bias, if there is attention; the
 // readout's weight (V, D + H), over [context | hidden state], and bias. All but weights of products
-// are float32. source: keys, powers, values, v. whole: bos, eos, fill, min_length.
+// are float32. source: keys, powers, values, v. whole: bos, eos, fill, min_length; bos (B,) in its
+// place.
 Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> context,
                          std::vector<Tensor> weights, std::string cell_type, bool query_after,
                          std::vector<Tensor> source, std::optional<Tensor> mask,
                          std::optional<Tensor> limits, Tensor prefix, std::vector<int64_t> whole,
-                         double length_penalty, bool return_weights, int64_t steps) {
+                         double length_penalty, bool return_weights, int64_t steps,
+                         std::optional<Tensor> bos) {
   const Device device(hidden);
   const Cell kind = cell_of(cell_type);
   const bool attends = !source.empty();
@@ -121,6 +123,7 @@ Results decode_greedy_op(Tensor hidden, Tensor cell, std::optional<Tensor> conte
   a.log_probs = floats_of(log_probs), a.scores = floats_of(scores);
   a.finished = static_cast<bool*>(finished.data_ptr());
   if (limits) a.limits = static_cast<const int64_t*>(limits->data_ptr());
+  if (bos) a.bos_of_rows = static_cast<const int64_t*>(bos->data_ptr());
   a.prefix = static_cast<const int64_t*>(prefix.data_ptr());
 
   const Tensor counts = counts_of(device, plan, hidden);

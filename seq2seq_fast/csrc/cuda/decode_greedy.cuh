@@ -39,6 +39,7 @@ struct GreedyArguments {
   float *log_probs, *scores;
   bool* finished;
   const int64_t *limits, *prefix;  // (B,) or null: T; (B, P)
+  const int64_t* bos_of_rows;      // (B,) or null: bos
   double length_penalty;
   int T, B, L, H, E, A, D, V, P;
   int bos, eos, fill, min_length;
@@ -105,7 +106,7 @@ class Greedy {
   }
 
   __device__ __forceinline__ void begin(int row) const {
-    feed(row, a_.bos);
+    feed(row, a_.bos_of_rows == nullptr ? a_.bos : static_cast<int>(a_.bos_of_rows[row]));
     for (int t = threadIdx.x % kWarp; t < a_.T; t += kWarp)
       a_.tokens[static_cast<int64_t>(row) * a_.T + t] = a_.fill;
     if (threadIdx.x % kWarp == 0) a_.live[row] = 1, a_.log_prob[row] = 0;
