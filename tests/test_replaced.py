@@ -610,6 +610,108 @@ def test_an_embedding_or_readout_that_is_more_than_a_weight_is_so_in_decoding(wh
         model.prepare_inference()
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("made_by", [_pruned, _weight_normed, nn.utils.spectral_norm])
+def test_weights_that_are_made_of_others_beside_an_embedding_that_is_called(made_by, ratio):
+    """Once a call, and with gradients, whoever reads them."""
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 9))
+    made_by(model.decoder.fc_out, "weight")
+    model.decoder.embedding.register_forward_hook(lambda *_: None)
+    model.train()
+    found = []
+    for backend in ("native", "reference"):
+        for call in (model.loss, lambda *args: model(*args).square().mean()):
+            again = copy.deepcopy(model.state_dict())
+            random.seed(1)
+            with s2s.use_backend(backend):
+                grads = torch.autograd.grad(call(src, trg, ratio), list(model.parameters()))
+            model.load_state_dict(again)  # a norm's vectors among it
+            found.append(grads)
+    for ours, plain in zip(found[:2], found[2:], strict=True):
+        for x, want in zip(ours, plain, strict=True):
+            torch.testing.assert_close(x, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rows_that_are_over_are_fed_nothing_by_an_embedding_that_is_called(backend):
+    torch.manual_seed(0)
+    decoder = s2s.Decoder(V, E, H, 2, 0.0, query_after=True)
+    source = decoder.source(torch.randn(3, 5, H))
+    state = s2s.DecoderState(torch.randn(2, 3, H), torch.randn(2, 3, H))
+    args = torch.randint(V, (3, 6)), state, source, (1, 3, 4), [3, 3, 2, 1, 1, 1]
+    with s2s.use_backend(backend):
+        read = decoder.steps(*args)
+        decoder.embedding.register_forward_hook(lambda *_: None)
+        called = decoder.steps(*args)
+    for name, x, want in zip(read._fields, called, read, strict=True):
+        if name == "logits":  # of those steps alone
+            x, want = x[:, args[3]], want[:, args[3]]
+        if want is not None:
+            torch.testing.assert_close(x, want, msg=name)
+
+
+def test_a_forward_of_an_instance_s_own_is_called():
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 7))
+    model.prepare_inference()
+    encoder = s2s.Encoder(V_SRC, 5, H, 1, 0.0, bidirectional=True, bridge_dim=5).eval()
+    encoder.bridge_hidden.forward = lambda x: 10 + 0 * nn.Linear.forward(encoder.bridge_hidden, x)
+    assert (encoder(src)[1] == 1).all()  # tanh
+    fc_out = model.decoder.fc_out
+    fc_out.forward = lambda x: -nn.Linear.forward(fc_out, x)
+    for call in (
+        lambda: model(src, trg, 0.0),
+        lambda: model.score(src, trg).log_probs,
+        lambda: model.generate(src, **OPTIONS).log_probs,
+        lambda: model.decoder(trg[:, 0], *model.encode(src)[1][:2], model.encode(src)[0])[0],
+    ):
+        with torch.no_grad():
+            ours = call()
+            with s2s.use_backend("reference"):
+                torch.testing.assert_close(ours, call(), rtol=1e-4, atol=1e-4)
+    del fc_out.forward
+    model.generate(src, backend="native", **OPTIONS)
+    wa = model.decoder.attention.Wa
+    wa.forward = lambda x: -nn.Linear.forward(wa, x)  # after the weights have been packed
+    with pytest.raises(ValueError, match="attention.Wa: got Linear, whose forward is its own"):
+        model.generate(src, **OPTIONS)
+
+
+def test_a_called_readout_s_loss_is_asked_the_same_questions():
+    model, src, trg = make(), sources(3, 5), torch.randint(3, V, (3, 7))
+    model.decoder.fc_out.register_forward_hook(lambda *_: None)
+    for options, message in (
+        ({"reduction": "none"}, "reduction: got 'none', expected"),
+        ({"label_smoothing": 2.0}, "label_smoothing: got 2.0, expected between 0 and 1"),
+        ({"weight": torch.ones(3)}, r"weight: got shape \(3,\), expected \(V,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.loss(src, trg, **options)
+
+
+def test_steps_of_its_own_are_taken_once():
+    """By prepared weights too, and where an embedding is called."""
+
+    class Shifted(s2s.Decoder):
+        def steps(self, *args, **options):
+            out = super().steps(*args, **options)
+            return out._replace(outputs=out.outputs + 1)
+
+    model, src = make().prepare_inference(), sources(3, 5)
+    model.decoder.__class__ = Shifted
+    source, state = model.encode(src)
+    ours, plain = (
+        s2s.generate(model.decoder, source, state, backend=b, **OPTIONS).log_probs
+        for b in (None, "reference")
+    )
+    torch.testing.assert_close(ours, plain)
+    tokens = torch.randint(V, (3, 6))
+    once = model.decoder.run(tokens, state, source, [2, 4])
+    model.decoder.embedding.register_forward_hook(lambda *_: None)
+    called = model.decoder.run(tokens, state, source, [2, 4])
+    assert torch.equal(once.tokens, called.tokens)
+    torch.testing.assert_close(once.outputs, called.outputs)
+
+
 def test_a_decoder_with_steps_of_its_own_takes_them():
     class Sharper(s2s.Decoder):
         def step(self, *args):

@@ -38,16 +38,17 @@ MOST_LOOPS = 8  # kept of a decoder
 _ops = torch.ops.seq2seq_fast
 
 
-_captured_on: "weakref.WeakValueDictionary[int, Graph]" = weakref.WeakValueDictionary()
+_captured: "weakref.WeakSet[Graph]" = weakref.WeakSet()
 
 
 def _stream_of_its_own() -> torch.cuda.Stream:
-    """One that no other graph here was captured on, as far as there are any: PyTorch hands out 32
-    in turn. Products of a graph keep the workspace of the stream that it was captured on, and
-    PyTorch lets go of that with any graph that was."""
+    """A stream that no graph here which is still there was captured on, as long as there are some:
+    PyTorch hands out 32 in turn. Graphs that were captured on one stream share the workspace of its
+    products, and when one of them goes PyTorch may free it."""
+    taken = {graph.stream for graph in list(_captured)}
     for _ in range(32):
         stream = torch.cuda.Stream()
-        if stream.cuda_stream not in _captured_on:
+        if stream.cuda_stream not in taken:
             break
     return stream
 
@@ -59,7 +60,8 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.current_blas_handle()  # this thread's first product would make it, uncapturably
         stream = _stream_of_its_own()
-        _captured_on[stream.cuda_stream] = self
+        self.stream = stream.cuda_stream
+        _captured.add(self)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Not torch.cuda.graph, which collects garbage and returns memory first, and other

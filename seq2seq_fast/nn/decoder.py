@@ -154,7 +154,7 @@ class Decoder(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A weight, whose dtype and device all of them have."""
+        """A weight, whose dtype and device all of them should have."""
         weight = getattr(self.layers, "weight_hh_l0", None)
         if weight is None:
             check_read(self)
@@ -283,7 +283,14 @@ class Decoder(nn.Module):
             return None
         if asked_for(None) not in (None, "native") or torch.is_autocast_enabled("cpu"):
             return None
-        return packed if packed.watch.holds() and self.called() is None else None
+        if self._has_own("steps") or self.called() is not None:
+            return None
+        return packed if packed.watch.holds() else None
+
+    def _has_own(self, name: str) -> bool:
+        kind = type(self)
+        own = kind is not Decoder and getattr(kind, name) is not getattr(Decoder, name)
+        return own or name in vars(self)
 
     def called(self) -> str | None:
         """What of it does more than its weights tell, so that it must be called, or None."""
@@ -292,15 +299,20 @@ class Decoder(nn.Module):
             assert module is not None
             if not reads_alone(module, kind):
                 return f"decoder.{name} does more than its weights tell: {module}"
+        attention = self._modules.get(
+            "attention"
+        )  # what is read and never called, as steps will say
+        of_attention = () if attention is None else (attention, attention._modules["Wa"])
+        for module in (self._modules[self.cell_type], *of_attention):
+            if "forward" in vars(module):
+                return f"{type(module).__name__} has a forward of its own"
         return None
 
     def refusal(self) -> str | None:
         """Why engines that read weights would not do what it does, or None."""
-        kind, own = type(self), vars(self)
-        if kind is not Decoder or "step" in own or "steps" in own:
-            for name in ("step", "steps"):
-                if getattr(kind, name) is not getattr(Decoder, name) or name in own:
-                    return f"{kind.__name__} has its own {name}"
+        for name in ("step", "steps"):
+            if self._has_own(name):
+                return f"{type(self).__name__} has its own {name}"
         return self.called()
 
     def run(
@@ -343,10 +355,23 @@ class Decoder(nn.Module):
     ) -> DecoderOutput:
         """`run`, unchecked; batch_sizes as in `attention_decoder`."""
         check_read(self)
-        make_weights(self.layers)
-        table = table_of(self.embedding)
-        if feedback and (table is None or not reads_alone(self.fc_out, nn.Linear)):
-            return steps_by_calls(self, tokens, state, source, feedback, batch_sizes)
+        make_weights(self.layers, self._modules.get("attentional"))
+        if self.attention is not None:
+            make_weights(self.attention.Wa)
+        args = tokens, state, source, table_of(self.embedding), feedback, batch_sizes
+        called = args[3] is None or not reads_alone(self.fc_out, nn.Linear)
+        return steps_by_calls(self, *args) if feedback and called else self.run_of_steps(*args)
+
+    def run_of_steps(
+        self,
+        tokens: Tensor,
+        state: DecoderState,
+        source: Tensor | PreparedSource,
+        table: Tensor | None,
+        feedback: Sequence[int],
+        batch_sizes: Sequence[int] | None,
+    ) -> DecoderOutput:
+        """`steps`, with weights that have been made; table is what `table_of` has found."""
         factors, between_layers, of_vectors = self._dropout_factors(
             tokens.shape[1], tokens.shape[0], table
         )
@@ -361,7 +386,6 @@ class Decoder(nn.Module):
         attends: dict[str, Any] = {"context": state.context}
         if isinstance(source, PreparedSource):
             assert self.attention is not None
-            make_weights(self.attention.Wa)
             query = self.attention.Wa.weight, self.attention.Wa.bias
             attends |= {"query": query, **source._asdict()}
             attends["location"] = self.attention.located(state.location)
@@ -396,7 +420,6 @@ class Decoder(nn.Module):
     def _vector(self, factors: Tensor | None) -> AttentionalVector | None:
         if self.attentional_dim is None:
             return None
-        make_weights(self.attentional)
         shape = self.attentional_dim, self.hidden_dim + self.context_dim
         check_linear("attentional", self.attentional, shape, self.like)
         weight, bias = self.attentional.weight, self.attentional.bias

@@ -1,13 +1,15 @@
-"""Steps that are fed the argmax of the one before, by modules that are more than their weights."""
+"""Steps that are fed the argmax of the one before, where the readout or the embedding of tokens is
+more than its weight, and so has to be called."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.linear import linear
+from ..ops.modules import make_weights, reads_alone
 
 if TYPE_CHECKING:
     from .attention import PreparedSource
@@ -19,29 +21,39 @@ def steps_by_calls(
     tokens: Tensor,
     state: "DecoderState",
     source: "Tensor | PreparedSource",
+    table: Tensor | None,
     feedback: Sequence[int],
     batch_sizes: Sequence[int] | None,
 ) -> DecoderOutput:
-    """`Decoder.steps`, whose readout and embedding are called, not read: a run of steps begins with
-    each that is fed back."""
+    """`Decoder.steps`, in runs of which each but the first begins with a step that is fed back."""
+    readout, read = decoder.fc_out, reads_alone(decoder.fc_out, nn.Linear)
+    if read:
+        make_weights(readout)  # once, and for the readout of all steps that comes later
     runs: list[DecoderOutput] = []
     rows, fed = [], []
     for begin, end in zip((0, *feedback), (*feedback, tokens.shape[1]), strict=True):
         part = tokens[:, begin:end]
         if begin > 0:
             with torch.no_grad():
-                rows.append(linear(decoder.fc_out, runs[-1].features[:, -1]))
-                fed.append(rows[-1].argmax(-1))
-            part = torch.cat([fed[-1][:, None], part[:, 1:]], 1)
+                x = runs[-1].features[:, -1]
+                logits = F.linear(x, readout.weight, readout.bias) if read else readout(x)
+                token = logits.argmax(-1)
+                if batch_sizes is not None:  # of rows that are over there are none
+                    over = batch_sizes[begin - 1]
+                    logits = torch.cat([logits[:over], torch.zeros_like(logits[over:])])
+                    token = torch.cat([token[:over], torch.zeros_like(token[over:])])
+            rows.append(logits)
+            fed.append(token)
+            part = torch.cat([token[:, None], part[:, 1:]], 1)
         sizes = None if batch_sizes is None else batch_sizes[begin:end]
-        out = decoder.steps(part, state, source, (), sizes)
-        read = out.contexts if out.vectors is None else out.vectors
-        context = read[:, -1] if decoder.query_after else None
-        state = type(state)(out.hidden, out.cell, context, out.location)
+        out = decoder.run_of_steps(part, state, source, table, (), sizes)
+        context = out.contexts if out.vectors is None else out.vectors
+        after = context[:, -1] if decoder.query_after else None
+        state = type(state)(out.hidden, out.cell, after, out.location)
         runs.append(out)
-    logits = rows[0].new_zeros(len(tokens), tokens.shape[1] + 1, rows[0].shape[1])
-    for t, x in zip(feedback, rows, strict=True):
-        logits[:, t] = x
+    made = rows[0].new_zeros(len(tokens), tokens.shape[1] + 1, rows[0].shape[1])
+    for t, logits in zip(feedback, rows, strict=True):
+        made[:, t] = logits
 
     def joined(name: str) -> Tensor | None:
         found = [getattr(out, name) for out in runs]
@@ -55,5 +67,5 @@ def steps_by_calls(
         weights=joined("weights"),
         vectors=joined("vectors"),
         tokens=torch.stack(fed, 1),
-        logits=logits,
+        logits=made,
     )

@@ -13,7 +13,9 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.checks import WHOLE, flag, tensor, token_ids, whole
+from ..ops.autograd import autocast_on
+from ..ops.checks import WHOLE, classes, flag, tensor, token_ids, whole
+from ..ops.checks import loss as check_loss
 from ..ops.linear_cross_entropy import loss_of_steps
 from ..ops.modules import bias_of, knows_no_rows, make_weights, reads_alone
 from ..ops.readout import readout
@@ -119,9 +121,13 @@ class Seq2Seq(nn.Module):
         """
         out, feedback, trg = self._decode(src, trg, teacher_forcing_ratio, ignore_index)
         if not reads_alone(self.decoder.fc_out, nn.Linear):
+            target, logits = trg[:, 1:].long(), self.decoder.fc_out(out.features)
+            checks_of_loss = logits, logits.shape[-1], target, weight, reduction, label_smoothing
+            check_loss(*checks_of_loss, autocast_on(logits))
+            classes(target, logits.shape[-1], ignore_index)
             return F.cross_entropy(
-                self.decoder.fc_out(out.features).flatten(0, 1),
-                trg[:, 1:].long().flatten(),
+                logits.flatten(0, 1),
+                target.flatten(),
                 weight,
                 reduction=reduction,
                 ignore_index=ignore_index,
@@ -169,7 +175,7 @@ class Seq2Seq(nn.Module):
         else:
             forced = [random.random() < ratio for _ in range(1, trg.shape[1])]
         feedback = [t for t, force in enumerate(forced[:-1], 1) if not force]
-        if not feedback:  # which makes them before
+        if not feedback:  # else the steps make them, before they read them
             make_weights(self.decoder.fc_out)
         return self.decoder.steps(trg[:, :-1], state, source, feedback, sizes), feedback, wanted
 

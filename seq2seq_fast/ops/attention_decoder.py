@@ -124,7 +124,7 @@ class _Options(NamedTuple):
     detach: bool = False
     activation: str = ""  # of an attentional vector; none where there is none
     batch_sizes: tuple[int, ...] = ()  # of steps, where not all rows have all of them
-    multiplied: bool = False  # inputs (T, B, I) are what the first layer makes of them
+    multiplied: bool = False  # what comes as inputs is their part of the first layer's gates
 
 
 def _run(
@@ -405,8 +405,9 @@ def attention_decoder(
             location stay what they were, and its outputs repeat the last; what attention makes, and
             vectors, logits and tokens, are 0. None of these takes a gradient there. None where all
             rows have all steps. Kernels on the CPU and the reference alone have it.
-        embedding: (V, E), of token ids. Where they are more than twice V, kernels on the CPU
-            multiply its rows by the first layer's weights in place of each input.
+        embedding: (V, E), of token ids. Where they are more than twice V, and feedback has no
+            dropout, kernels on the CPU multiply its rows by the first layer's weights in place of
+            each input.
         backend: None for the best there is, "native", "triton" or "reference".
 
     Returns:
@@ -459,6 +460,7 @@ def attention_decoder(
 
     with autocast_off(like):
         weights, first = layer_weights([map(cast, x) for x in layers], cell_type), cast(hidden)
+        same = feedback is not None and feedback.embedding is embedding
         embedding, multiplied = cast(embedding), False
         if on_cpu and embedding is not None and _read_often(inputs, embedding, feedback):
             # A product over the vocabulary, and not over all steps' rows.
@@ -466,7 +468,8 @@ def attention_decoder(
             of_input, weights[0] = weights[0][:, :E].T, weights[0][:, E:]
             embedding = embedding @ of_input
             if feedback is not None:
-                feedback = feedback._replace(embedding=cast(feedback.embedding) @ of_input)
+                fed_back = embedding if same else cast(feedback.embedding) @ of_input
+                feedback = feedback._replace(embedding=fed_back)
         if embedding is None:
             steps = cast(inputs).transpose(0, 1).contiguous()
         else:

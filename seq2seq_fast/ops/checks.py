@@ -295,8 +295,22 @@ def linear_cross_entropy(
         raise ValueError("linear_weight: got V = 0, expected at least one class")
     if linear_bias is not None:
         tensor("linear_bias", linear_bias, "(V,)", V)
+    loss(input, V, target, weight, reduction, label_smoothing, autocast)
+
+
+def loss(
+    input: Tensor,
+    V: int,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    autocast: bool,
+) -> None:
+    """Of V classes, by what is like input."""
     if weight is not None:
-        tensor("weight", weight, "(V,)", V)
+        _tensor("weight", weight, input, "input", any_float=autocast)
+        _shape("weight", weight, "(V,)", (V,))
     if target.device != input.device:
         raise ValueError(f"target: is on {target.device}, expected {input.device} as input is")
     if reduction not in ("mean", "sum"):

@@ -36,7 +36,7 @@ class _Linear(torch.autograd.Function):
 def linear(layer: nn.Linear, x: Tensor, alike: bool = False) -> Tensor:
     """layer(x) of x (..., K); layers that are more than a weight and a bias are called. alike: a
     row's result is rounded alike however many there are, where no gradient is needed."""
-    plain = type(layer) is nn.Linear and not has_hooks(layer)
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not has_hooks(layer)
     plain = plain and x.is_cpu and x.dtype == torch.float32 and not autocast_on(x)
     if not plain or asked_for(None) == "reference":
         return layer(x)

@@ -39,13 +39,14 @@ def reads_alone(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a call does what neither PyTorch's nor the library's module of its kind does."""
+    """Whether a call does what neither PyTorch nor the library has written."""
     of = getattr(type(module).forward, "__module__", "")
     return "forward" in vars(module) or not of.startswith(("torch.nn.modules.", "seq2seq_fast."))
 
 
 def check_is_read(name: str, module: object) -> None:
-    """Raises ValueError of a module whose weights are read where that is not all there is to it."""
+    """Raises ValueError of a module that is read, and has a forward of its own. (Hooks it may have:
+    they do not fire.)"""
     if isinstance(module, nn.Module) and has_own_forward(module):
         raise ValueError(
             f"{name}: got {type(module).__name__}, whose forward is its own, expected a module that"
