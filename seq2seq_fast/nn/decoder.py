@@ -293,15 +293,14 @@ class Decoder(nn.Module):
         return own or name in vars(self)
 
     def called(self) -> str | None:
-        """What of it does more than its weights tell, so that it must be called, or None."""
+        """What of it does more than its weights tell, so that to read them will not do, or None."""
         for name, kind in _READ:
             module = self._modules[name]
             assert module is not None
             if not reads_alone(module, kind):
                 return f"decoder.{name} does more than its weights tell: {module}"
-        attention = self._modules.get(
-            "attention"
-        )  # what is read and never called, as steps will say
+        # What is read and never called: steps will say so.
+        attention = self._modules.get("attention")
         of_attention = () if attention is None else (attention, attention._modules["Wa"])
         for module in (self._modules[self.cell_type], *of_attention):
             if "forward" in vars(module):
