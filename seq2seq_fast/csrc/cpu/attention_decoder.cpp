@@ -16,27 +16,24 @@
 namespace seq2seq_fast::decoder {
 namespace {
 
-void advance_units(Cell cell, const double* raw, const double* hidden_before,
-                   const double* cell_before, int64_t n, double* gates, int64_t H, double* hidden,
-                   double* memory) {
+void advance_rows(Cell cell, const CellRows<double>& x) {
   with_cell(cell, [&]<Cell kCell>() {
-    for (int64_t h = 0; h < n; ++h) {
+    for (int64_t i = 0; i < x.rows * x.units; ++i) {
+      const int64_t row = i / x.units, h = i % x.units, at = row * x.ld + h;
+      const double* raw = x.raw + row * x.ld_raw + h;
+      double* gates = x.gates + row * x.ld_gates + h;
       Unit<double> u;
-      for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = raw[i * kBlock + h];
-      if constexpr (kCell == Cell::kLstm) u.cell_before = cell_before[h];
-      if constexpr (kCell == Cell::kGru) u.hidden_before = hidden_before[h];
+      for (int j = 0; j < blocks_of(kCell); ++j) u.gates[j] = raw[j * kBlock];
+      if constexpr (kCell == Cell::kLstm) u.cell_before = x.cell_before[at];
+      if constexpr (kCell == Cell::kGru) u.hidden_before = x.hidden_before[at];
       advance<kCell>(u);
-      for (int i = 0; i < blocks_of(kCell); ++i) gates[i * H + h] = u.gates[i];
-      if constexpr (kCell == Cell::kLstm) memory[h] = u.cell;
-      hidden[h] = u.hidden;
+      for (int j = 0; j < blocks_of(kCell); ++j) gates[j * x.H] = u.gates[j];
+      if constexpr (kCell == Cell::kLstm) x.memory[at] = u.cell;
+      x.hidden[at] = u.hidden;
     }
   });
 }
-void advance_units(Cell cell, const float* raw, const float* hidden_before,
-                   const float* cell_before, int64_t n, float* gates, int64_t H, float* hidden,
-                   float* memory) {
-  loops.advance(cell, raw, hidden_before, cell_before, n, gates, H, hidden, memory);
-}
+void advance_rows(Cell cell, const CellRows<float>& x) { loops.advance(cell, x); }
 
 // Steps that are fed the argmax of the one before.
 template <typename A>
@@ -192,14 +189,13 @@ class Forward {
       Buffer<A> tile(n * kPanel);
       of_output.to_tile(p, top + b * H_, H_, n, data<A>(call_.vector[1]), 0, tile, H_);
       of_context.to_tile(p, contexts + b * D, D, n, nullptr, 0, tile, D);
-      const int64_t first = p * kPanel, units = of_output.layout.units(p);
+      const int64_t first = b * O + p * kPanel, units = of_output.layout.units(p);
+      if (call_.tanh)
+        advance_rows(Cell::kRnn, CellRows<A>{n, units, tile, kPanel, out + first, O, O, nullptr,
+                                             nullptr, out + first, nullptr, O});
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = (b + i) * O + first;
-        const A* raw = tile + i * kPanel;
-        if (call_.tanh)
-          advance_units(Cell::kRnn, raw, nullptr, nullptr, units, out + at, O, out + at, nullptr);
-        else
-          std::copy_n(raw, units, out + at);
+        const int64_t at = first + i * O;
+        if (!call_.tanh) std::copy_n(tile + i * kPanel, units, out + at);
         for (int64_t j = at; factors && j < at + units; ++j) out[j] *= factors[j];
       }
     });
@@ -324,20 +320,20 @@ class Forward {
         layout.panels(), rows, 2 * w_hidden.operations(), [&](int64_t p, int64_t b, int64_t n) {
           Buffer<A> tile(n *
                          kPanel);  // rows of gates lie where one drives the other out of the cache
-          const A *init = bias ? bias : gates + b * G_, *raw = tile;
+          const A* init = bias ? bias : gates + b * G_;
           const int64_t ld_init = bias ? 0 : G_;
           if (w_x) w_x->to_tile(p, x + b * width, width, n, init, ld_init, tile, width);
           w_hidden.to_tile(p, before + b * H_, H_, n, w_x ? nullptr : init, ld_init, tile,
                            from_zeros ? 0 : H_);
-          const int64_t h = p * layout.step, units = layout.units(p);
-          for (int64_t i = b; i < b + n; ++i, raw += kPanel) {
-            const int64_t to = i * H_ + h;
-            advance_units(call_.kind, raw, before + to, memory ? memory + to : nullptr, units,
-                          gates + i * G_ + h, H_, after + to,
-                          memory ? memory + slab + to : nullptr);
+          const int64_t h = p * layout.step, units = layout.units(p), first = b * H_ + h;
+          advance_rows(call_.kind,
+                       CellRows<A>{n, units, tile, kPanel, gates + b * G_ + h, G_, H_,
+                                   before + first, memory ? memory + first : nullptr, after + first,
+                                   memory ? memory + slab + first : nullptr, H_});
+          if (!kept && !factors) return;
+          for (int64_t to = first; to < first + n * H_; to += H_) {
             for (int64_t j = to; kept && j < to + units; ++j) after[j] *= kept[j];
-            if (!factors) continue;
-            for (int64_t j = to; j < to + units; ++j) dropped[j] = after[j] * factors[j];
+            for (int64_t j = to; factors && j < to + units; ++j) dropped[j] = after[j] * factors[j];
           }
         });
   }

@@ -8,19 +8,22 @@ namespace seq2seq_fast {
 namespace {
 
 template <Cell kCell>
-S2S_INLINE void advance_units(const float* raw, const float* hidden_before,
-                              const float* cell_before, int64_t units, float* gates, int64_t H,
-                              float* hidden, float* memory) {
-  for (int64_t h = 0; h < units; h += kVec) {
-    const int64_t n = units - h < kVec ? units - h : kVec;
-    Unit<Vec> u;
-    for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(raw + i * kBlock + h, n);
-    if constexpr (kCell == Cell::kLstm) u.cell_before = load_some(cell_before + h, n);
-    if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(hidden_before + h, n);
-    advance<kCell>(u);
-    for (int i = 0; i < blocks_of(kCell); ++i) store_some(gates + i * H + h, u.gates[i], n);
-    if constexpr (kCell == Cell::kLstm) store_some(memory + h, u.cell, n);
-    store_some(hidden + h, u.hidden, n);
+S2S_INLINE void advance_rows(const CellRows<float>& x) {
+  for (int64_t row = 0; row < x.rows; ++row) {
+    const float* raw = x.raw + row * x.ld_raw;
+    float* gates = x.gates + row * x.ld_gates;
+    const int64_t state = row * x.ld;
+    for (int64_t h = 0; h < x.units; h += kVec) {
+      const int64_t n = x.units - h < kVec ? x.units - h : kVec, at = state + h;
+      Unit<Vec> u;
+      for (int i = 0; i < blocks_of(kCell); ++i) u.gates[i] = load_some(raw + i * kBlock + h, n);
+      if constexpr (kCell == Cell::kLstm) u.cell_before = load_some(x.cell_before + at, n);
+      if constexpr (kCell == Cell::kGru) u.hidden_before = load_some(x.hidden_before + at, n);
+      advance<kCell>(u);
+      for (int i = 0; i < blocks_of(kCell); ++i) store_some(gates + i * x.H + h, u.gates[i], n);
+      if constexpr (kCell == Cell::kLstm) store_some(x.memory + at, u.cell, n);
+      store_some(x.hidden + at, u.hidden, n);
+    }
   }
 }
 
@@ -46,11 +49,8 @@ S2S_INLINE void retreat_units(const float* gates, int64_t H, const float* hidden
   }
 }
 
-void advance_cell(Cell cell, const float* raw, const float* hidden_before, const float* cell_before,
-                  int64_t n, float* gates, int64_t H, float* hidden, float* memory) {
-  with_cell(cell, [&]<Cell kCell>() S2S_LAMBDA {
-    advance_units<kCell>(raw, hidden_before, cell_before, n, gates, H, hidden, memory);
-  });
+void advance_cell(Cell cell, const CellRows<float>& rows) {
+  with_cell(cell, [&]<Cell kCell>() S2S_LAMBDA { advance_rows<kCell>(rows); });
 }
 
 void retreat_cell(Cell cell, const float* gates, int64_t H, const float* hidden_before,

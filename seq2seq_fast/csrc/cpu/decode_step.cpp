@@ -330,13 +330,10 @@ void DecoderStep::advance(int64_t l, int64_t rows) {
       if (layer.input.panels > 0) input.multiply(p, first, n, to);
       float* last = gates + width - layer.hidden.width;
       if (apart) hidden_part.multiply(p, first, n, {last, width, last, width});
-      for (int64_t m = 0; m < n; ++m) {
-        const int64_t at = (first + m) * Hp_ + p * unit_;
-        float* raw = gates + m * width;
-        loops.advance(model_.cell, raw, hidden(now, l) + at, lstm_ ? cell(now, l) + at : nullptr,
-                      unit_, raw, kBlock, hidden(next, l) + at,
-                      lstm_ ? cell(next, l) + at : nullptr);
-      }
+      const int64_t at = first * Hp_ + p * unit_;
+      loops.advance(model_.cell, {n, unit_, gates, width, gates, width, kBlock, hidden(now, l) + at,
+                                  lstm_ ? cell(now, l) + at : nullptr, hidden(next, l) + at,
+                                  lstm_ ? cell(next, l) + at : nullptr, Hp_});
     }
   });
 }
@@ -367,8 +364,9 @@ void DecoderStep::make_vectors(int64_t rows) {
     for (int64_t p = begin; p < end; ++p) {
       float* out = vectors_[kept_] + p * width;
       features.multiply(p, 0, rows, {model_.b_vector + p * width, 0, out, vectors_ld_});
-      for (int64_t m = 0; m < rows && model_.tanh; ++m, out += vectors_ld_)
-        loops.advance(Cell::kRnn, out, nullptr, nullptr, width, out, kBlock, out, nullptr);
+      if (model_.tanh)
+        loops.advance(Cell::kRnn, {rows, width, out, vectors_ld_, out, vectors_ld_, kBlock, nullptr,
+                                   nullptr, out, nullptr, vectors_ld_});
     }
   });
 }

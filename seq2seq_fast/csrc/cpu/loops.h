@@ -152,6 +152,21 @@ struct Bytes {
   bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
 };
 
+// Units of a cell in some rows, see cells.h: of gates before their nonlinearities, in blocks kBlock
+// apart, are made gates after them, in blocks H apart, and the states after the step. Rows of raw,
+// of gates and of states are so far apart. What a cell does not have is not looked at.
+template <typename A>
+struct CellRows {
+  int64_t rows, units;
+  const A* raw;
+  int64_t ld_raw;
+  A* gates;
+  int64_t ld_gates, H;
+  const A *hidden_before, *cell_before;
+  A *hidden, *memory;
+  int64_t ld;
+};
+
 struct Loops {
   const char* name;
 
@@ -239,11 +254,7 @@ struct Loops {
   void (*perturb_some)(const Draw& draw, const int32_t* tokens, const float* x, int64_t n,
                        float* out);
 
-  // n units of a cell in one row, see cells.h: from gates before their nonlinearities, in blocks
-  // kBlock apart, to gates after them, H apart, and the states after the step. What a cell does not
-  // have is not read.
-  void (*advance)(Cell cell, const float* raw, const float* hidden_before, const float* cell_before,
-                  int64_t n, float* gates, int64_t H, float* hidden, float* memory);
+  void (*advance)(Cell cell, const CellRows<float>& rows);
   // Backward, given what `advance` left; dh and dc in place.
   void (*retreat)(Cell cell, const float* gates, int64_t H, const float* hidden_before,
                   const float* cell_before, const float* memory, int64_t n, float* dh, float* dc,

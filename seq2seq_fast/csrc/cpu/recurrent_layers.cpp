@@ -135,12 +135,10 @@ class Recurrence {
         float* raw = gates + (p * N_ + first) * width_;
         float* last = raw + width_ - layer_.hidden.width;
         states.multiply(p, first, n, {last, width_, last, width_});
-        for (int64_t m = first; m < first + n; ++m, raw += width_) {
-          const int64_t place = m * Hp_ + p * unit_;
-          float* memory = cell_ == Cell::kLstm ? cells() + place : nullptr;
-          loops.advance(cell_, raw, before + place, memory, unit_, raw, kBlock, after + place,
-                        memory);
-        }
+        const int64_t place = first * Hp_ + p * unit_;
+        float* memory = cell_ == Cell::kLstm ? cells() + place : nullptr;
+        loops.advance(cell_, {n, unit_, raw, width_, raw, width_, kBlock, before + place, memory,
+                              after + place, memory, Hp_});
       }
     });
   }
