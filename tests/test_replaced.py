@@ -656,6 +656,14 @@ def test_a_forward_of_an_instance_s_own_is_called():
     encoder = s2s.Encoder(V_SRC, 5, H, 1, 0.0, bidirectional=True, bridge_dim=5).eval()
     encoder.bridge_hidden.forward = lambda x: 10 + 0 * nn.Linear.forward(encoder.bridge_hidden, x)
     assert (encoder(src)[1] == 1).all()  # tanh
+    layers = encoder.prepare_inference().lstm
+    with torch.no_grad():
+        before = encoder(src)[0]
+        layers.forward = lambda x: (
+            2 * nn.LSTM.forward(layers, x)[0],
+            nn.LSTM.forward(layers, x)[1],
+        )
+        torch.testing.assert_close(encoder(src)[0], 2 * before)
     fc_out = model.decoder.fc_out
     fc_out.forward = lambda x: -nn.Linear.forward(fc_out, x)
     for call in (

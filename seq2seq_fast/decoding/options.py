@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import above_zero, flag, instance, number, tensor, whole
+from ..ops.checks import above_zero, flag, in_vocabulary, instance, number, tensor, whole
 
 FARTHEST = 2.0**62  # that a length may be, so that it stays whole in 64 bits
 
@@ -249,9 +249,5 @@ def token_ids(name: str, x: object, vocabulary: int) -> None:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: got {got}, expected a Tensor of int64 or int32 token ids")
     tensor(name, x)
-    if x.is_meta or x.numel() == 0:
-        return
-    low, high = (int(n) for n in torch.aminmax(x))
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
+    if not x.is_meta:
+        in_vocabulary(name, x, vocabulary)

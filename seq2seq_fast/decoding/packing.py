@@ -139,7 +139,9 @@ def watch_of(decoder: "Decoder") -> WeightWatch:
     for table, name in modules_of(decoder):
         if table.get(name) is not None:
             make_weights(*table[name].modules())
-    return WeightWatch(modules_of(decoder), [(decoder._modules, "attention")])
+    attention = decoder._modules.get("attention")
+    forward = [] if attention is None else [(vars(attention), "forward")]
+    return WeightWatch(modules_of(decoder), [(decoder._modules, "attention"), *forward])
 
 
 class PackedLayers(NamedTuple):

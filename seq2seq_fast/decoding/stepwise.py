@@ -139,7 +139,8 @@ def one_each(
             else:
                 noise = sampling.gumbel(seed, live, t, allowed.shape[1])
                 token = sampling.draw(allowed, noise, options)
-            token = token.masked_fill(allowed.isneginf().all(1), options.eos)  # nothing is left
+            nothing_left = allowed.gather(1, token[:, None]).squeeze(1).isneginf()
+            token = token.masked_fill(nothing_left, options.eos)
         tokens[live, t] = token
         lengths[live] = t + 1
         log_probs[live] += log_p.gather(1, token[:, None]).squeeze(1)

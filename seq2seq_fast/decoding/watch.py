@@ -25,8 +25,8 @@ def _see_fused_optimizers() -> None:
 
 
 class WeightWatch:
-    """Of all tensors of some modules. One of nothing does not hold, nor do copies, nor does one of
-    tensors that were made in inference mode.
+    """Of all tensors of some modules, and of a forward that one of them may get for its own. One of
+    nothing does not hold, nor do copies, nor does one of tensors that were made in inference mode.
 
     Args:
         modules: the tables that they are in, with their names there; what is not there must stay
@@ -58,6 +58,7 @@ class WeightWatch:
         self._places.append((table, name, module))
         if module is None:
             return
+        self._places.append((vars(module), "forward", vars(module).get("forward")))
         for kept in (module._parameters, module._buffers, module.__dict__):
             for key, x in kept.items():
                 if isinstance(x, Tensor):

@@ -299,12 +299,6 @@ class Decoder(nn.Module):
             assert module is not None
             if not reads_alone(module, kind):
                 return f"decoder.{name} does more than its weights tell: {module}"
-        # What is read and never called: steps will say so.
-        attention = self._modules.get("attention")
-        of_attention = () if attention is None else (attention, attention._modules["Wa"])
-        for module in (self._modules[self.cell_type], *of_attention):
-            if "forward" in vars(module):
-                return f"{type(module).__name__} has a forward of its own"
         return None
 
     def refusal(self) -> str | None:
@@ -357,9 +351,11 @@ class Decoder(nn.Module):
         make_weights(self.layers, self._modules.get("attentional"))
         if self.attention is not None:
             make_weights(self.attention.Wa)
-        args = tokens, state, source, table_of(self.embedding), feedback, batch_sizes
-        called = args[3] is None or not reads_alone(self.fc_out, nn.Linear)
-        return steps_by_calls(self, *args) if feedback and called else self.run_of_steps(*args)
+        table = table_of(self.embedding)
+        args = tokens, state, source, table, feedback, batch_sizes
+        if feedback and (table is None or not reads_alone(self.fc_out, nn.Linear)):
+            return steps_by_calls(self, *args)
+        return self.run_of_steps(*args)
 
     def run_of_steps(
         self,

@@ -13,7 +13,7 @@ from ..ops.attention_decoder import DecoderOutput, attention_decoder
 from ..ops.checks import flag, probability, token_ids
 from ..ops.dropout import dropout_factors
 from ..ops.linear import linear
-from ..ops.modules import dropout_rate, has_hooks, rate_between_layers
+from ..ops.modules import dropout_rate, has_hooks, has_own_forward, rate_between_layers
 from . import checks
 from .cells import recurrent
 from .lengths import Rows, reordered, values_are_known
@@ -191,7 +191,7 @@ class Encoder(nn.Module):
         return (
             type(layers) in (nn.LSTM, nn.GRU, nn.RNN)
             and plain_layers(layers, self.cell_type)
-            and not has_hooks(layers)
+            and not (has_hooks(layers) or has_own_forward(layers))
             and embedded.is_cpu
             and embedded.dtype == torch.float32
             and not (

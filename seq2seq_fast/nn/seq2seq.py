@@ -13,10 +13,8 @@ from .. import decoding
 from ..decoding import Generated, Scored
 from ..library import choose, use_backend
 from ..ops.attention_decoder import DecoderOutput
-from ..ops.autograd import autocast_on
-from ..ops.checks import WHOLE, classes, flag, tensor, token_ids, whole
-from ..ops.checks import loss as check_loss
-from ..ops.linear_cross_entropy import loss_of_steps
+from ..ops.checks import WHOLE, flag, tensor, token_ids, whole
+from ..ops.linear_cross_entropy import loss_of_logits, loss_of_steps
 from ..ops.modules import bias_of, knows_no_rows, make_weights, reads_alone
 from ..ops.readout import readout
 from . import checks
@@ -121,18 +119,9 @@ class Seq2Seq(nn.Module):
         """
         out, feedback, trg = self._decode(src, trg, teacher_forcing_ratio, ignore_index)
         if not reads_alone(self.decoder.fc_out, nn.Linear):
-            target, logits = trg[:, 1:].long(), self.decoder.fc_out(out.features)
-            checks_of_loss = logits, logits.shape[-1], target, weight, reduction, label_smoothing
-            check_loss(*checks_of_loss, autocast_on(logits))
-            classes(target, logits.shape[-1], ignore_index)
-            return F.cross_entropy(
-                logits.flatten(0, 1),
-                target.flatten(),
-                weight,
-                reduction=reduction,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
+            logits = self.decoder.fc_out(out.features)
+            options = weight, reduction, ignore_index, label_smoothing
+            return loss_of_logits(logits, trg[:, 1:].long(), *options)
         return loss_of_steps(
             out.features,
             self.decoder.fc_out.weight,

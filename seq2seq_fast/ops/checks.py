@@ -50,11 +50,18 @@ def token_ids(
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {spelled}")
     if x.device != device:
         raise ValueError(f"{name}: is on {x.device}, expected {device} as {whose} is")
-    if x.is_cpu and x.numel() and not torch.compiler.is_compiling():
-        low, high = (int(n) for n in torch.aminmax(x))
-        if low < 0 or high >= vocabulary:
-            bad = low if low < 0 else high
-            raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
+    if x.is_cpu and not torch.compiler.is_compiling():
+        in_vocabulary(name, x, vocabulary)
+
+
+def in_vocabulary(name: str, x: Tensor, vocabulary: int) -> None:
+    """Looks at the values of x."""
+    if x.numel() == 0:
+        return
+    low, high = (int(n) for n in torch.aminmax(x))
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise ValueError(f"{name}: got token id {bad}, expected 0 to {vocabulary - 1}")
 
 
 def bools(x: object) -> Tensor:

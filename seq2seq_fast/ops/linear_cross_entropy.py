@@ -43,6 +43,29 @@ class _Loss(torch.autograd.Function):
         return *once(found, known), *[None] * 7
 
 
+def loss_of_logits(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The loss of logits (B, T, V), of which the same is asked as by `linear_cross_entropy`: of a
+    readout that is called, and of the reference."""
+    V = logits.shape[-1]
+    checks.loss(logits, V, target, weight, reduction, label_smoothing, autocast_on(logits))
+    checks.classes(target, V, ignore_index)
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        target.flatten(),
+        weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
 def loss_of_steps(
     input: Tensor,
     linear_weight: Tensor,
@@ -79,14 +102,8 @@ def loss_of_steps(
     with autocast_off(input):
         args = (cast(input), cast(linear_weight), cast(linear_bias))
         if asked_for(backend) == "reference":
-            loss = F.cross_entropy(
-                F.linear(*args).flatten(0, 1),
-                target.flatten(),
-                cast(weight),
-                reduction=reduction,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
+            of_loss = cast(weight), reduction, ignore_index, label_smoothing
+            loss = loss_of_logits(F.linear(*args), target, *of_loss)
         else:
             options = (list(steps), label_smoothing, ignore_index, reduction == "mean")
             others = (target, cast(weight), cast(logits), *options)
