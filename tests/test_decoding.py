@@ -485,9 +485,8 @@ def test_a_signal_ends_a_long_call(prepared, handler):
     def stop(*_):
         raise ValueError("enough") from KeyError("why")
 
-    before = signal.getsignal(signal.SIGINT)
-    if handler is not None:
-        signal.signal(signal.SIGINT, stop)
+    # Not the handler at hand: a suite that is run in the background inherits that SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, stop if handler else signal.default_int_handler)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     began = time.monotonic()
     try:
@@ -515,6 +514,7 @@ def test_a_signal_is_the_main_thread_s_alone():
     packed = pack_decoder(model.decoder, "float32")
     asked = decoding.DecodingOptions(bos=BOS, eos=EOS, max_length=30_000_000, min_length=30_000_000)
     over, seen = threading.Event(), []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def others():
         while not over.is_set():
@@ -535,6 +535,7 @@ def test_a_signal_is_the_main_thread_s_alone():
                 native.generate(model.decoder, packed, source, state, asked)
             assert isinstance(raised.value.__cause__, KeyboardInterrupt)
     finally:
+        signal.signal(signal.SIGINT, before)
         over.set()
         for thread in threads:
             thread.join()
