@@ -485,7 +485,7 @@ def test_a_signal_ends_a_long_call(prepared, handler):
     def stop(*_):
         raise ValueError("enough") from KeyError("why")
 
-    # Not the handler at hand: a suite that is run in the background inherits that SIGINT is ignored.
+    # Not the handler at hand: run in the background, a suite inherits that SIGINT is ignored.
     before = signal.signal(signal.SIGINT, stop if handler else signal.default_int_handler)
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     began = time.monotonic()

@@ -114,6 +114,29 @@ def test_what_is_left_of_many(top_k, backend):
     assert torch.equal(found.unique(), kept.sort().values)
 
 
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["flat", "ties", "wide", "barred", "one far below", "equal"])
+def test_what_share_of_many_is_left(kind, top_p):
+    """Whatever stretches their range is cut into: what is drawn is what the definition draws."""
+    logits = torch.randn(1201, generator=torch.Generator().manual_seed(0))
+    match kind:
+        case "flat":
+            logits *= 1e-3
+        case "ties":
+            logits = logits.mul(4).round() / 4
+        case "wide":
+            logits *= 60
+        case "barred":
+            logits[::3] = -math.inf
+        case "one far below":
+            logits = logits * 1e-2
+            logits[7] = -87
+        case "equal":
+            logits = torch.zeros(1201)
+    native, plain = (first_tokens(logits, 4000, backend=b, top_p=top_p) for b in BACKENDS)
+    assert torch.equal(native, plain)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_share_of_nearly_all_leaves_all(backend):
     logits = torch.randn(300, generator=torch.Generator().manual_seed(0))

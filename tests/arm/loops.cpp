@@ -2,6 +2,7 @@
 // plain ones, and those the sums that are expected. Prints what differs, and how much was compared.
 #include "../../seq2seq_fast/csrc/cpu/loops.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -186,8 +187,9 @@ void perturbed(int64_t n) {
     const uint32_t word = philox(which.seed, {counter, 0, which.row, which.step}, i / 64);
     want[i] = 0.5 * x[i] - std::log(-std::log1p(-(word + 0.5) / 4294967296.));
   }
-  kLoopsDefault.perturb(which, 2, x.data(), n, out.data());
+  const float top = kLoopsDefault.perturb(which, 2, x.data(), n, -INFINITY, out.data());
   compare("perturb", out, want, 1e-5);
+  compare("perturb, top", {top}, {*std::max_element(want.begin(), want.end())}, 1e-5);
   // Of some tokens: the same bits
   std::vector<int32_t> tokens;
   std::vector<float> some, same;

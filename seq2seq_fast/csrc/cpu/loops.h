@@ -248,8 +248,10 @@ struct Loops {
   void (*dropout)(uint64_t key, int64_t block, int64_t n, uint64_t threshold, float kept,
                   float* out);
   // out = scale x + g for the n numbers of a block, kRandomBlock at most; each has a g of its own,
-  // of Gumbel's distribution, below kMostPerturbed.
-  void (*perturb)(const Draw& draw, int64_t block, const float* x, int64_t n, float* out);
+  // of Gumbel's distribution, below kMostPerturbed. What is below `least` may be -inf. Returns the
+  // largest.
+  float (*perturb)(const Draw& draw, int64_t block, const float* x, int64_t n, float least,
+                   float* out);
   // The same of the logits x of some tokens.
   void (*perturb_some)(const Draw& draw, const int32_t* tokens, const float* x, int64_t n,
                        float* out);

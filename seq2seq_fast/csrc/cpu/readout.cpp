@@ -197,22 +197,6 @@ std::vector<int32_t> Readout::largest(int64_t m) const {
   return found.empty() ? std::vector<int32_t>{0} : found;
 }
 
-std::vector<int32_t> Readout::left(int64_t m, const float* values, float scale) const {
-  const int64_t chunks = packed_.chunks, width = packed_.chunk_width();
-  std::vector<float> tops(chunks);
-  for (int64_t i = 0; i < chunks; ++i) tops[i] = loops.top(values + i * width, packed_.count(i));
-  const auto off = [&](int64_t i) { return scale * near(m)[i].bound; };
-  float most = -INFINITY;
-  for (int64_t i = 0; i < chunks; ++i) most = std::max(most, tops[i] - off(i));
-  std::vector<int32_t> left;
-  const bool any = most == -INFINITY;  // as above
-  for (int64_t i = 0; i < chunks; ++i) {
-    const float threshold = any ? most : most - off(i) - slack(most, off(i) + kMostPerturbed);
-    if (tops[i] > threshold) add_above(values, i, threshold, left);
-  }
-  return left.empty() ? std::vector<int32_t>{0} : left;
-}
-
 std::vector<float> Readout::exact(int64_t m, const std::vector<int32_t>& tokens) const {
   std::vector<float> found(tokens.size());
   const Operand operands[kOperands] = {rows_.hidden, rows_.context};
@@ -227,14 +211,32 @@ int32_t Readout::find(int64_t m) const {
   return tokens[std::max_element(values.begin(), values.end()) - values.begin()];
 }
 
+// A block's logits are off by the larger bound of its chunks, and perturbed ones by scale times
+// that and by roundings of numbers as large as kMostPerturbed.
 int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
-  const int64_t V = packed_.V;
-  std::vector<float> values(V);
-  for (int64_t v = 0; v < V; v += kRandomBlock)
-    loops.perturb(draw, v / kRandomBlock, logits(m) + v, std::min(kRandomBlock, V - v),
-                  values.data() + v);
-  const std::vector<int32_t> tokens = left(m, values.data(), draw.scale);
-  if (tokens.size() == 1) return tokens[0];
+  const int64_t V = packed_.V, width = packed_.chunk_width();
+  const int64_t blocks = (V + kRandomBlock - 1) / kRandomBlock;
+  std::vector<float> values(V), tops(blocks), off(blocks);
+  float most = -INFINITY;  // what the largest is not below
+  const auto threshold = [&](int64_t i) {
+    return most == -INFINITY ? most : most - off[i] - slack(most, off[i] + kMostPerturbed);
+  };
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = i * kRandomBlock, count = std::min(kRandomBlock, V - first);
+    for (int64_t chunk = first / width; chunk <= (first + count - 1) / width; ++chunk)
+      off[i] = std::max(off[i], draw.scale * near(m)[chunk].bound);
+    tops[i] = loops.perturb(draw, i, logits(m) + first, count, threshold(i), &values[first]);
+    most = std::max(most, tops[i] - off[i]);
+  }
+  std::vector<int32_t> tokens, places(kRandomBlock);
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (!(tops[i] > threshold(i)) && most > -INFINITY) continue;
+    const int64_t first = i * kRandomBlock;
+    const int64_t n =
+        loops.above(&values[first], std::min(kRandomBlock, V - first), threshold(i), places.data());
+    for (int64_t j = 0; j < n; ++j) tokens.push_back(static_cast<int32_t>(first + places[j]));
+  }
+  if (tokens.size() <= 1) return tokens.empty() ? 0 : tokens[0];
   return drawn_of(tokens, exact(m, tokens), draw);
 }
 

@@ -97,9 +97,6 @@ class Readout {
   int32_t find_drawn(int64_t m, const Draw& draw) const;
   // Tokens whose logits may be among the k largest.
   std::vector<int32_t> among_largest(int64_t m, int64_t k) const;
-  // Tokens whose value, out of one of each logit, may be the largest: a chunk's is off by its
-  // bound, times scale, and by roundings of numbers as large as kMostPerturbed.
-  std::vector<int32_t> left(int64_t m, const float* values, float scale) const;
   // Adds a chunk's tokens whose values are above a threshold.
   void add_above(const float* values, int64_t chunk, float threshold,
                  std::vector<int32_t>& tokens) const;

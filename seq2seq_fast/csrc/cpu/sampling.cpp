@@ -2,8 +2,9 @@
 #include "sampling.h"
 
 #include <algorithm>
-#include <bit>
+#include <array>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <vector>
 
@@ -15,36 +16,57 @@ void keep_largest(float* x, int64_t n, int64_t k) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < kth ? -INFINITY : x[i];
 }
 
-// Stretches of numbers from 0 to 1, in their order: those that share the first seven bits behind
-// the point.
-constexpr int64_t kStretches = 0x3f81;
-int64_t stretch(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
+// f(result so far, x) of all of them, eight at a time, so that none waits for another.
+template <typename T, typename F>
+T joined(const std::vector<float>& x, F f) {
+  constexpr size_t kTogether = 8;
+  T results[kTogether] = {};
+  size_t i = 0;
+  for (; i + kTogether <= x.size(); i += kTogether)
+    for (size_t j = 0; j < kTogether; ++j) results[j] = f(results[j], x[i + j]);
+  for (; i < x.size(); ++i) results[0] = f(results[0], x[i]);
+  return std::accumulate(results + 1, results + kTogether, results[0], f);
+}
 
 // Keeps the largest ones, of equals the first, as long as what comes before has less than a share
-// of the sum of exp(scale x).
+// of the sum of exp(scale x). The range of x is cut into stretches, so that only what shares one
+// with the last that is kept needs to be ordered.
 void keep_share(float* x, int64_t n, double share, float scale) {
-  std::vector<float> e(n);
+  constexpr int32_t kStretches = 1024;
+  constexpr float kNothing = -88, kOne = -1e-30f;  // beside exp(0): nothing, and as much
   const float top = loops.top(x, n);
+  std::vector<float> e(n);
   for (int64_t i = 0; i < n; ++i) e[i] = scale * (x[i] - top);  // at most 0, whatever the scale
+  const float least =
+      joined<float>(e, [](float least, float x) { return x < least && x > kNothing ? x : least; });
+  const float per = least < kOne ? (kStretches - 1) / -least : 0.f;
+  std::vector<int32_t> stretch(n), order(n);
+  for (int64_t i = 0; i < n; ++i)
+    stretch[i] = static_cast<int32_t>((e[i] < least ? 0.f : e[i] - least) * per);
   loops.exponentials(e.data(), nullptr, nullptr, n);
-  std::vector<double> masses(kStretches);
-  for (const float each : e) masses[stretch(each)] += each;
-  const double wanted = share * std::accumulate(masses.begin(), masses.end(), 0.);
+  std::array<double, kStretches> masses{};
+  for (int64_t i = 0; i < n; ++i) masses[stretch[i]] += e[i];
+  const double wanted = share * joined<double>(e, std::plus<double>());
   double before = 0;
-  int64_t at = kStretches - 1;  // where the last one that is kept lies
+  int32_t at = kStretches - 1;  // where the last one that is kept lies
   while (at > 0 && before + masses[at] < wanted) before += masses[at--];
-  std::vector<int32_t> order;
-  for (int32_t i = 0; i < n; ++i)
-    if (stretch(e[i]) == at) order.push_back(i);
-  if (order.empty()) return;  // the share is that of all, but for rounding
-  std::sort(order.begin(), order.end(),
+  int64_t found = 0;
+  constexpr int64_t kTogether = 16;  // in most of so many there is none
+  for (int64_t i = 0; i < n; i += kTogether) {
+    int32_t any = n - i < kTogether;
+    for (int64_t j = i; j < i + kTogether && n - i >= kTogether; ++j) any |= stretch[j] == at;
+    for (int64_t j = i; any && j < std::min(i + kTogether, n); ++j)
+      if (stretch[j] == at) order[found++] = static_cast<int32_t>(j);
+  }
+  if (found == 0) return;  // the share is that of all, but for rounding
+  std::sort(order.begin(), order.begin() + found,
             [&](int32_t i, int32_t j) { return x[i] > x[j] || (x[i] == x[j] && i < j); });
-  size_t last = 0;
-  while (last + 1 < order.size() && before + e[order[last]] < wanted) before += e[order[last++]];
+  int64_t last = 0;
+  while (last + 1 < found && before + e[order[last]] < wanted) before += e[order[last++]];
   const int32_t end = order[last];
-  const float least = x[end];
-  for (int64_t i = 0; i < n; ++i) x[i] = x[i] < least ? -INFINITY : x[i];
-  for (int64_t i = end + 1; i < n; ++i) x[i] = x[i] == least ? -INFINITY : x[i];
+  const float bound = x[end];
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] < bound ? -INFINITY : x[i];
+  for (int64_t i = end + 1; i < n; ++i) x[i] = x[i] == bound ? -INFINITY : x[i];
 }
 
 }  // namespace
@@ -73,10 +95,7 @@ int32_t drawn(const float* x, int64_t n, const Draw& draw) {
   int64_t at = 0;
   for (int64_t i = 0; i < n; i += kRandomBlock) {
     const int64_t count = std::min(kRandomBlock, n - i);
-    const float top = loops.top(x + i, count);
-    if (top == -INFINITY || draw.scale * top + kMostPerturbed < best) continue;
-    loops.perturb(draw, i / kRandomBlock, x + i, count, values);
-    const float largest = loops.top(values, count);
+    const float largest = loops.perturb(draw, i / kRandomBlock, x + i, count, best, values);
     if (!(largest > best)) continue;
     best = largest;
     at = i + (std::find(values, values + count, best) - values);

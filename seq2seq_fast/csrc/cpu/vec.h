@@ -5,8 +5,12 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#ifdef S2S_INTRINSICS
+#if defined(S2S_INTRINSICS)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Inlined everywhere, so that no vector ever crosses a call in the wrong instruction set.
