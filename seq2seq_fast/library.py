@@ -82,6 +82,8 @@ SCHEMAS = {
     " int hidden_dim, bool bidirectional) -> (Tensor, Tensor, Tensor)",
     # Memory for n bytes of weights, in few large pages where there are some.
     "weights_memory": "(Tensor like, int n) -> Tensor",
+    # Of float32 panels (P, K, blocks * unit) the columns of a weight (blocks * N, k), from one on.
+    "pack_panels": "(Tensor(a!) panels, Tensor weight, int blocks, int column) -> ()",
     # The same on a GPU: steps over a state that stays there, and what they have come to.
     "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
     " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, Tensor? seed,"
@@ -263,7 +265,7 @@ for _device in ("cpu", "cuda"):
 _USABLE["decode", "cuda"] = _USABLE["decode_steps", "cuda"]
 _PARTS = (  # of others: nobody asks for a backend of these
     "product", "products", "dropout_factors", "decoder_step", "recurrent_layers", "weights_memory",
-    "decode_steps", "decode_greedy", "decode_results",
+    "pack_panels",    "decode_steps", "decode_greedy", "decode_results",
 )  # fmt: skip
 
 

@@ -161,15 +161,54 @@ def split_back(decoder):
         w_hidden.copy_(joined[:, w_input.shape[1] :])
 
 
+def laid(w):
+    """A packed matrix where it is to lie."""
+    if not isinstance(w, packing.Panels):
+        return w
+    place = torch.full(w.shape, math.nan, dtype=w.dtype)
+    w.copy_to(place)
+    return place
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+@pytest.mark.parametrize("N", [1, 15, 64, 131])
+@pytest.mark.parametrize("K", [0, 1, 6, 130])
+def test_panels_are_packed_as_plain_pytorch_does(N, K, blocks):
+    whole = torch.randn(blocks * N, K + 9)
+    for w in (whole[:, 4 : 4 + K], whole[:, 4 : 4 + K].contiguous(), whole[:, :K].T.contiguous().T):
+        panels = packing.Panels([w, whole[:, :2]], blocks, torch.float32)
+        found, (P, _, width) = laid(panels), panels.shape
+        assert torch.equal(found[:, :K], packing.pack_rows(w, blocks).view(P, K, width))
+        assert torch.equal(found[:, K:], packing.pack_rows(whole[:, :2], blocks))
+
+
+def test_panels_of_another_shape_are_refused():
+    w, op = torch.randn(8, 5), torch.ops.seq2seq_fast.pack_panels
+    for panels, weight, blocks, column in (
+        (torch.empty(1, 5, 64), w, 4, 1),
+        (torch.empty(1, 5, 64), w, 4, -1),
+        (torch.empty(1, 5, 64), w, 3, 0),
+        (torch.empty(1, 5, 48), w, 4, 0),
+        (torch.empty(2, 5, 64), w, 4, 0),
+        (torch.empty(1, 5, 64).double(), w, 4, 0),
+        (torch.empty(1, 5, 64), w.double(), 4, 0),
+        (torch.empty(1, 64, 5).mT, w, 4, 0),
+        (torch.empty(1, 5, 64), w[0], 4, 0),
+    ):
+        with pytest.raises(RuntimeError, match="expected panels"):
+            op(panels, weight, blocks, column)
+
+
 def test_packed_panels_hold_the_matrix():
     w = torch.randn(4 * 19, 7)
-    data, scale = pack_matrix(w, 4, torch.float32)
-    assert data.shape == (2, 7, 64) and scale.numel() == 0
+    panels, scale = pack_matrix([w[:, :3], w[:, 3:]], 4, torch.float32)
+    assert panels.shape == (2, 7, 64) and scale.numel() == 0
+    data = laid(panels)
     for gate, unit in ((0, 0), (3, 18), (2, 16), (1, 15)):
         panel, lane = divmod(unit, 16)
         assert torch.equal(data[panel, :, gate * 16 + lane], w[gate * 19 + unit])
     assert (data[1].view(7, 4, 16)[:, :, 3:] == 0).all()
-    data, scale = pack_matrix(w, 1, torch.int8)
+    data, scale = pack_matrix([w], 1, torch.int8)
     assert data.shape == (2, 2, 64, 4)
     whole = (data.float() - 128) * scale.view(2, 1, 64, 1)
     restored = whole.transpose(1, 2).reshape(128, 8)[:76]
@@ -181,7 +220,7 @@ def test_packed_panels_hold_the_matrix():
 def test_packed_weights_lie_side_by_side(dtype):
     decoder = make(KINDS[2]).decoder
     with torch.no_grad():
-        apart = packing._pack(decoder, packing.DTYPES[dtype], True, False)
+        apart = [laid(w) for w in packing._pack(decoder, packing.DTYPES[dtype], True, False)]
     together = pack_decoder(decoder, dtype).weights.tensors()
     assert len({w.untyped_storage().data_ptr() for w in together}) == 1
     end = 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..library import HAS_KERNEL
 from ..ops.attention_decoder import layer_weights
 from ..ops.modules import bias_of, make_weights
 from .fits import check_fits
@@ -53,6 +54,30 @@ class Packed(NamedTuple):
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+
+
+class Panels(NamedTuple):
+    """Panels (P, K, width) of matrices (blocks * N, k) side by side, yet to be packed: see
+    `pack_rows`."""
+
+    parts: list[Tensor]
+    blocks: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        unit = WIDTH if self.blocks == 1 else UNIT
+        panels = -(-len(self.parts[0]) // (self.blocks * unit))
+        return panels, sum(w.shape[1] for w in self.parts), self.blocks * unit
+
+    def copy_to(self, place: Tensor) -> None:
+        column = 0
+        for w in self.parts:
+            if self.dtype == torch.float32 and HAS_KERNEL["pack_panels", "cpu"]:
+                torch.ops.seq2seq_fast.pack_panels(place, w.detach(), self.blocks, column)
+            else:
+                place[:, column : column + w.shape[1]] = pack_rows(w.to(self.dtype), self.blocks)
+            column += w.shape[1]
 
 
 class PackedDecoder(NamedTuple):
@@ -155,45 +180,51 @@ def pack_layers(table: dict[str, Any], name: str) -> PackedLayers:
     """The weights of nn.LSTM, nn.GRU or nn.RNN, which has this name in a module's table, in
     float32: of each layer and direction the input's, the hidden state's, and the bias."""
     layers: nn.RNNBase = table[name]
-    packed: list[Tensor] = []
+    packed: list[Tensor | Panels] = []
     watch = WeightWatch([(table, name)])
     with torch.no_grad():
         weights = layer_weights(layers.all_weights, name)
         for i in range(0, len(weights), 3):
             for w in weights[i : i + 2]:
-                packed += pack_matrix(w, len(w) // layers.hidden_size, torch.float32)
+                packed += pack_matrix([w], len(w) // layers.hidden_size, torch.float32)
             bias = weights[i + 2]
             packed.append(pack_rows(bias[:, None], len(bias) // layers.hidden_size).flatten())
         return PackedLayers(_side_by_side(packed), watch)
 
 
-def _side_by_side(weights: list[Tensor]) -> Packed:
+def _side_by_side(weights: list[Tensor | Panels]) -> Packed:
     """The same numbers in one piece of memory, which large pages can hold: a step reads all of it,
     and would look up the place of each small page."""
     layout, total = [], 0
     for w in weights:
-        sizes = [*w.shape] + [0] * (4 - w.dim())
-        layout.append([total, _DTYPES.index(w.dtype), w.dim(), *sizes])
-        total += -(-w.nbytes // 64) * 64
-    memory = torch.ops.seq2seq_fast.weights_memory(weights[0], total)
+        sizes = [*w.shape] + [0] * (4 - len(w.shape))
+        layout.append([total, _DTYPES.index(w.dtype), len(w.shape), *sizes])
+        total += -(-math.prod(w.shape) * w.dtype.itemsize // 64) * 64
+    like = torch.empty(0, device="cpu")
+    memory = torch.ops.seq2seq_fast.weights_memory(like, total)
     packed = Packed(memory, torch.tensor(layout, device="cpu"))
     for place, w in zip(packed.tensors(), weights, strict=True):
-        place.copy_(w)
+        if isinstance(w, Panels):
+            w.copy_to(place)
+        else:
+            place.copy_(w)
     return packed
 
 
-def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool) -> list[Tensor]:
+def _pack(
+    decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bool
+) -> list[Tensor | Panels]:
     H, kind = decoder.layers.hidden_size, decoder.cell_type
     layers, E = layer_weights(decoder.layers.all_weights, kind), decoder.embedding.embedding_dim
     like = decoder.fc_out.weight
-    nothing = pack_matrix(like.new_empty(0, 1), 1, dtype)
+    nothing = pack_matrix([like.new_empty(0, 1)], 1, dtype)
     context = nothing
     if project_values and not decoder.query_after:
-        context = pack_matrix(layers[0][:, E:], len(layers[0]) // H, dtype)
+        context = pack_matrix([layers[0][:, E:]], len(layers[0]) // H, dtype)
         layers[0] = layers[0][:, :E]
     gates = decoder.output_dim * len(layers[2])
     if decoder.output_dim <= FEW_TOKENS or (project_values and gates <= MOST_GATES):
-        packed = [_gates_of_tokens(decoder, layers[0][:, :E], layers[2])]
+        packed: list[Tensor | Panels] = [_gates_of_tokens(decoder, layers[0][:, :E], layers[2])]
         layers[0] = layers[0][:, E:]
     else:
         packed = [decoder.embedding.weight.detach().contiguous()]
@@ -201,11 +232,10 @@ def _pack(decoder: "Decoder", dtype: torch.dtype, seek: bool, project_values: bo
         w_input, w_hidden, bias = layers[i : i + 3]
         blocks = len(bias) // H
         if kind == "gru":  # its n has a part of each that must not be added up
-            packed += pack_matrix(w_input, 3, dtype) if w_input.shape[1] > 0 else nothing
-            packed += pack_matrix(w_hidden, 3, dtype)
+            packed += pack_matrix([w_input], 3, dtype) if w_input.shape[1] > 0 else nothing
+            packed += pack_matrix([w_hidden], 3, dtype)
         else:
-            both = torch.cat([w_input, w_hidden], 1)
-            packed += [*pack_matrix(both, blocks, dtype), *nothing]
+            packed += [*pack_matrix([w_input, w_hidden], blocks, dtype), *nothing]
         packed.append(pack_rows(bias[:, None], blocks).flatten())
     query = None if decoder.attention is None else decoder.attention.Wa
     packed += _pack_linear(query, dtype) if query is not None else [*nothing, like.new_empty(0)]
@@ -226,9 +256,9 @@ def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tenso
     return pack_rows(gates.T, blocks).transpose(0, 1).contiguous()
 
 
-def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
+def _pack_linear(linear: nn.Linear, dtype: torch.dtype) -> list[Tensor | Panels]:
     bias = pack_rows(bias_of(linear)[:, None], 1).flatten()
-    return [*pack_matrix(linear.weight, 1, dtype), bias]
+    return [*pack_matrix([linear.weight], 1, dtype), bias]
 
 
 def pack_rows(w: Tensor, blocks: int) -> Tensor:
@@ -240,13 +270,18 @@ def pack_rows(w: Tensor, blocks: int) -> Tensor:
     return rows.unflatten(1, (panels, unit)).permute(1, 3, 0, 2).flatten(2).contiguous()
 
 
-def pack_matrix(w: Tensor, blocks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Panels of w (blocks * N, K), and the scale of each of their columns; none but of int8.
+def pack_matrix(
+    parts: list[Tensor], blocks: int, dtype: torch.dtype
+) -> tuple[Tensor | Panels, Tensor]:
+    """Panels of a matrix (blocks * N, K), given as such with some of its columns each, and the
+    scale of each of the panels' columns; none but of int8.
 
     Those of int8 are (P, K / 4, width, 4), K filled up with zeros: whole numbers + 128 in uint8.
     """
+    none = parts[0].new_empty(0)
     if dtype != torch.int8:
-        return pack_rows(w.to(dtype), blocks), w.new_empty(0)
+        return Panels(parts, blocks, dtype), none
+    w = torch.cat(parts, 1)
     if w.shape[1] > MOST_INPUTS:
         raise ValueError(
             f"dtype: got 'int8' of weights for {w.shape[1]} inputs, expected at most {MOST_INPUTS}"
@@ -288,7 +323,8 @@ def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Te
     linear, H = decoder.fc_out, decoder.layers.hidden_size
     w, bias, (V, K) = linear.weight.detach(), bias_of(linear).detach(), linear.weight.shape
     nothing = w.new_empty(0, 1)
-    empty = [*pack_six_bits(nothing), *pack_matrix(nothing, 1, torch.int8), *2 * [w.new_empty(0)]]
+    of_int8 = _by_fours(nothing, 128, 1), w.new_empty(0)
+    empty = [*pack_six_bits(nothing), *of_int8, *2 * [w.new_empty(0)]]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
         return empty
     w = w.to(dtype).to(w.dtype)
@@ -296,7 +332,7 @@ def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Te
         return empty
     parts = [_bounds(*rows, H) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    of_hidden, of_context = pack_six_bits(w[:, :H]), pack_matrix(w[:, H:], 1, torch.int8)
+    of_hidden, of_context = pack_six_bits(w[:, :H]), pack_matrix([w[:, H:]], 1, torch.int8)
     return [*of_hidden, *of_context, bounds, w.to(dtype)]
 
 

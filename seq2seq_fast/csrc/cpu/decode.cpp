@@ -475,24 +475,10 @@ Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool q
   return {logits, h, c, after, attention, place};
 }
 
-// n bytes, of the device that like is on, in large pages of their own where the system has them.
-Tensor weights_memory(Tensor like, int64_t n) {
-  keep_freed_memory();  // weights that were not prepared are packed call by call
-  const auto page = static_cast<int64_t>(kHugePage);
-  if (n < page / 2) return empty(like, {n}, ScalarType::Byte);
-  const int64_t whole = round_up(n, page);
-  const Tensor room = empty(like, {whole + page}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(room.data_ptr());
-  const auto begin = static_cast<int64_t>(-address % kHugePage);
-  collapse_to_huge_pages(static_cast<char*>(room.data_ptr()) + begin, whole);
-  return view(room, {n}, {1}, begin);
-}
-
 }  // namespace
 }  // namespace seq2seq_fast
 
 STABLE_TORCH_LIBRARY_IMPL(seq2seq_fast, CPU, m) {
   m.impl("decode", TORCH_BOX(&seq2seq_fast::decode));
   m.impl("decoder_step", TORCH_BOX(&seq2seq_fast::decoder_step));
-  m.impl("weights_memory", TORCH_BOX(&seq2seq_fast::weights_memory));
 }
