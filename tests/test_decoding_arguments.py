@@ -41,6 +41,8 @@ GOOD = {"bos": BOS, "eos": EOS, "max_length": 6}
         ({"sample": True, "top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"sample": True, "beam_size": 2}, ValueError, "beam_size: got 2, expected 1 with sample"),
         ({"top_k": 3}, ValueError, "top_k: got 3, expected it only with sample"),
+        ({"n_samples": 2}, ValueError, "n_samples: got 2, expected it only with sample"),
+        ({"sample": True, "n_samples": 0}, ValueError, "n_samples: got 0, expected at least 1"),
         ({"prefix": torch.ones(7, dtype=torch.int64)}, ValueError, "prefix: got 7 tokens"),
         (
             {"prefix": torch.ones(2, 2, dtype=torch.int64)},
@@ -84,6 +86,13 @@ def test_bad_options_are_refused(options, error, message):
         model.generate(src, **GOOD | options)
     with pytest.raises(error, match=message):
         s2s.generate(model.decoder, *nothing, **GOOD | options)
+
+
+def test_more_draws_than_rows_can_be_counted_are_refused():
+    model, src = make(), sources(3, 5)
+    model.encoder.forward = None
+    with pytest.raises(ValueError, match="n_samples: got 1000000000, expected at most 715827882"):
+        model.generate(src, sample=True, n_samples=10**9, **GOOD)
 
 
 def test_bad_targets_are_refused_before_anything_is_computed():

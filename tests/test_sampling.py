@@ -189,6 +189,51 @@ def test_a_row_with_nothing_left_ends(backend):
         assert len(set(tokens[:n])) == n and tokens[n - 1] == EOS
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    options=DRAWS,
+    n=st.sampled_from([1, 2, 5]),
+    P=st.sampled_from([0, 1, 2]),
+    B=st.integers(1, 3),
+    each_bos=st.booleans(),
+    V=st.sampled_from([20, 1024 + 7]),
+    dtype=st.sampled_from([None, "float32", "projected"]),
+    seed=st.integers(0, 100),
+)
+def test_draws_of_a_source_are_those_of_many_like_it(
+    kind, options, n, P, B, each_bos, V, dtype, seed
+):
+    model, src = make(kind, V, 12, 2, seed), sources(B, 6, seed)
+    if dtype is not None:
+        model.prepare_inference(project_values=dtype == "projected" and kind[1])
+    options = suited(options | {"return_weights": True}, kind)
+    prefix = torch.randint(3, V, (B, P)) if P else None
+    bos = torch.randint(3, V, (B,)) if each_bos else BOS
+    many = options | {
+        "prefix": None if prefix is None else prefix.repeat_interleave(n, 0),
+        "bos": bos.repeat_interleave(n) if each_bos else bos,
+    }
+    want = drawn(model, src.repeat_interleave(n, 0), seed, **many)
+    options |= {"prefix": prefix, "bos": bos, "n_samples": n}
+    for backend in BACKENDS:
+        found = drawn(model, src, seed, backend=backend, **options)
+        assert found.tokens.shape[:-1] == ((B,) if n == 1 else (B, n))
+        flat = [x if x is None or n == 1 else x.flatten(0, 1) for x in found]
+        exactly = {"rtol": 0, "atol": 0} if backend == "native" and dtype is not None else {}
+        for a, b in zip(flat, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, **exactly or {"rtol": 1e-4, "atol": 1e-4})
+
+
+def test_no_source_has_no_draws():
+    model, src = make(), sources(2, 5)[:0]
+    found = drawn(model, src, n_samples=3, return_weights=True)
+    assert found.tokens.shape == (0, 3, 0) and found.weights.shape[:3] == (0, 3, 0)
+    assert found.scores.shape == found.lengths.shape == (0, 3)
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
 def test_rows_and_threads_change_no_draw(options):
     model, src = make(V=1100, H=40).prepare_inference(), sources(9, 6)

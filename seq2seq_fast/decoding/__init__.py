@@ -68,20 +68,19 @@ def generate(
             packed = _ready(decoder, backend)
             engine = packed is not None or native.chosen(decoder, backend)
             if B == 0:
-                found = _nothing(asked, prepared, state)
-            elif packed is not None:
+                return _wanted(_nothing(asked, prepared, state), asked)
+            if engine and not state.hidden.is_cuda:
+                packed = packed or _packed(decoder)
                 found = native.generate(decoder, packed, prepared, state, asked)
-            elif engine:
-                if state.hidden.is_cuda:
-                    found = graphed.generate(decoder, prepared, state, asked)
-                else:
-                    found = native.generate(decoder, _packed(decoder), prepared, state, asked)
             else:
+                given = prepared, state, asked
+                if asked.n_samples > 1:
+                    given = stepwise.repeated(*given)
                 with (
                     use_backend("reference") if backend == "reference" else contextlib.nullcontext()
                 ):
-                    found = stepwise.generate(decoder, prepared, state, asked)
-        return _wanted(found, asked)
+                    found = (graphed if engine else stepwise).generate(decoder, *given)
+        return _wanted(_by_source(found, asked.n_samples), asked)
     except native.Interrupted as stopped:
         raised = stopped.__cause__
     assert raised is not None
@@ -90,6 +89,16 @@ def generate(
 
 def _wanted(found: Generated, asked: DecodingOptions) -> Generated:
     return found if asked.return_scores else found._replace(log_probs=None, scores=None)
+
+
+def _by_source(found: Generated, n_samples: int) -> Generated:
+    if n_samples == 1:
+        return found
+
+    def split(x: Any) -> Any:
+        return None if x is None else x.unflatten(0, (-1, n_samples))
+
+    return Generated(*map(split, found))
 
 
 def _at_once(
@@ -334,7 +343,8 @@ def _rows(decoder: "Decoder", state: "DecoderState") -> int:
 def _nothing(
     options: DecodingOptions, source: "stepwise.Source", state: "DecoderState"
 ) -> Generated:
-    rows = (0,) if options.beam_size == 1 else (0, options.n_best)
+    each = options.n_best if options.beam_size > 1 else options.n_samples
+    rows = (0,) if options.beam_size == 1 and each == 1 else (0, each)
     like = state.hidden
     weights = None
     if options.return_weights and not isinstance(source, Tensor):

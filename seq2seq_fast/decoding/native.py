@@ -128,7 +128,7 @@ def generate(
     state: "DecoderState",
     options: DecodingOptions,
 ) -> Generated:
-    """See `seq2seq_fast.generate`; arguments are checked already."""
+    """See `seq2seq_fast.generate`; arguments are checked already. Of draws (B * n_samples, ...)."""
     B = state.hidden.shape[1]
     limits = prefix = None
     if options.max_length_ratio is not None:
@@ -184,7 +184,7 @@ def _decode(
             limits,
             prefix,
             options.max_length,
-            options.whole,
+            [*options.whole, options.n_samples],
             float(options.length_penalty),
             float(options.coverage_penalty),
             options.return_weights,

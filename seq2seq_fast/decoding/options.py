@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops.checks import above_zero, flag, in_vocabulary, instance, number, tensor, whole
 
+MOST_ROWS = 2**31 - 1  # of sources, each as often as it is drawn for
 FARTHEST = 2.0**62  # that a length may be, so that it stays whole in 64 bits
 
 
@@ -41,6 +42,9 @@ class DecodingOptions:
         temperature, top_k, top_p: draw from softmax(log p / temperature), of the top_k most
             probable tokens (0: of all) and those as probable as the last of them, of the fewest
             whose probabilities reach top_p (Holtzman et al. 2020).
+        n_samples: how often each source is drawn for; more than 1 give (B, n_samples, ...). The
+            draws of a source are those that so many sources like it, side by side, would have; on
+            the CPU they share its keys and values.
         generator: of the draws, which is asked for one number; None for torch's own. A draw hangs
             on that number, on the row's place in the batch and on the step alone.
         prefix: (B, P) or (P,) ids that every hypothesis begins with, parts of its tokens, length
@@ -69,6 +73,7 @@ class DecodingOptions:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    n_samples: int = 1
     generator: torch.Generator | None = None
     prefix: Tensor | None = None
     return_weights: bool = False
@@ -112,9 +117,13 @@ def checked(given: dict[str, Any], batch: int, vocabulary: int, attention: bool)
         TypeError, ValueError: naming the option, what came and what was expected.
     """
     if all(type(x) in _PLAIN for x in given.values()):
-        return _checked_before(vocabulary, attention, **given)
-    options = _named({name: _plain(x) for name, x in given.items()})
-    check(options, batch, vocabulary, attention)
+        options = _checked_before(vocabulary, attention, **given)
+    else:
+        options = _named({name: _plain(x) for name, x in given.items()})
+        check(options, batch, vocabulary, attention)
+    if batch * options.n_samples > MOST_ROWS:
+        most = MOST_ROWS // batch
+        raise ValueError(f"n_samples: got {options.n_samples}, expected at most {most}, by {batch}")
     return options
 
 
@@ -166,6 +175,7 @@ def check(options: DecodingOptions, batch: int, vocabulary: int, attention: bool
         )
     whole("no_repeat_ngram", options.no_repeat_ngram, 0)
     whole("top_k", options.top_k, 0)
+    whole("n_samples", options.n_samples, 1)
     _not_below_zero("length_penalty", options.length_penalty)
     _not_below_zero("coverage_penalty", options.coverage_penalty)
     above_zero("temperature", options.temperature)
@@ -203,7 +213,7 @@ def _not_below_zero(name: str, x: float) -> None:
 _OF_SAMPLING = {
     field.name: field.default
     for field in fields(DecodingOptions)
-    if field.name in ("temperature", "top_k", "top_p", "generator")
+    if field.name in ("temperature", "top_k", "top_p", "n_samples", "generator")
 }
 
 

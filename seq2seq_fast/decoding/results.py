@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 class Generated(NamedTuple):
-    """Hypotheses of each source; with beam search (B, n_best, ...), the best one first.
+    """Hypotheses of each source; with beam search (B, n_best, ...), the best one first; of several
+    draws (B, n_samples, ...), one as good as the other.
 
     n is the length of the longest. A place that no hypothesis fills, which only a small vocabulary
     or strict rules leave, has length 0 and a score of -inf.

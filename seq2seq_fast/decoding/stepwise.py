@@ -1,7 +1,7 @@
 """Decoding step by step in plain PyTorch: what the compiled engine is held to, and what decodes
 where that one does not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -48,6 +48,22 @@ def take_state(state: "DecoderState", rows: Tensor) -> "DecoderState":
         None if state.context is None else state.context[rows],
         None if state.location is None else state.location[rows],
     )
+
+
+def repeated(
+    source: "Source", state: "DecoderState", options: DecodingOptions
+) -> tuple["Source", "DecoderState", DecodingOptions]:
+    """Each source n_samples times, side by side, to be drawn for once."""
+    B, n = state.hidden.shape[1], options.n_samples
+    rows = torch.arange(B, device=state.hidden.device).repeat_interleave(n)
+    bos, prefix = options.bos, options.prefix
+    options = replace(
+        options,
+        n_samples=1,
+        bos=bos.repeat_interleave(n) if isinstance(bos, Tensor) else bos,
+        prefix=None if prefix is None else prefix.expand(B, -1).repeat_interleave(n, 0),
+    )
+    return take_source(source, rows), take_state(state, rows), options
 
 
 def attended(source: "Source") -> Tensor | None:

@@ -13,7 +13,7 @@ namespace seq2seq_fast {
 namespace {
 
 struct Options {
-  int64_t bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram;
+  int64_t bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram, n_samples;
   double length_penalty, coverage_penalty;
   bool keep_weights, keep_scores;  // beam search needs scores all the same
   std::optional<Sampling> sampling;
@@ -41,7 +41,7 @@ struct Candidate {
   int32_t row, token;
 };
 
-// The hypotheses of one source.
+// The hypotheses of one source, or one of its draws.
 struct Search {
   int64_t limit;
   int32_t first = 0, count = 1;  // its rows of the step
@@ -60,20 +60,21 @@ class Engine {
         source_(source),
         step_(step),
         seeks_(greedy_ && !(o_.sampling && !o_.sampling->seeks(model.V))),
-        B_(B),
+        B_(B * options.n_samples),
         P_(prefix ? prefix->size(1) : 0),
         prefix_(prefix ? static_cast<const int64_t*>(prefix->data_ptr()) : nullptr),
         searches_(B_),
         sums_(B_),
         late_(model.readout, sums_) {
     for (int64_t b = 0; b < B_; ++b) {
-      searches_[b].limit = limits ? static_cast<const int64_t*>(limits->data_ptr())[b] : max_length;
+      const auto source = static_cast<int32_t>(b / o_.n_samples);
+      searches_[b].limit =
+          limits ? static_cast<const int64_t*>(limits->data_ptr())[source] : max_length;
       most_ = std::max(most_, searches_[b].limit);
       searches_[b].first = static_cast<int32_t>(b);
-      const int64_t token = bos ? static_cast<const int64_t*>(bos->data_ptr())[b] : o_.bos;
+      const int64_t token = bos ? static_cast<const int64_t*>(bos->data_ptr())[source] : o_.bos;
       STD_TORCH_CHECK(model.has(token), "expected bos of the vocabulary");
-      live_.push_back(
-          {static_cast<int32_t>(b), static_cast<int32_t>(b), static_cast<int32_t>(token)});
+      live_.push_back({source, source, static_cast<int32_t>(token)});
     }
     least_ = std::min(o_.min_length, most_);
   }
@@ -106,14 +107,15 @@ class Engine {
  private:
   void go_on(int32_t b);
   void bar(int32_t m) const;
-  int32_t choose(int32_t m) const;
+  int32_t choose(int32_t b, int32_t m) const;
   bool scores_come_late() const { return o_.keep_scores && step_.readout().sought(); }
-  void take(Search& search, int32_t token);
+  void take(int32_t b, int32_t token);
   void settle();
   void force(Search& search, int32_t token);
-  int32_t forced(int32_t b) const { return static_cast<int32_t>(prefix_[b * P_ + t_]); }
-  void beam(Search& search);
-  std::vector<Candidate> best(const Search& search) const;
+  int32_t source(int32_t b) const { return static_cast<int32_t>(b / o_.n_samples); }
+  int32_t forced(int32_t b) const { return static_cast<int32_t>(prefix_[source(b) * P_ + t_]); }
+  void beam(int32_t b);
+  std::vector<Candidate> best(int32_t b) const;
   void end(int32_t b, const Candidate& last, bool finished);
   bool complete(const Search& search) const;
   void keep_weights();
@@ -125,29 +127,29 @@ class Engine {
   const PackedDecoder& model_;
   const DecoderSource& source_;
   DecoderStep& step_;
-  const bool seeks_;  // not all logits are needed
-  const int64_t B_, P_;
-  const int64_t* prefix_;         // (B, P)
+  const bool seeks_;              // not all logits are needed
+  const int64_t B_, P_;           // searches
+  const int64_t* prefix_;         // (sources, P)
   int64_t t_ = 0;                 // steps that are behind
   int64_t least_ = 0, most_ = 0;  // steps that there are, or may be
   std::vector<Search> searches_;
-  std::vector<double> sums_;  // of greedy decoding: each source's log-probability
+  std::vector<double> sums_;  // of greedy decoding: each search's log-probability
   LateLogProbs late_;
   std::vector<Live> live_;
   std::vector<std::vector<Node>> nodes_;     // of each step
   std::vector<std::vector<float>> weights_;  // of each step, (rows, S)
 };
 
-// A source's continuations by one token, and whether it goes on: `next` is empty if not.
+// A search's continuations by one token, and whether it goes on: `next` is empty if not.
 void Engine::go_on(int32_t b) {
   Search& search = searches_[b];
   search.next.clear();
   if (greedy_)
-    take(search, t_ < P_ ? forced(b) : choose(search.first));
+    take(b, t_ < P_ ? forced(b) : choose(b, search.first));
   else if (t_ < P_)
     force(search, forced(b));
   else
-    beam(search);
+    beam(b);
   if (t_ + 1 == search.limit) {
     for (const Candidate& last : search.next) end(b, last, false);
     search.next.clear();
@@ -156,8 +158,9 @@ void Engine::go_on(int32_t b) {
 }
 
 // Greedy decoding goes on with a token. What has ended gets its scores from `settle`.
-void Engine::take(Search& search, int32_t token) {
-  const int32_t m = search.first, b = live_[m].source;
+void Engine::take(int32_t b, int32_t token) {
+  Search& search = searches_[b];
+  const int32_t m = search.first;
   const Readout& readout = step_.readout();
   if (scores_come_late())
     late_.add(m, b, token, step_.features(0), step_.features(1), m);
@@ -203,7 +206,7 @@ void Engine::bar(int32_t m) const {
 }
 
 // The most probable token of what may follow, or one that is drawn of it; eos where nothing may.
-int32_t Engine::choose(int32_t m) const {
+int32_t Engine::choose(int32_t b, int32_t m) const {
   Readout& readout = step_.readout();
   float* logits = readout.logits(m);
   const float eos = logits[o_.eos];
@@ -211,8 +214,8 @@ int32_t Engine::choose(int32_t m) const {
   int32_t best;
   if (o_.sampling) {
     best = readout.drawn(m, *o_.sampling,
-                         {o_.sampling->seed, static_cast<uint32_t>(live_[m].source),
-                          static_cast<uint32_t>(t_), o_.sampling->scale});
+                         {o_.sampling->seed, static_cast<uint32_t>(b), static_cast<uint32_t>(t_),
+                          o_.sampling->scale});
   } else {
     best = readout.most_probable(m);
   }
@@ -225,7 +228,8 @@ int32_t Engine::choose(int32_t m) const {
 
 // The 2 K best continuations, of K hypotheses: at most K of them end, so that K go on. Among equals
 // the first row and the first token come first.
-std::vector<Candidate> Engine::best(const Search& search) const {
+std::vector<Candidate> Engine::best(int32_t b) const {
+  const Search& search = searches_[b];
   const size_t most = 2 * o_.beam_size;
   std::vector<Candidate> best;
   best.reserve(most + 1);
@@ -237,7 +241,7 @@ std::vector<Candidate> Engine::best(const Search& search) const {
     const float* logits = readout.logits(m);
     const Normaliser r = readout.normaliser(m);
     const double so_far = search.log_probs[k];
-    choose(m);  // for what it bars: one token at least is left
+    choose(b, m);  // for what it bars: one token at least is left
     for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
       const int64_t v = chunk * packed.chunk_width();
       double least = best.size() < most ? -INFINITY : best.back().log_prob;
@@ -262,9 +266,9 @@ std::vector<Candidate> Engine::best(const Search& search) const {
   return best;
 }
 
-void Engine::beam(Search& search) {
-  const int32_t b = live_[search.first].source;
-  const std::vector<Candidate> candidates = best(search);
+void Engine::beam(int32_t b) {
+  Search& search = searches_[b];
+  const std::vector<Candidate> candidates = best(b);
   for (size_t rank = 0; rank < candidates.size(); ++rank) {
     const bool room = rank < static_cast<size_t>(o_.beam_size);
     if (candidates[rank].token != o_.eos) {
@@ -281,7 +285,7 @@ double Engine::coverage(int32_t b, int32_t m) const {
   if (o_.coverage_penalty == 0) return 0;
   double sum = 0;
   for (int64_t s = 0; s < source_.S; ++s)
-    if (source_.attended(b, s)) {
+    if (source_.attended(source(b), s)) {
       const float least = 1.17549435e-38f;  // of the normal numbers
       sum += std::log(static_cast<double>(std::clamp(step_.covered(m)[s], least, 1.f)));
     }
@@ -316,7 +320,7 @@ void Engine::keep_weights() {
     std::copy_n(step_.weights(m), source_.S, kept.data() + m * source_.S);
 }
 
-// The rows of the next step: those of each source side by side, sources that have ended left out.
+// The rows of the next step: those of each search side by side, searches that are over left out.
 void Engine::next_step(std::vector<int32_t>& going) {
   std::vector<Live> live;
   std::vector<Node>& nodes = nodes_.emplace_back();
@@ -326,7 +330,7 @@ void Engine::next_step(std::vector<int32_t>& going) {
     search.count = static_cast<int32_t>(search.next.size());
     search.log_probs.clear();
     for (const auto& [log_prob, row, token] : search.next) {
-      live.push_back({b, row, token});
+      live.push_back({source(b), row, token});
       nodes.push_back({token, row});
       search.log_probs.push_back(log_prob);
     }
@@ -340,7 +344,7 @@ std::vector<Tensor> Engine::results(const Tensor& like) const {
   int64_t n = 0;
   for (const Search& search : searches_)
     for (const Ended& e : search.ended) n = std::max(n, e.length);
-  // Of beam search (B, N, ...), of greedy decoding (B, ...)
+  // Of beam search (B, N, ...), else (B, ...), with B the searches
   const auto results_of = [&](std::vector<int64_t> sizes, ScalarType type) {
     if (o_.beam_size > 1) sizes.insert(sizes.begin(), N);
     sizes.insert(sizes.begin(), B_);
@@ -395,7 +399,8 @@ Sampling sampling_of(const Tensor& seed, double temperature, int64_t top_k, doub
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram; bos (B,) in its place.
+// whole: bos, eos, fill, min_length, beam_size, n_best, no_repeat_ngram, n_samples; bos (B,) in its
+// place. Results of draws are (B * n_samples, ...).
 Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_after, Tensor hidden,
                Tensor cell, std::optional<Tensor> context, std::vector<Tensor> source,
                std::optional<Tensor> mask, std::optional<Tensor> limits,
@@ -405,16 +410,20 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                double temperature, int64_t top_k, double top_p, std::vector<int64_t> accumulates,
                std::vector<int64_t> vector, std::optional<Tensor> bos) {
   const int64_t B = hidden.size(1);
-  STD_TORCH_CHECK(whole.size() == 7, "expected 7 numbers");
+  STD_TORCH_CHECK(whole.size() == 8, "expected 8 numbers");
   for (const auto& x : {limits, prefix, bos})
     STD_TORCH_CHECK(
         !x || (x->scalar_type() == ScalarType::Long && x->is_contiguous() && x->size(0) == B),
         "expected int64 limits (B,), prefix (B, P) and bos (B,)");
   const auto sampling =
       seed ? std::optional(sampling_of(*seed, temperature, top_k, top_p)) : std::nullopt;
-  const Options options = {whole[0],         whole[1],       whole[2],      whole[3],
-                           whole[4],         whole[5],       whole[6],      length_penalty,
-                           coverage_penalty, return_weights, return_scores, sampling};
+  const Options options = {
+      whole[0], whole[1],       whole[2],         whole[3],       whole[4],      whole[5], whole[6],
+      whole[7], length_penalty, coverage_penalty, return_weights, return_scores, sampling};
+  const int64_t each = options.beam_size * options.n_samples;  // rows of a source
+  STD_TORCH_CHECK(options.n_samples >= 1 && (options.n_samples == 1 || options.beam_size == 1) &&
+                      each <= INT32_MAX / std::max<int64_t>(B, 1),
+                  "expected draws or beams of each source, in all less than 2^31");
   const DecoderSource from(source, mask, vector.empty() ? context : std::nullopt, B, accumulates);
   const PackedDecoder model =
       model_of(packed, layout, cell_type, query_after, vector, hidden, from);
@@ -425,8 +434,7 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
   const bool all = options.beam_size > 1 || (sampling && !sampling->seeks(model.V));
   const Project project = {project_values && !query_after,
                            project_values && all && model.readout.matrix.type != Weights::kInt8};
-  DecoderStep step(model, from, hidden, cell, context, B * options.beam_size, coverage_penalty > 0,
-                   project);
+  DecoderStep step(model, from, hidden, cell, context, B * each, coverage_penalty > 0, project);
   Engine engine(options, model, from, step, B, max_length, limits, prefix, bos);
   engine.run();
   const auto r = engine.results(hidden);
