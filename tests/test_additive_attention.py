@@ -279,6 +279,26 @@ def test_bad_input_names_the_argument(change, error, name):
         s2s.additive_attention(**{**args, **change})
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("T", [1, 3, 64, 65])
+def test_keys_that_are_not_prepared_have_the_same_bits(T, size):
+    """Their exponentials are made all at once, block by block, or group by group of a block."""
+    for H in (5, 64, 130):
+        q, k, values, v = inputs((2, T, 35, H, 6), torch.float32, size)
+        k[0, 3] *= 40  # blocks of different magnitudes
+        found = []
+        for prepare in (False, True):
+            leaves = [x.detach().requires_grad_() for x in (q, k, values, v)]
+            keys = s2s.prepare_keys(leaves[1]) if prepare else leaves[1]
+            context, weights = s2s.additive_attention(
+                leaves[0], keys, *leaves[2:], backend="native"
+            )
+            grads = torch.autograd.grad(context.square().sum() + weights[..., 0].sum(), leaves)
+            found.append([context, weights, *grads])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_sizes_beyond_all_memory_are_refused():
     """Those of expanded tensors, whose products do not fit into 64 bits."""
     x, n = torch.zeros(1, 1, 1), 2**62

@@ -70,7 +70,7 @@ void attend(const Tensor& query, const Keys& k, const Tensor& values, const Tens
   if (items >= 4 * static_cast<int64_t>(torch::stable::get_num_threads()) ||
       is_small(items, operations)) {
     parallel(items, operations, [&](int64_t begin, int64_t end) {
-      Buffer<float> w(most * Sp), out(most * D), buffer(k.gather_floats());
+      Buffer<float> w(most * Sp), out(most * D), buffer(k.buffer_floats());
       Buffer<float> scratch(scratch_floats);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / tiles, t = i % tiles * kTile, n = std::min(kTile, T - t);
@@ -83,7 +83,7 @@ void attend(const Tensor& query, const Keys& k, const Tensor& values, const Tens
   }
   Buffer<float> w(B * T * Sp);
   parallel(B * tiles * k.blocks, most * kRows * q.H, [&](int64_t begin, int64_t end) {
-    Buffer<float> buffer(k.gather_floats());
+    Buffer<float> buffer(k.buffer_floats());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % k.blocks, b = i / k.blocks / tiles,
                     t = i / k.blocks % tiles * kTile;
@@ -126,7 +126,8 @@ std::tuple<Tensor, Tensor> additive_attention(Tensor query_, Tensor keys, Tensor
   const int64_t B = query.size(0), T = query.size(1), S = keys.size(1), D = values.size(2);
   Tensor context = one_query ? empty(query, {B, D}) : empty(query, {B, T, D});
   Tensor weights = one_query ? empty(query, {B, S}) : empty(query, {B, T, S});
-  attend(query, Keys(keys, powers), values, v, mask, score_bias, scale, context, weights);
+  const Keys k(keys, powers, tiles_of(T) == 1 ? Beforehand::kNothing : Beforehand::kAll);
+  attend(query, k, values, v, mask, score_bias, scale, context, weights);
   return {context, weights};
 }
 
@@ -185,8 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
     }
   });
   if (!need_scores) return {none(), none(), grad_values, none(), grad_bias};
-  auto [dq, dk, dv] =
-      scores_backward(Queries(query, v), Keys(keys, powers), g, Sp, query, keys, v, needs);
+  auto [dq, dk, dv] = scores_backward(Queries(query, v), keys_of_backward(keys, powers), g, Sp,
+                                      query, keys, v, needs);
   return {dq, dk, grad_values, dv, grad_bias};
 }
 

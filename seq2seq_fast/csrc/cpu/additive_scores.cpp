@@ -74,25 +74,34 @@ int64_t floats_of_all(int64_t B, int64_t S, int64_t Hp) {
   return product_of({B, 2, S, Hp}) == 0 ? 0 : B * Keys::floats(S, Hp);
 }
 
+void make_powers(float* x, int64_t n, float max) {
+  if (max < kSmallKeys) {
+    loops.expm1_2x(x, n, x);
+  } else if (max < 43.f) {
+    loops.exp2x(x, n, x);
+  }
+}
+
+// The powers of a block, and its largest magnitude.
+float powers_of_block(const Rows<float>& raw, int64_t b, int64_t s, int64_t count, int64_t H,
+                      int64_t Hp, float* out, float* scratch) {
+  const auto rows = raw.block(b, s, count, scratch);
+  for (int64_t j = 0; j < count; ++j) scatter(rows.data + j * rows.ld, H, Hp, count, j, out);
+  const float max = loops.largest(out, count * Hp);
+  make_powers(out, count * Hp, max);
+  return max;
+}
+
 // What Keys holds, of raw (B, S, H).
-void make_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float* powers) {
+void make_all_powers(const Rows<float>& raw, int64_t B, int64_t S, int64_t H, float* powers) {
   const int64_t Hp = round_up(H, kPad), blocks = (S + kRows - 1) / kRows;
   parallel(B * blocks, 8 * H * kRows, [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(raw.scratch(kRows));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / blocks, block = i % blocks, s = block * kRows;
-      const int64_t count = std::min(kRows, S - s);
-      const auto rows = raw.block(b, s, count, scratch);
-      float* out = powers + b * Keys::floats(S, Hp);
-      float& max = out[S * Hp + block];
-      out += s * Hp;
-      for (int64_t j = 0; j < count; ++j) scatter(rows.data + j * rows.ld, H, Hp, count, j, out);
-      max = loops.largest(out, count * Hp);
-      if (max < kSmallKeys) {
-        loops.expm1_2x(out, count * Hp, out);
-      } else if (max < 43.f) {
-        loops.exp2x(out, count * Hp, out);
-      }
+      float* const out = powers + b * Keys::floats(S, Hp);
+      out[S * Hp + block] =
+          powers_of_block(raw, b, s, std::min(kRows, S - s), H, Hp, out + s * Hp, scratch);
     }
   });
 }
@@ -103,22 +112,38 @@ Tensor prepare_keys(Tensor keys) {
   const int64_t Hp = round_up(H, kPad);
   floats_of_all(B, S, Hp);  // or an error
   Tensor powers = empty(keys, {B, Keys::floats(S, Hp)}, ScalarType::Float);
-  make_powers(Rows<float>(keys), B, S, H, static_cast<float*>(powers.data_ptr()));
+  make_all_powers(Rows<float>(keys), B, S, H, static_cast<float*>(powers.data_ptr()));
   return powers;
 }
 
 }  // namespace
 
-Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers)
+Keys::Keys(const Tensor& keys, const std::optional<Tensor>& powers, Beforehand made)
     : B(keys.size(0)),
       S(keys.size(1)),
       H(keys.size(2)),
       Hp(round_up(H, kPad)),
       blocks((S + kRows - 1) / kRows),
       raw(keys),
-      own(powers ? 0 : floats_of_all(B, S, Hp)),
-      data(powers ? static_cast<const float*>(powers->data_ptr()) : own) {
-  if (!powers) make_powers(raw, B, S, H, own);
+      own(powers || made != Beforehand::kAll ? 0 : floats_of_all(B, S, Hp)),
+      maxima(powers || made != Beforehand::kMaxima ? 0 : product_of({B, blocks})),
+      data(powers                     ? static_cast<const float*>(powers->data_ptr())
+           : made == Beforehand::kAll ? +own
+                                      : nullptr) {
+  if (!powers && made == Beforehand::kAll) make_all_powers(raw, B, S, H, own);
+  if (!powers && made == Beforehand::kMaxima)
+    parallel(B * blocks, H * kRows, [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(raw.scratch(kRows));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / blocks, block = i % blocks;
+        const auto rows = raw.block(b, block * kRows, count(block), scratch);
+        float& max = maxima[i] = 0;
+        for (int64_t j = 0; j < count(block); ++j) {
+          const float of_row = loops.largest(rows.data + j * rows.ld, H);
+          max = of_row <= max || max != max ? max : of_row;  // NaN, if there is one
+        }
+      }
+    });
   STD_TORCH_CHECK(
       !powers || (powers->dim() == 2 && powers->size(0) == B && powers->size(1) == floats(S, Hp) &&
                   powers->is_contiguous() && powers->scalar_type() == ScalarType::Float),
@@ -131,13 +156,31 @@ void Keys::gather(int64_t b, int64_t i, float* buffer) const {
     scatter(rows.data + j * rows.ld, H, Hp, count(i), j, buffer);
 }
 
+Keys::Block Keys::take(int64_t b, int64_t i, float* buffer) const {
+  if (data != nullptr) return {block(b, i), max(b, i)};
+  float* const out = buffer + gather_floats();
+  const float max = powers_of_block(raw, b, i * kRows, count(i), H, Hp, out, buffer);
+  return {out, max};
+}
+
+const float* Keys::group(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const {
+  if (data != nullptr) return block(b, i) + count(i) * h;
+  const auto rows = raw.block(b, i * kRows, count(i), nullptr);  // in place
+  const int64_t used = std::min(width, H - h);
+  for (int64_t j = 0; j < count(i); ++j) {
+    float* const to = buffer + j * width;
+    std::fill(std::copy_n(rows.data + j * rows.ld + h, used, to), to + width, 0.f);
+  }
+  make_powers(buffer, count(i) * width, max(b, i));
+  return buffer;
+}
+
 void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
                  int64_t last, float* out, int64_t ld, float* buffer) {
   for (int64_t i = first; i < last; ++i, out += kRows) {
     bool gathered = false;
-    const auto mode = [&](int64_t j) {
-      return choose(q.max[b * q.T + t + j], k.max(b, i), q.max_v);
-    };
+    const Keys::Block block = k.take(b, i, buffer);
+    const auto mode = [&](int64_t j) { return choose(q.max[b * q.T + t + j], block.max, q.max_v); };
     for (int64_t j = 0, next; j < n; j = next) {  // runs of one mode, kQueries long at most
       const Mode m = mode(j);
       for (next = j + 1; next < std::min(n, j + kQueries) && mode(next) == m;) ++next;
@@ -145,11 +188,16 @@ void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t 
         k.gather(b, i, buffer);
         gathered = true;
       }
-      loops.scores(m, k.minus_one(b, i), q.at(b, 0, 0), q.T, t + j, next - j,
-                   m == Mode::kExact ? buffer : k.block(b, i), k.count(i), q.v, q.Hp, out + j * ld,
+      loops.scores(m, block.max < kSmallKeys, q.at(b, 0, 0), q.T, t + j, next - j,
+                   m == Mode::kExact ? buffer : block.powers, k.count(i), q.v, q.Hp, out + j * ld,
                    ld);
     }
   }
+}
+
+Keys keys_of_backward(const Tensor& keys, const std::optional<Tensor>& powers) {
+  const bool in_place = Rows<float>(keys).scratch(1) == 0;  // or each group would read whole rows
+  return Keys(keys, powers, in_place ? Beforehand::kMaxima : Beforehand::kAll);
 }
 
 std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g, int64_t ldg,
@@ -175,6 +223,7 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
   const bool v_last = q.max_v < INFINITY;
   parallel(B * groups, 4 * kGroup * T * S, [&](int64_t begin, int64_t end) {
     Buffer<float> sum_q(T * kGroup), sum_k(kRows * kGroup), raw(k.gather_floats());
+    Buffer<float> buffer(k.data ? 0 : kRows * kGroup);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / groups, h = i % groups * kGroup;
       const int64_t width = q.width(h), used = std::min(kGroup, H - h);
@@ -188,6 +237,7 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
       for (int64_t block = 0; block < k.blocks; ++block) {
         const Mode* mode = modes + (b * k.blocks + block) * T;
         const int64_t count = k.count(block), s = block * kRows;
+        const float* const powers = k.group(b, block, h, width, buffer);
         std::fill_n(+sum_k, count * width, 0.f);
         bool gathered = false;
         for (int64_t t = 0, next; t < T; t = next) {  // runs of one mode, kQueries long at most
@@ -199,9 +249,8 @@ std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const flo
             gathered = true;
           }
           loops.gradients(mode[t], k.minus_one(b, block), q.at(b, t, h), next - t,
-                          (exact ? raw : k.block(b, block)) + count * h, count,
-                          g + (b * T + t) * ldg + s, ldg, w, width, sum_q + t * width, sum_k,
-                          sum_v);
+                          exact ? raw + count * h : powers, count, g + (b * T + t) * ldg + s, ldg,
+                          w, width, sum_q + t * width, sum_k, sum_v);
         }
         if (!needs.keys) continue;
         scale_columns(sum_k, count, width, scale);
@@ -228,11 +277,12 @@ Tensor additive_scores(Tensor query, Tensor keys, Tensor v) {
   check(query, keys, v);
   if (query.scalar_type() == ScalarType::Double) return scores_double(query, keys, v);
   const Queries q(query, v);
-  const Keys k(keys, std::nullopt);
+  const int64_t tiles = tiles_of(q.T);
+  const Keys k(keys, std::nullopt, tiles == 1 ? Beforehand::kNothing : Beforehand::kAll);
+  const int64_t items = q.B * k.blocks * tiles;
   Tensor out = empty(query, {q.B, q.T, k.S});
-  const int64_t tiles = tiles_of(q.T), items = q.B * k.blocks * tiles;
   parallel(items, kTile * kRows * q.H, [&](int64_t begin, int64_t end) {
-    Buffer<float> tile(kTile * kRows), buffer(k.gather_floats());
+    Buffer<float> tile(kTile * kRows), buffer(k.buffer_floats());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / (k.blocks * tiles), block = i / tiles % k.blocks, t = i % tiles * kTile;
       const int64_t n = std::min(kTile, q.T - t), s = block * kRows;
@@ -257,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> additive_scores_backward(Tensor grad, Tensor 
     out = scores_backward_double(grad, query, keys, v, needs);
   } else {
     const Queries q(query, v);
-    const Keys k(keys, std::nullopt);
+    const Keys k = keys_of_backward(keys, std::nullopt);
     const Rows<float> rows(grad);
     Buffer<float> g(product_of({q.B, q.T, k.S})), scratch(rows.scratch(1));
     for (int64_t i = 0; i < q.B * q.T; ++i)

@@ -29,13 +29,17 @@ struct Queries {
 // width)
 void make_streams(const float* q, int64_t width, float max_q, float* to);
 
+// Which of keys' exponentials are made beforehand: all, unless each is met once, block by block or
+// group by group of a block's features. To write all of them and read them again takes longer.
+enum class Beforehand { kAll, kMaxima, kNothing };
+
 // Keys as exponentials, as loops.h wants them.
 struct Keys {
   int64_t B, S, H, Hp, blocks;
   Rows<float> raw;
-  Buffer<float> own;  // where the caller brought no powers
-  const float* data;  // (B, S * Hp numbers and a max|k| of each block)
-  Keys(const Tensor& keys, const std::optional<Tensor>& powers);
+  Buffer<float> own, maxima;  // where the caller brought no powers
+  const float* data;          // (B, S * Hp numbers and a max|k| of each block), or null
+  Keys(const Tensor& keys, const std::optional<Tensor>& powers, Beforehand made = Beforehand::kAll);
   static int64_t floats(int64_t S, int64_t Hp) {
     return S * Hp + round_up((S + kRows - 1) / kRows, kPad);
   }
@@ -43,16 +47,28 @@ struct Keys {
   const float* block(int64_t b, int64_t i) const {
     return data + b * floats(S, Hp) + i * kRows * Hp;
   }
-  float max(int64_t b, int64_t i) const { return data[b * floats(S, Hp) + S * Hp + i]; }
+  float max(int64_t b, int64_t i) const {
+    return data ? data[b * floats(S, Hp) + S * Hp + i] : maxima[b * blocks + i];
+  }
   bool minus_one(int64_t b, int64_t i) const { return max(b, i) < kSmallKeys; }
   // A block of k itself, which Mode::kExact works on, laid out as its powers are, into the front of
   // `buffer`.
   void gather(int64_t b, int64_t i, float* buffer) const;
   int64_t gather_floats() const { return kRows * Hp + raw.scratch(kRows); }
+
+  struct Block {
+    const float* powers;
+    float max;
+  };
+  // A block's powers, which `buffer` has room for behind what `gather` writes.
+  Block take(int64_t b, int64_t i, float* buffer) const;
+  // Those of `width` features from h on; `buffer` holds kRows * width.
+  const float* group(int64_t b, int64_t i, int64_t h, int64_t width, float* buffer) const;
+  int64_t buffer_floats() const { return gather_floats() + (data ? 0 : kRows * Hp); }
 };
 
 // Scores of queries [t, t + n) with blocks [first, last), into out (n, kRows for each
-// block), ld apart; `buffer` holds keys.gather_floats().
+// block), ld apart; `buffer` holds keys.buffer_floats().
 void scores_tile(const Queries& q, const Keys& k, int64_t b, int64_t t, int64_t n, int64_t first,
                  int64_t last, float* out, int64_t ld, float* buffer);
 
@@ -69,6 +85,7 @@ Mode choose(float max_q, float max_k, float max_v);
 struct Needs {
   bool query, keys, v;
 };
+Keys keys_of_backward(const Tensor& keys, const std::optional<Tensor>& powers);
 std::array<Tensor, 3> scores_backward(const Queries& q, const Keys& k, const float* g, int64_t ldg,
                                       const Tensor& query, const Tensor& keys, const Tensor& v,
                                       Needs needs);
