@@ -36,7 +36,7 @@ S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, in
     const float* x = operands[s].x + row * ld;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < K; ++k, w += width, ahead += kLineBytes) {
-      if constexpr (M > 1) __builtin_prefetch(ahead, 0, 2);
+      if constexpr (M > (kVec == 8 ? 2 : 1)) __builtin_prefetch(ahead, 0, 2);
       Vec b[N];
       for (int j = 0; j < N; ++j) b[j] = load_weights(w + j * kVec);
       for (int i = 0; i < M; ++i)
@@ -46,7 +46,7 @@ S2S_INLINE void packed_tile(const Operand* operands, int64_t row, const W* w, in
   // Sums that the compiler has to find by their number would all lie in memory.
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       const Vec init = load(to.init + i * to.ld_init + j * kVec);
       store(to.out + i * to.ld + j * kVec, init + acc[i][j]);
@@ -58,10 +58,13 @@ S2S_INLINE void packed_panel_of(const Operand* operands, int64_t first, int64_t 
                                 int64_t width, const Sums& to) {
   int64_t K = 0;
   for (int s = 0; s < kOperands; ++s) K += operands[s].K;
-  over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
+  // In AVX2 a sum waits for its last addition unless there are eight.
+  constexpr bool wide = kVec == 8;
+  over_columns<wide>(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     int64_t row = 0;
     Ahead ahead(w, K, width * sizeof(W), to.soon);
-    over_rows<kRowsByBlock>(rows, [&]<int M>() S2S_LAMBDA {
+    constexpr int kMost = N > 4 ? 1 : wide && N == 4 ? 2 : kRowsByBlock;
+    over_rows<kMost>(rows, [&]<int M>() S2S_LAMBDA {
       packed_tile<W, M, N>(operands, first + row, w + at, width, ahead.next(), to.from(row, at));
       row += M;
     });

@@ -31,23 +31,37 @@ class Ahead {
   const char *behind_, *end_behind_, *at_, *end_;
 };
 
-// Calls f<M> for tiles of rows, kMost at a time and then fewer.
+// Calls f<M> of the M that is m.
+template <int kMost, typename F>
+S2S_INLINE void of_rows(int64_t m, F f) {
+  if constexpr (kMost > 1) {
+    if (m < kMost) return of_rows<kMost - 1>(m, f);
+  }
+  f.template operator()<kMost>();
+}
+
+// Calls f<M> for tiles of rows, of at most kMost and all about as many: sums of few rows would wait
+// for their last additions.
 template <int kMost, typename F>
 S2S_INLINE void over_rows(int64_t rows, F f) {
-  for (; rows >= kMost; rows -= kMost) f.template operator()<kMost>();
-  if constexpr (kMost > 1) {
-    if (rows > 0) over_rows<kMost - 1>(rows, f);
+  for (int64_t tiles = (rows + kMost - 1) / kMost; tiles > 0; --tiles) {
+    const int64_t m = (rows + tiles - 1) / tiles;
+    of_rows<kMost>(m, f);
+    rows -= m;
   }
 }
 
-// Calls f<N>(first column) for tiles of N vectors of a panel's columns.
-template <typename F>
+// Calls f<N>(first column) for tiles of N vectors of a panel's columns. One row has more of them
+// than lie in a line: eight at most where it may be `wide`, as two rows then have four.
+template <bool wide, typename F>
 S2S_INLINE void over_columns(int64_t rows, int64_t width, F f) {
   constexpr int kPerUnit = kBlock / kVec;  // vectors
   if (kPerUnit == 1 && width == 4 * kBlock) return f.template operator()<4>(0);
   if (kPerUnit == 1 && width == 3 * kBlock) return f.template operator()<3>(0);
   int64_t at = 0;
-  if (rows == 1)  // what is read must be read at once
+  if (wide && rows == 1 && width == 8 * kVec) return f.template operator()<wide ? 8 : 1>(0);
+  if (wide && rows == 1 && width == 6 * kVec) return f.template operator()<wide ? 6 : 1>(0);
+  if (rows <= (wide ? 2 : 1))  // what is read must be read at once
     for (; at + 4 * kVec <= width; at += 4 * kVec) f.template operator()<4>(at);
   for (; at < width; at += kBlock) f.template operator()<kPerUnit>(at);
 }

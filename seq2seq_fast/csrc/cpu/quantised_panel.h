@@ -88,7 +88,7 @@ S2S_INLINE void quantised_panel_of(const QuantisedRows& x, int64_t first, int64_
                                    const uint8_t* w, int64_t width, const float* scale,
                                    const Sums& to) {
   constexpr int kMost = (kRegisters == 32 ? 6 : 4) / C;
-  over_columns(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
+  over_columns<false>(rows, width, [&]<int N>(int64_t at) S2S_LAMBDA {
     quantised_rows<EightBits, C, kMost, N>(x, first, rows, w, width, at, scale, to);
   });
 }
