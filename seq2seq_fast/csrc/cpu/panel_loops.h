@@ -5,6 +5,10 @@
 namespace seq2seq_fast {
 namespace {
 
+// Whether weights are asked for before they are read. A row of AVX2 reads them in one stream, which
+// the processor follows by itself, and faster.
+template <int M>
+constexpr bool kAsks = !(S2S_LANES == 8 && M == 1);
 // Steps of k that weights are asked for ahead of their use, from the second level of the cache. The
 // next panel comes from further away, and is asked for a whole panel ahead.
 template <int M>
@@ -12,9 +16,13 @@ constexpr int64_t kAhead = M > 2 ? 12 : 48;
 template <typename A>
 constexpr int64_t kLine = 64 / sizeof(A);
 
-// Sums of a row that stay in registers: one vector of each block, or with few registers all of one
-// block, which is what lies in a line of the cache.
-constexpr int kAtOnce = S2S_LANES == 16 ? kBlocks : 1;  // blocks
+// Blocks of whose columns M rows' sums stay in registers: all of them, a vector of each at a time,
+// or with few registers whole blocks, which is what lies in a line of the cache. As many as it
+// takes for eight sums, since each waits for its own last addition.
+template <int M>
+constexpr int kAtOnce = S2S_LANES == 16 || (S2S_LANES == 8 && M == 1) ? kBlocks
+                        : S2S_LANES == 8 && M == 2                    ? 2
+                                                                      : 1;
 
 // A panel by M rows. Meanwhile a line for each k is asked for from `ahead` on.
 template <typename A, int M, bool kFull>
@@ -23,8 +31,10 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
                            int64_t block_out, const int64_t* used, const A* ahead) {
   typedef A V __attribute__((vector_size(4 * S2S_LANES), aligned(sizeof(A)), may_alias));
   constexpr int64_t kLanes = 4 * S2S_LANES / sizeof(A);
-  constexpr int kOfBlock = kAtOnce == kBlocks ? 1 : 64 / sizeof(V), kVectors = kAtOnce * kOfBlock;
-  for (int64_t first = 0; first < kBlocks; first += kAtOnce)
+  constexpr int kBlocksAtOnce = kAtOnce<M>;
+  constexpr int kOfBlock = S2S_LANES == 16 ? 1 : 64 / sizeof(V);
+  constexpr int kVectors = kBlocksAtOnce * kOfBlock;
+  for (int64_t first = 0; first < kBlocks; first += kBlocksAtOnce)
     for (int64_t part = 0; part < kBlock; part += kOfBlock * kLanes) {
       const auto block = [&](int j) { return first + j / kOfBlock; };
       const auto lane = [&](int j) { return part + j % kOfBlock * kLanes; };
@@ -35,8 +45,11 @@ S2S_INLINE void panel_tile(const A* a, int64_t lda, int64_t K, const A* panel, c
       V acc[M][kVectors] = {};
       const A* w = panel + first * kBlock + part;
       for (int64_t k = 0; k < K; ++k, w += kPanel) {
-        for (int j = 0; j < kAtOnce; ++j) __builtin_prefetch(w + kAhead<M> * kPanel + j * kBlock);
-        if (first == 0) __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
+        if constexpr (kAsks<M>) {
+          for (int j = 0; j < kBlocksAtOnce; ++j)
+            __builtin_prefetch(w + kAhead<M> * kPanel + j * kBlock);
+          if (first == 0) __builtin_prefetch(ahead + k * kLine<A>, 0, 2);
+        }
         V row[kVectors];
         for (int j = 0; j < kVectors; ++j)
           row[j] = *reinterpret_cast<const V*>(w + j / kOfBlock * kBlock + j % kOfBlock * kLanes);
