@@ -53,6 +53,7 @@ class Packed(NamedTuple):
         return Packed.nothing, ()
 
 
+_op = torch.ops.seq2seq_fast.pack_panels
 _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
@@ -74,7 +75,7 @@ class Panels(NamedTuple):
         column = 0
         for w in self.parts:
             if self.dtype == torch.float32 and HAS_KERNEL["pack_panels", "cpu"]:
-                torch.ops.seq2seq_fast.pack_panels(place, w.detach(), self.blocks, column)
+                _op(place, w.detach().float(), self.blocks, column)
             else:
                 place[:, column : column + w.shape[1]] = pack_rows(w.to(self.dtype), self.blocks)
             column += w.shape[1]

@@ -59,8 +59,10 @@ S2S_INLINE void over_columns(int64_t rows, int64_t width, F f) {
   if (kPerUnit == 1 && width == 4 * kBlock) return f.template operator()<4>(0);
   if (kPerUnit == 1 && width == 3 * kBlock) return f.template operator()<3>(0);
   int64_t at = 0;
-  if (wide && rows == 1 && width == 8 * kVec) return f.template operator()<wide ? 8 : 1>(0);
-  if (wide && rows == 1 && width == 6 * kVec) return f.template operator()<wide ? 6 : 1>(0);
+  if constexpr (wide) {
+    if (rows == 1 && width == 8 * kVec) return f.template operator()<8>(0);
+    if (rows == 1 && width == 6 * kVec) return f.template operator()<6>(0);
+  }
   if (rows <= (wide ? 2 : 1))  // what is read must be read at once
     for (; at + 4 * kVec <= width; at += 4 * kVec) f.template operator()<4>(at);
   for (; at < width; at += kBlock) f.template operator()<kPerUnit>(at);
