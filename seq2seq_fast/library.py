@@ -265,7 +265,7 @@ for _device in ("cpu", "cuda"):
 _USABLE["decode", "cuda"] = _USABLE["decode_steps", "cuda"]
 _PARTS = (  # of others: nobody asks for a backend of these
     "product", "products", "dropout_factors", "decoder_step", "recurrent_layers", "weights_memory",
-    "pack_panels",    "decode_steps", "decode_greedy", "decode_results",
+    "pack_panels", "decode_steps", "decode_greedy", "decode_results",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ namespace {
 constexpr int64_t kLeastBytes = int64_t{16} << 20, kMostBytes = int64_t{32} << 20;
 int64_t rows_of_chunk(int64_t V, int64_t K, int64_t bytes_each) {
   const int64_t row = V * bytes_each;
-  return std::clamp(K / 2 * row, kLeastBytes, kMostBytes) / row;
+  return std::clamp(std::min<int64_t>(K, 4096) / 2 * row, kLeastBytes, kMostBytes) / row;
 }
 constexpr int64_t kTogether = 16;  // rows whose gradients of the bias are summed up by one thread
 

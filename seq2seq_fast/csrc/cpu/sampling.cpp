@@ -39,10 +39,10 @@ void keep_share(float* x, int64_t n, double share, float scale) {
   for (int64_t i = 0; i < n; ++i) e[i] = scale * (x[i] - top);  // at most 0, whatever the scale
   const float least =
       joined<float>(e, [](float least, float x) { return x < least && x > kNothing ? x : least; });
-  const float per = least < kOne ? (kStretches - 1) / -least : 0.f;
+  const float per = least < kOne ? (kStretches - 2) / -least : 0.f;
   std::vector<int32_t> stretch(n), order(n);
   for (int64_t i = 0; i < n; ++i)
-    stretch[i] = static_cast<int32_t>((e[i] < least ? 0.f : e[i] - least) * per);
+    stretch[i] = e[i] < least ? 0 : 1 + static_cast<int32_t>((e[i] - least) * per);
   loops.exponentials(e.data(), nullptr, nullptr, n);
   std::array<double, kStretches> masses{};
   for (int64_t i = 0; i < n; ++i) masses[stretch[i]] += e[i];
