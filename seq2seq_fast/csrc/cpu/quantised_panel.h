@@ -5,9 +5,6 @@
 #pragma once
 #include "panel_tiles.h"
 #include "quantised_weights.h"
-#ifdef S2S_DOT
-#include <arm_neon.h>
-#endif
 
 namespace seq2seq_fast {
 namespace {

@@ -118,7 +118,7 @@ float perturb(const Draw& draw, int64_t block, const float* x, int64_t n, float 
     tops[j] = top(x + j * kStretch, n - j * kStretch < kStretch ? n - j * kStretch : kStretch);
     most = tops[j] > most ? tops[j] : most;
   }
-  if (draw.scale * most + kMostPerturbed < least) {
+  if (most == -INFINITY || draw.scale * most + kMostPerturbed < least) {
     for (int64_t i = 0; i < n; ++i) out[i] = -INFINITY;
     return -INFINITY;
   }

@@ -230,7 +230,7 @@ int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
   }
   std::vector<int32_t> tokens, places(kRandomBlock);
   for (int64_t i = 0; i < blocks; ++i) {
-    if (!(tops[i] > threshold(i)) && most > -INFINITY) continue;
+    if (!(tops[i] > threshold(i))) continue;
     const int64_t first = i * kRandomBlock;
     const int64_t n =
         loops.above(&values[first], std::min(kRandomBlock, V - first), threshold(i), places.data());

@@ -31,10 +31,9 @@ T joined(const std::vector<float>& x, F f) {
 // Keeps the largest ones, of equals the first, as long as what comes before has less than a share
 // of the sum of exp(scale x). The range of x is cut into stretches, so that only what shares one
 // with the last that is kept needs to be ordered.
-void keep_share(float* x, int64_t n, double share, float scale) {
+void keep_share(float* x, int64_t n, float top, double share, float scale) {
   constexpr int32_t kStretches = 1024;
   constexpr float kNothing = -88, kOne = -1e-30f;  // beside exp(0): nothing, and as much
-  const float top = loops.top(x, n);
   std::vector<float> e(n);
   for (int64_t i = 0; i < n; ++i) e[i] = scale * (x[i] - top);  // at most 0, whatever the scale
   const float least =
@@ -104,9 +103,10 @@ int32_t drawn(const float* x, int64_t n, const Draw& draw) {
 }
 
 void cut(const Sampling& sampling, float* logits, int64_t V) {
-  if (loops.top(logits, V) == -INFINITY) return;
+  const float top = loops.top(logits, V);
+  if (top == -INFINITY) return;
   if (sampling.top_k > 0 && sampling.top_k < V) keep_largest(logits, V, sampling.top_k);
-  if (sampling.top_p < 1) keep_share(logits, V, sampling.top_p, sampling.scale);
+  if (sampling.top_p < 1) keep_share(logits, V, top, sampling.top_p, sampling.scale);
 }
 
 }  // namespace seq2seq_fast
