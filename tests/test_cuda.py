@@ -115,6 +115,7 @@ CASES = [(torch.float32, size) for size in SIZES] + [(x, 1.0) for x in DTYPES[1:
 # T up to 4 goes to the kernel for one query, the rest to tiles; these reach what small ones do not.
 LARGER = [
     (2, 2, 400, 84, 21),  # a split source
+    (1, 2, 330, 20, 400),  # values that backward multiplies in tiles
     (1, 56, 3, 20, 4),  # more warps than keys
     (1, 61, 70, 20, 9),  # several tiles of queries, several ranges of keys
     (2, 26, 28, 160, 4),  # warps that divide the features

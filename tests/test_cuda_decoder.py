@@ -32,10 +32,10 @@ def in_float32(options, seed):
     return plain.cast(plain.problem(**options, seed=seed), torch.float32)
 
 
-def keeps_the_rule(options):
-    """As test_attention_decoder.py judges it, the median of three draws."""
+def keeps_the_rule(options, draws=3):
+    """As test_attention_decoder.py judges it, the median of some draws."""
     used = {}
-    for seed in range(3):
+    for seed in range(draws):
         args = plain.problem(**options, seed=seed)
         args32 = plain.cast(args, torch.float32)
         exact, tokens = plain.results(args, backend="reference")
@@ -101,6 +101,16 @@ def test_a_split_source(options, after):
         torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-4, atol=1e-5)
 
 
+# Backward, blocks share rows in ranges of the source and slices of the features.
+SHARED = dict(T=2, S=413, A=580, D=64, L=1, H=8, E=3)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("after", [False, True])
+def test_shared_rows_keep_the_accuracy_rule(B, after):
+    keeps_the_rule(dict(B=B, after=after) | SHARED, draws=9)
+
+
 @pytest.mark.parametrize("attention", [True, False])
 @pytest.mark.parametrize(("cell_type", "after"), plain.ORDERS)
 def test_a_first_state_without_a_gradient(cell_type, after, attention):
@@ -125,10 +135,16 @@ def test_queries_and_keys_of_every_magnitude(size, after, **options):
         assert error <= 2 * allowed + rounding, name
 
 
+@pytest.mark.parametrize("size", [1e-3, 6.0, 1e4])
+def test_queries_and_keys_of_every_magnitude_where_rows_are_shared(size):
+    test_queries_and_keys_of_every_magnitude(size, False, **SHARED)
+
+
+@pytest.mark.parametrize("options", [{}, SHARED], ids=["rows", "shared rows"])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("where", ["keys", "values", "v"])
-def test_what_is_not_finite_is_as_on_the_cpu(where, bad, monkeypatch):
-    args = in_float32({}, 0)
+def test_what_is_not_finite_is_as_on_the_cpu(where, bad, options, monkeypatch):
+    args = in_float32(options, 0)
     with torch.no_grad():
         args[where].view(-1)[-1] = bad
     ours, _ = plain.results(args)

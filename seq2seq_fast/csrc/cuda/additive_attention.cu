@@ -94,7 +94,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> additive_attention_backward(
   a.T = size_of(query, 1), a.S = size_of(keys, 1), a.D = size_of(values, 2);
   a.rows = B * T;
   const dim3 threads(kWarp, kRowWarps);
-  if (T <= kFewQueries && S <= kMostKeysInShared) {
+  // A block for each of few rows reads large sources slowly.
+  constexpr int64_t kLargeSource = 1 << 17;
+  const bool idle = 2 * a.rows <= device.multiprocessors && S * D >= kLargeSource;
+  if (T <= kFewQueries && S <= kMostKeysInShared && !idle) {
     a.grad_context = view_of(grad_context), a.values = view_of(values);
     device.launch(few_softmax_backward_rows, a.rows, threads, S + 2 * kRowWarps, a);
   } else {

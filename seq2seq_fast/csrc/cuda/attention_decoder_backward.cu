@@ -14,9 +14,11 @@
 
 namespace seq2seq_fast {
 
+// Grid: so many blocks as a row has parts in this stage, for each row.
 static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
-    one_query_backward(OneQueryBackwardArguments a) {
-  retreat_one_query<kQueryBackwardWarps>(a, blockIdx.x, blockIdx.x, shared_memory());
+    one_query_backward(OneQueryBackwardArguments a, Stage stage, int parts) {
+  const int b = blockIdx.x / parts;
+  retreat_one_query<kQueryBackwardWarps>(a, stage, b, b, blockIdx.x % parts, shared_memory());
 }
 
 namespace {
@@ -90,7 +92,7 @@ class Backward {
     if (call_.dropout) a.dropout = flat(*call_.dropout).data;
     a.grad_gates = floats_of(d_.gates), a.grad_queries = floats_of(d_.queries);
     a.grad_hidden = floats_of(d_.hidden), a.grad_cell = floats_of(d_.cell);
-    a.attention = attention();
+    a.attention = attention(kLeastShared);
     a.attention.grad_context = flat(call_.given.contexts), a.attention.weights = flat(run_.weights);
     a.attention.grad_weights = flat(call_.given.weights), a.attention.query = flat(run_.queries);
     a.attention.to_context = flat(d_.contexts), a.attention.to_scores = flat(d_.scores);
@@ -186,30 +188,43 @@ class Backward {
                     static_cast<int>(B_), size_of(*grad_features_, 1)});
   }
 
-  // A block of attention has a whole row's gradients of scores and context in shared memory.
+  // A block of attention has a whole row's gradients of scores and context in shared memory; with a
+  // location, of the context alone.
   void check_source() const {
     const int S = size_of(source_->keys, 1), D = size_of(source_->values, 2);
-    const int64_t floats = one_query_backward_shared_floats(S, D, kQueryBackwardWarps);
+    const int64_t floats =
+        place_ != nullptr ? D : one_query_backward_shared_floats(S, D, kQueryBackwardWarps);
     STD_TORCH_CHECK(floats <= device_.shared_floats_of_block, "attention backward over S = ", S,
                     " positions of width ", D, " takes ", 4 * floats,
                     " bytes of a block's shared memory, expected at most ",
                     4 * device_.shared_floats_of_block);
   }
 
+  // Elements of a row from which another meeting of a team is worth its time, and a launch, which a
+  // host takes ten times as long for where it is not captured.
+  static constexpr int64_t kLeastShared = 1 << 16, kLeastLaunched = 1 << 18;
+
   // What does not depend on the step.
-  OneQueryBackwardArguments attention() const {
+  OneQueryBackwardArguments attention(int64_t least_shared) {
     const Source& s = *source_;
     OneQueryBackwardArguments a{};
     a.keys = view_of(s.keys), a.values = view_of(s.values), a.v = view_of(s.v);
-    if (place_ == nullptr) a.powers = powers_of(s.powers, s.keys);
     a.S = size_of(s.keys, 1), a.A = size_of(s.keys, 2), a.D = size_of(s.values, 2);
     a.values_by_four = by_four(s.values);
+    if (place_ != nullptr) return a;
+    a.powers = powers_of(s.powers, s.keys);
+    if (!share_rows(a, B_, device_.multiprocessors, least_shared)) {
+      a.ranges = a.slices = 1, a.keys_of_range = a.S, a.pairs_of_slice = a.powers.Hp / 2;
+      return a;
+    }
+    if (!of_weights_) of_weights_.emplace(empty(run_.gates, {B_, s.keys.size(1)}));
+    a.of_weights = float_rows(*of_weights_);
     return a;
   }
 
   // From the context's gradient to the query's, and on to the top layer's hidden state.
   void attend(int64_t t) {
-    OneQueryBackwardArguments a = attention();
+    OneQueryBackwardArguments a = attention(kLeastLaunched);
     a.grad_context = float_rows(at(call_.given.contexts, t));
     if (has_vectors())
       a.carried = float_rows(*grad_features_, H_);
@@ -221,11 +236,17 @@ class Backward {
     const Tensor grad_query = at(d_.queries, t);
     a.to_context = float_rows(at(d_.contexts, t)), a.to_scores = float_rows(at(d_.scores, t));
     a.to_query = float_rows(grad_query);
+    const auto launch = [&](Stage stage, int parts) {
+      device_.launch(one_query_backward, B_ * parts, dim3(kQueryBackwardThreads),
+                     one_query_backward_shared_floats(a.S, a.D, kQueryBackwardWarps), a, stage,
+                     parts);
+    };
     if (place_ != nullptr)
       place_->attend(t, a);
+    else if (a.of_weights.data != nullptr)
+      launch(Stage::kValues, a.ranges), launch(Stage::kSlopes, a.slices);
     else
-      device_.launch(one_query_backward, B_, dim3(kQueryBackwardThreads),
-                     one_query_backward_shared_floats(a.S, a.D, kQueryBackwardWarps), a);
+      launch(Stage::kAll, 1);
     product(of_query_, grad_query, transposed(source_->w_query));
   }
 
@@ -239,6 +260,7 @@ class Backward {
   const Tensor of_query_;  // (B, H)
   // Of each layer: (G, width + H), and gates' gradient times it (B, width + H)
   std::vector<Tensor> weights_, products_;
+  std::optional<Tensor> of_weights_;     // (B, S), see OneQueryBackwardArguments
   std::optional<Tensor> grad_features_;  // gradient of [output | context] that a vector is made of
 };
 

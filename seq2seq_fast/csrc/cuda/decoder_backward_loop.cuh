@@ -1,10 +1,11 @@
 // The attention decoder's recurrence backward in one launch: teams of blocks go through the steps
 // together, the last one first.
 //
-// A step of L layers is L + 2 phases, after each of which a team meets: attention, the query's
-// product, and for each layer, the top one first, the product of its gates' gradient with its
-// weights. Where such a sum goes to another layer's state, its owner makes that cell's step at
-// once: of the layer below, or, with the query's product, of the top layer.
+// A step of L layers is L + 2 phases, after each of which a team meets: attention, which is two
+// where members share rows, the query's product, and for each layer, the top one first, the product
+// of its gates' gradient with its weights. Where such a sum goes to another layer's state, its
+// owner makes that cell's step at once: of the layer below, or, with the query's product, of the
+// top layer.
 #pragma once
 #include "cells.cuh"
 #include "one_query_backward.cuh"
@@ -35,9 +36,10 @@ struct DecoderBackwardLoopArguments {
 
 // Inlined, so that it reads the kernel's arguments as constants: by an address they would come
 // through a cache that every meeting empties.
-__device__ __forceinline__ void retreat_query_in_loop(const OneQueryBackwardArguments& a, int b,
-                                                      int row, int memory) {
-  retreat_one_query<kTeamWarps>(a, b, row, shared_memory() + memory);
+__device__ __forceinline__ void retreat_query_in_loop(const OneQueryBackwardArguments& a,
+                                                      Stage stage, int b, int row, int part,
+                                                      int memory) {
+  retreat_one_query<kTeamWarps>(a, stage, b, row, part, shared_memory() + memory);
 }
 
 // A cell's step, given what a product that has just been made adds to the gradient of its state.
@@ -98,11 +100,17 @@ class DecoderBackwardLoop {
 
   // Step t's query is made of the state after step `state`.
   __device__ __forceinline__ void attend(int t, int state) {
-    for (int i = member_.index; i < member_.n_rows; i += a_.team.size) {
-      const int b = member_.row0 + i;
-      retreat_query_in_loop(a_.attention, b, t * a_.B + b, a_.team.memory);
+    const OneQueryBackwardArguments& of = a_.attention;
+    const bool shared = of.of_weights.data != nullptr;
+    for (int i = 0; i < (shared ? 2 : 1); ++i) {
+      const Stage stage = !shared ? Stage::kAll : i == 0 ? Stage::kValues : Stage::kSlopes;
+      const int parts = !shared ? 1 : i == 0 ? of.ranges : of.slices;
+      for (int j = member_.index; j < member_.n_rows * parts; j += a_.team.size) {
+        const int b = member_.row0 + j / parts;
+        retreat_query_in_loop(of, stage, b, t * a_.B + b, j % parts, a_.team.memory);
+      }
+      member_.meet();
     }
-    member_.meet();
     const Columns x{a_.rows(a_.grad_queries, t, a_.A).data, {}, a_.A};
     team_product(
         a_.query, member_,

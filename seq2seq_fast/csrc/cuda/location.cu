@@ -51,20 +51,22 @@ PlaceBackward::PlaceBackward(const Device& device, const Place& place, const Sou
       detach_(detach),
       parts_(empty(states, {B_ * place.filters.blocks(), place.filters.A})),
       features_(empty(states, {B_, place.filters.N, place.filters.S})),
+      of_weights_(empty(states, {B_, place.filters.S})),
       dconv_(empty(states, {B_, place.filters.N, place.filters.C * place.filters.K})),
       dstate_(empty(states, dstate.sizes())) {
   copy(dstate_, dstate);
   torch::stable::zero_(dconv_);
 }
 
-void PlaceBackward::attend(int64_t t, const OneQueryBackwardArguments& attention) {
+void PlaceBackward::attend(int64_t t, const OneQueryBackwardArguments& of_step) {
   const Filters& f = place_.filters;
+  OneQueryBackwardArguments attention = of_step;
+  share_rows(attention, B_, device_.multiprocessors, 0);
+  attention.of_weights = float_rows(of_weights_);
   const WeightsBackwardArguments weights{attention, detach_ ? nullptr : floats_of(dstate_), f.C};
-  device_.launch(weights_backward, B_, dim3(kQueryBackwardThreads),
-                 one_query_backward_shared_floats(f.S, attention.D, kQueryBackwardWarps), weights);
-  PlaceSlopesArguments slopes{f, state(t)};
-  slopes.keys = attention.keys, slopes.v = attention.v;
-  slopes.query = attention.query.data, slopes.scores = attention.to_scores.data;
+  device_.launch(weights_backward, B_ * attention.ranges, dim3(kQueryBackwardThreads), attention.D,
+                 weights);
+  PlaceSlopesArguments slopes{f, attention, state(t)};
   slopes.query_parts = floats_of(parts_), slopes.features = floats_of(features_);
   const dim3 threads(kPlaceThreads);
   device_.launch(place_slopes, B_ * f.blocks(), threads, slopes.floats(), slopes);

@@ -95,8 +95,9 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_keys(PlaceKeysArgu
   }
 }
 
-// Gradients of the scores, from those of context and weights; `later` (B, C, S) of the state behind
-// the step, null where none of it comes to the weights. A block a row.
+// Gradients of the weights, from those of the context and of `later` (B, C, S), the state behind
+// the step, null where none of it comes to the weights. A row has a block for each range of the
+// source.
 struct WeightsBackwardArguments {
   OneQueryBackwardArguments attention;
   const float* later;
@@ -105,21 +106,24 @@ struct WeightsBackwardArguments {
 
 static __global__ void __launch_bounds__(kQueryBackwardThreads, 1)
     weights_backward(WeightsBackwardArguments a) {
-  const int b = blockIdx.x, S = a.attention.S;
-  retreat_weights<kQueryBackwardWarps>(a.attention, b, b, shared_memory(), [&](int s) {
+  const OneQueryBackwardArguments& of = a.attention;
+  const int b = blockIdx.x / of.ranges;
+  const auto later = [&](int s) {
     float sum = 0.f;
     for (int c = 0; a.later != nullptr && c < a.C; ++c)
-      sum += a.later[(int64_t{b} * a.C + c) * S + s];
+      sum += a.later[(int64_t{b} * a.C + c) * of.S + s];
     return sum;
-  });
+  };
+  retreat_values<kQueryBackwardWarps>(of, b, b, blockIdx.x % of.ranges, shared_memory(), later,
+                                      [&](int s, float dw) { of.of_weights(b, s) = dw; });
 }
 
-// Gradients of the query, a part from each block of places, and of the features.
+// From the gradients of the weights to those of the scores, of the query, a part from each block of
+// places, and of the features.
 struct PlaceSlopesArguments {
   Filters filters;
+  OneQueryBackwardArguments attention;
   const float* state;             // (B, C, S)
-  View keys, v;                   // (B, S, A), (1, 1, A)
-  const float *query, *scores;    // (B, A), gradients (B, S)
   float *query_parts, *features;  // (B, blocks, A), (B, N, S)
   __host__ __device__ int64_t floats() const {
     return filters.floats() + kPlacesOfBlock * (1 + kPlaceThreads) +
@@ -141,6 +145,7 @@ __device__ __forceinline__ void slopes(float (&x)[kPlacesOfBlock], const float* 
 
 static __global__ void __launch_bounds__(kPlaceThreads) place_slopes(PlaceSlopesArguments a) {
   const Filters& f = a.filters;
+  const OneQueryBackwardArguments& of = a.attention;
   const int b = blockIdx.x / f.blocks(), s0 = blockIdx.x % f.blocks() * kPlacesOfBlock;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int count = min(kPlacesOfBlock, f.S - s0);
@@ -148,8 +153,13 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_slopes(PlaceSlopes
   float* const tile = memory + f.floats();                 // (kPlacesOfBlock, kPlaceThreads)
   float* const g = tile + kPlacesOfBlock * kPlaceThreads;  // (kPlacesOfBlock,)
   float* const sums = g + kPlacesOfBlock;                  // (N, kPlacesOfBlock)
-  if (thread < kPlacesOfBlock)
-    g[thread] = thread < count ? a.scores[int64_t{b} * f.S + s0 + thread] : 0.f;
+  const float dot =
+      weighted_sum<kPlaceWarps>(of, b, tile, [&](int s) { return of.of_weights(b, s); });
+  if (thread < kPlacesOfBlock) {
+    const int s = s0 + thread;
+    g[thread] = thread < count ? of.weights(b, s) * (of.of_weights(b, s) - dot) : 0.f;
+    if (thread < count) of.to_scores(b, s) = g[thread];
+  }
   for (int i = thread; i < f.N * kPlacesOfBlock; i += kPlaceThreads) sums[i] = 0.f;
   const float* features = filter_places(
       f, s0, memory, [&](int c, int s) { return a.state[(int64_t{b} * f.C + c) * f.S + s]; });
@@ -157,12 +167,12 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_slopes(PlaceSlopes
     const int h = h0 + thread;
     float x[kPlacesOfBlock] = {};
     if (h < f.A) {
-      const float q = a.query[int64_t{b} * f.A + h];
+      const float q = of.query(b, h);
 #pragma unroll
-      for (int i = 0; i < kPlacesOfBlock; ++i) x[i] = q + a.keys(b, s0 + min(i, count - 1), h);
+      for (int i = 0; i < kPlacesOfBlock; ++i) x[i] = q + of.keys(b, s0 + min(i, count - 1), h);
       add_places<8>(f, features, h, x);
       float none = 0.f, sum = 0.f;
-      slopes(x, g, a.v(0, 0, h), none);
+      slopes(x, g, of.v(0, 0, h), none);
 #pragma unroll
       for (int i = 0; i < kPlacesOfBlock; ++i) sum += x[i];
       a.query_parts[int64_t{blockIdx.x} * f.A + h] = sum;

@@ -44,8 +44,8 @@ class PlaceBackward {
   const Tensor& states_;
   const int64_t T_, B_;
   const bool detach_;
-  const Tensor parts_, features_;  // of a step
-  Tensor dconv_, dstate_;          // (B, N, C K), a sum over steps; (B, C, S)
+  const Tensor parts_, features_, of_weights_;  // of a step
+  Tensor dconv_, dstate_;                       // (B, N, C K), a sum over steps; (B, C, S)
 };
 
 }  // namespace seq2seq_fast

@@ -5,10 +5,14 @@
 //
 // where two features share a reciprocal as in additive_scores_backward.cuh.
 //
-// Grid: one block for each batch row. A warp takes four values at a time, lanes along D, in fours
-// where they can be read so; then groups of threads share out the keys, each thread with two
-// features, and their parts are added in order.
+// A block has a batch row. A warp takes four values at a time, lanes along D, in fours where they
+// can be read so; then groups of threads share out the keys, each thread with two features, and
+// their parts are added in order. Where rows would leave most of a GPU idle, blocks share one in
+// two stages: first the values, in ranges of the source, then the slopes, in slices of the
+// features.
 #pragma once
+#include <algorithm>
+
 #include "powers.cuh"
 
 namespace seq2seq_fast {
@@ -24,9 +28,30 @@ struct OneQueryBackwardArguments {
   View keys, values, v;                       // (B, S, A), (B, S, D), (1, 1, A), float32
   Powers powers;                              // of keys
   FloatRows to_context, to_scores, to_query;  // (B, D), (B, S), (B, A)
+  FloatRows of_weights;                       // (B, S) of one step, between the stages; or absent
   int S, A, D;
   bool values_by_four;  // whether their rows can be read in aligned fours
+  int ranges, keys_of_range, slices, pairs_of_slice;
 };
+
+// Whether blocks of so many idle multiprocessors to a row should share rows, `least` being the
+// elements of keys and values from which a second stage is worth what it costs.
+inline bool share_rows(OneQueryBackwardArguments& a, int64_t rows, int multiprocessors,
+                       int64_t least) {
+  constexpr int64_t kLeastOfRange = 8192;  // elements, 32 KiB
+  constexpr int kPairs = kWarp;            // whose keys lie in 256 bytes
+  const int64_t idle = std::max<int64_t>(1, multiprocessors / std::max<int64_t>(1, rows));
+  const int pairs = static_cast<int>(round_up(a.A, kFeatures)) / 2;
+  const auto share = [&](int64_t n, int64_t most, int unit) {
+    const int64_t parts = std::max<int64_t>(1, std::min({idle, most, ceil_div(n, unit)}));
+    return static_cast<int>(round_up(ceil_div(n, parts), unit));
+  };
+  a.keys_of_range = share(a.S, int64_t{a.S} * a.D / kLeastOfRange, kValuesOfWarp);
+  a.ranges = static_cast<int>(ceil_div(a.S, a.keys_of_range));
+  a.pairs_of_slice = share(pairs, idle, kPairs);
+  a.slices = static_cast<int>(ceil_div(pairs, a.pairs_of_slice));
+  return idle > 1 && int64_t{a.S} * (a.A + a.D) >= least;
+}
 
 __host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D, int warps) {
   return int64_t{S} + D + warps + 2 * warps * kWarp;
@@ -48,25 +73,32 @@ __device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float
   }
 }
 
-// The gradients of a row's scores, into a.to_scores and `memory` behind the scratch of
-// retreat_one_query: of row b of a step, which is the row-th of all. `later(s)` is what else comes
-// to a weight. Whether all of them are finite.
-template <int warps, typename F>
-__device__ __forceinline__ bool retreat_weights(const OneQueryBackwardArguments& a, int b, int row,
-                                                float* memory, F later) {
+// What a block of `warps` shares, in `memory`.
+template <int warps>
+struct RowBackward {
+  float* const scratch;  // (2, threads)
+  float* const dc;       // (D,)
+  float* const sums;     // (warps,)
+  float* const grads;    // (S,), of weights, then of scores
+  __device__ __forceinline__ RowBackward(float* memory, int D)
+      : scratch(memory), dc(memory + 2 * warps * kWarp), sums(dc + D), grads(sums + warps) {}
+};
+
+// The gradients of weights in a range of the source, which put(s, gradient) takes, of row b of a
+// step, which is the row-th of all. `later(s)` is what else comes to a weight.
+template <int warps, typename F, typename P>
+__device__ __forceinline__ void retreat_values(const OneQueryBackwardArguments& a, int b, int row,
+                                               int range, float* dc, F later, P put) {
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
-  float* const dc = memory + 2 * threads;                     // (D,)
-  float *const sums = dc + a.D, *const grads = sums + warps;  // (warps,), (S,)
-
+  const int first = range * a.keys_of_range, end = min(a.S, first + a.keys_of_range);
   for (int d = thread; d < a.D; d += threads) {
     dc[d] = a.grad_context(row, d) + a.carried.get(b, d);
-    a.to_context(row, d) = dc[d];
+    if (range == 0) a.to_context(row, d) = dc[d];
   }
   __syncthreads();
-  float dot = 0.f;
   // Values of a warp's four behind the last one are that one again.
-  for (int s0 = warp * kValuesOfWarp; s0 < a.S; s0 += warps * kValuesOfWarp) {
+  for (int s0 = first + warp * kValuesOfWarp; s0 < end; s0 += warps * kValuesOfWarp) {
     const float* value[kValuesOfWarp];
 #pragma unroll
     for (int j = 0; j < kValuesOfWarp; ++j)
@@ -92,35 +124,35 @@ __device__ __forceinline__ bool retreat_weights(const OneQueryBackwardArguments&
     }
     const float product = warp_sum_of_four(products);
     const int s = s0 + lane / 8;
-    if (lane % 8 != 0 || s >= a.S) continue;
-    grads[s] = product + a.grad_weights(row, s) + later(s);
-    dot += a.weights(row, s) * grads[s];
+    if (lane % 8 == 0 && s < end) put(s, product + a.grad_weights(row, s) + later(s));
   }
+  __syncthreads();
+}
+
+// sum_s w dw of a row, of which gradient(s) are dw; each is asked for once, by the thread that
+// keeps it.
+template <int warps, typename F>
+__device__ __forceinline__ float weighted_sum(const OneQueryBackwardArguments& a, int row,
+                                              float* sums, F gradient) {
+  const int thread = threadIdx.x;
+  float dot = 0.f;
+  for (int s = thread; s < a.S; s += kWarp * warps) dot += a.weights(row, s) * gradient(s);
   dot = warp_sum(dot);
-  if (lane == 0) sums[warp] = dot;
+  if (thread % kWarp == 0) sums[thread / kWarp] = dot;
   __syncthreads();
   dot = 0.f;
   for (int w = 0; w < warps; ++w) dot += sums[w];
-  bool finite = true;
-  for (int s = thread; s < a.S; s += threads) {
-    const float ds = a.weights(row, s) * (grads[s] - dot);
-    grads[s] = ds, a.to_scores(row, s) = ds;
-    finite = finite && magnitude(ds) < 0x7f800000u;
-  }
-  return !__syncthreads_or(!finite);
+  return dot;
 }
 
-// The work of a block of `warps`: row b of a step, which is the row-th of all, with `memory` to
-// share.
+// The query's gradient in a slice of the features, given those of scores and whether all are
+// finite.
 template <int warps>
-__device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArguments& a, int b,
-                                                  int row, float* memory) {
+__device__ __forceinline__ void retreat_slopes(const OneQueryBackwardArguments& a, int b, int row,
+                                               int slice, float* scratch, const float* grads,
+                                               bool all_finite) {
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x, lane = thread % kWarp;
-  float* const scratch = memory;  // (2, threads)
-  float* const grads = scratch + 2 * threads + a.D + warps;
-  const bool all_finite = retreat_weights<warps>(a, b, row, memory, [](int) { return 0.f; });
-
   float max_q = 0.f, max_k = 0.f, max_v = 0.f;
   for (int h = lane; h < a.A; h += kWarp) {
     max_q = larger(max_q, a.query(row, h)), max_v = larger(max_v, a.v(0, 0, h));
@@ -134,9 +166,10 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
   const bool finite = all_finite && magnitude(max_v) < 0x7f800000u;
   const Path path = finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
 
-  const int pairs = a.powers.Hp / 2;
-  for (int p0 = 0; p0 < pairs; p0 += threads) {
-    const int n = min(threads, pairs - p0), groups = threads / n;
+  const int first = slice * a.pairs_of_slice;
+  const int end = min(a.powers.Hp / 2, first + a.pairs_of_slice);
+  for (int p0 = first; p0 < end; p0 += threads) {
+    const int n = min(threads, end - p0), groups = threads / n;
     const int group = thread / n, h = 2 * (p0 + thread % n);
     const auto pair_of = [&](const auto& x) {
       return make_float2(h < a.A ? x(h) : 0.f, h + 1 < a.A ? x(h + 1) : 0.f);
@@ -176,6 +209,39 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
     }
     __syncthreads();
   }
+}
+
+// All of a row, or a range of its values, or a slice of its slopes.
+enum class Stage : int { kAll, kValues, kSlopes };
+
+// The work of a block of `warps`: the part-th of row b of a step, which is the row-th of all.
+template <int warps>
+__device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArguments& a, Stage stage,
+                                                  int b, int row, int part, float* memory) {
+  const RowBackward<warps> of_row(memory, a.D);
+  float* const grads = of_row.grads;
+  const bool all = stage == Stage::kAll;
+  if (stage != Stage::kSlopes)
+    retreat_values<warps>(
+        a, b, row, part, of_row.dc, [](int) { return 0.f; },
+        [&](int s, float gradient) {
+          if (all)
+            grads[s] = gradient;
+          else
+            a.of_weights(b, s) = gradient;
+        });
+  if (stage == Stage::kValues) return;
+  const float dot = weighted_sum<warps>(
+      a, row, of_row.sums, [&](int s) { return all ? grads[s] : grads[s] = a.of_weights(b, s); });
+  bool finite = true;
+  for (int s = threadIdx.x; s < a.S; s += kWarp * warps) {
+    const float ds = a.weights(row, s) * (grads[s] - dot);
+    grads[s] = ds;
+    if (part == 0) a.to_scores(row, s) = ds;
+    finite = finite && magnitude(ds) < 0x7f800000u;
+  }
+  const bool all_finite = !__syncthreads_or(!finite);
+  retreat_slopes<warps>(a, b, row, part, of_row.scratch, grads, all_finite);
 }
 
 }  // namespace seq2seq_fast
