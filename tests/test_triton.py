@@ -132,7 +132,8 @@ FLOAT32 = ("q_factors k_factors v_pairs q_maxima k_maxima maxima powers g dq dk 
 INPUTS = "query keys values v x bias weights context grad grad_bias".split()
 # Of the decoder's kernels, which know float32 alone.
 FLOAT32 += cells.ADVANCE_ARGUMENTS[:10] + cells.RETREAT_ARGUMENTS[:12]
-FLOAT32 += "carried grad_context grad_weights minus_one to_context to_scores to_query".split()
+FLOAT32 += "carried grad_context grad_weights minus_one to_context to_scores".split()
+FLOAT32 += ["to_query", "of_weights"]
 # Kernel: what its arguments are where they are no numbers, and which numbers 16 divides.
 KERNELS = {
     "prepare": (additive_scores.prepare_kernel, dict(IS_KEYS=True, PAIRS=additive_scores.PAIRS)),
@@ -168,9 +169,16 @@ KERNELS = {
     **{
         f"one_query_backward {S} {H}": (
             one_query_backward.one_query_backward_kernel,
-            one_query_backward.shape_of_program(S, H, H) | dict(EVEN=H % 64 == 0),
+            one_query_backward.shape_of_program(S, H, H) | dict(EVEN=H % 64 == 0, STAGE="all"),
         )
         for S, H in itertools.product((32, 64), (48, 64, 112, 128))
+    },
+    **{
+        f"{name} {stage}": (
+            one_query_backward.one_query_backward_kernel,
+            one_query_backward.shape_of_program(64, 128, 128) | dict(EVEN=True, STAGE=stage),
+        )
+        for name, stage in (("one_query_backward", "slopes"), ("one_query_back", "values"))
     },
     **{
         f"advance {cell}": (cells.advance_kernel, dict(CELL=cell, HAS_INPUT=True, BLOCK=128))

@@ -9,7 +9,7 @@ import seq2seq_fast as s2s
 
 pytest.importorskip("triton")
 
-from seq2seq_fast.triton import INTERPRETED, launch, one_query  # noqa: E402
+from seq2seq_fast.triton import INTERPRETED, launch, one_query, one_query_backward  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs where TRITON_INTERPRET=1")
 SMALL = dict(B=2, T=3, S=5)
@@ -94,6 +94,18 @@ def test_a_source_split_among_programs(after, monkeypatch):
     assert found == [3]
     for name, x in want.items():
         torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.3, 40.0])
+def test_rows_shared_among_programs_backward(size, monkeypatch):
+    found = []
+    module = one_query_backward
+    monkeypatch.setattr(module, "parts", lambda *x: found.append(launch.parts(*x)) or found[-1])
+    monkeypatch.setattr(module, "multiprocessors", lambda _: 12)
+    monkeypatch.setattr(module, "LEAST", 100)
+    monkeypatch.setattr(module, "LEAST_SHARED", 100)
+    cuda.test_queries_and_keys_of_every_magnitude(size, False, T=2, S=300, A=150)
+    assert found[:2] == [3, 2]
 
 
 @pytest.mark.parametrize("cell_type", plain.MODULES)

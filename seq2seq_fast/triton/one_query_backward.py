@@ -6,7 +6,8 @@
 
 where features h and h + WIDTH / 2 share a reciprocal, as source positions do in
 additive_scores_backward.py, whose sums these are. What is derived from the keys is made once for
-all steps.
+all steps. A program has a row; where rows would leave most of a GPU idle, programs share one in two
+launches: dw by ranges of the source, then the rest by slices of the features.
 """
 
 import triton
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from . import arithmetic
 from .arithmetic import exp_2x, expm1_2x, magnitude, reciprocal, tanh, wide
+from .launch import multiprocessors, parts
 
 # What a program has in hand, at most: of source positions (the fewer are for short sources), of
 # features of keys, of values. Eight pairs of features are a thread's.
 ROWS, FEATURES, COLUMNS = (32, 64), (64, 128), 128
 BLOCK = 512  # numbers in a row
+# Elements of a range of values, and of a row's keys and values from which another launch pays.
+LEAST, LEAST_SHARED = 8192, 1 << 18
 
 # Sizes, strides and what lies at another place in every step: nothing is compiled for some of them.
 ANY = (
-    "grad_context carried grad_weights weights query to_context to_scores to_query"
-    " S stride_carried stride_v"
+    "grad_context carried grad_weights weights query to_context to_scores to_query of_weights"
+    " S n_parts stride_carried stride_v"
 ).split()
 
 _BLOCK = tl.constexpr(BLOCK)
@@ -95,6 +99,62 @@ def _slopes_exact(q, w, keys, ds, h, S, H, ROWS: tl.constexpr):
     return tl.sum(total, axis=0, keep_dims=True)
 
 
+@triton.jit
+def _values(
+    grad_context,  # (D,), to which is added
+    carried,  # (D,)
+    grad_weights,  # (S,)
+    weights,  # (S,)
+    values,  # (S, D)
+    to_context,  # (D,)
+    of_weights,  # (S,) dw
+    start,
+    stop,
+    S,
+    D,
+    stride_vs,
+    stride_vd,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """sum_s weights dw of the positions from start to stop, of which dw is stored."""
+    i = tl.arange(0, _BLOCK)
+    for first in range(0, D, _BLOCK):
+        d = first + i
+        c = tl.load(grad_context + d, mask=d < D)
+        c += tl.load(carried + d, mask=d < D)
+        tl.store(to_context + d, c, mask=d < D)
+    tl.debug_barrier()  # what is read now was written by other threads, and so below
+
+    row = tl.arange(0, ROWS)[:, None]
+    dot = 0.0
+    for first in range(start, stop, ROWS):
+        s = first + row
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first_d in range(0, D, COLUMNS):
+            d = first_d + tl.arange(0, COLUMNS)[None, :]
+            c = tl.load(to_context + d, mask=d < D, other=0.0)
+            at = values + s.to(tl.int64) * stride_vs + d.to(tl.int64) * stride_vd
+            sums = tl.fma(tl.load(at, mask=(s < S) & (d < D), other=0.0), c, sums)
+        dw = tl.sum(sums, axis=1, keep_dims=True)
+        dw += tl.load(grad_weights + s, mask=s < S, other=0.0)
+        dot += tl.sum(tl.where(s < S, tl.load(weights + s, mask=s < S, other=0.0) * dw, 0.0))
+        tl.store(of_weights + s, dw, mask=s < S)
+    tl.debug_barrier()
+    return dot
+
+
+@triton.jit
+def _dot(of_weights, weights, S):
+    """sum_s weights dw of a whole row."""
+    dot = 0.0
+    for first in range(0, S, _BLOCK):
+        s = first + tl.arange(0, _BLOCK)
+        dw = tl.load(of_weights + s, mask=s < S, other=0.0)
+        dot += tl.sum(tl.load(weights + s, mask=s < S, other=0.0) * dw)
+    return dot
+
+
 @triton.jit(do_not_specialize=ANY)
 def one_query_backward_kernel(
     grad_context,  # (B, D), to which is added
@@ -111,9 +171,11 @@ def one_query_backward_kernel(
     to_context,  # (B, D)
     to_scores,  # (B, S)
     to_query,  # (B, H)
+    of_weights,  # (B, S) dw; of STAGE "all" to_scores
     S,
     H,
     D,
+    n_parts,
     stride_carried,
     stride_vb,
     stride_vs,
@@ -123,42 +185,34 @@ def one_query_backward_kernel(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,  # H is a multiple of WIDTH
+    STAGE: tl.constexpr,  # "all", or "values" or "slopes"
 ):
-    """Grid (B,): a program has a row."""
-    b = wide(tl.program_id(0))
-    i = tl.arange(0, _BLOCK)
-    to_context += b * D
+    """Grid (B n_parts,): a program has a row, of which there is one part, or one of its parts in
+    this stage."""
+    b, part = wide(tl.program_id(0) // n_parts), tl.program_id(0) % n_parts
     to_scores += b * S
     weights += b * S
-    values += b * stride_vb
-    for first in range(0, D, _BLOCK):
-        d = first + i
-        c = tl.load(grad_context + b * D + d, mask=d < D)
-        c += tl.load(carried + b * stride_carried + d, mask=d < D)
-        tl.store(to_context + d, c, mask=d < D)
-    tl.debug_barrier()  # what is read now was written by other threads, and so below
+    of_weights += b * S
+    if STAGE == "slopes":
+        dot = _dot(of_weights, weights, S)
+    else:
+        per_part = tl.cdiv(tl.cdiv(S, ROWS), n_parts) * ROWS
+        start = part * per_part
+        dot = _values(
+            grad_context + b * D, carried + b * stride_carried, grad_weights + b * S, weights,
+            values + b * stride_vb, to_context + b * D, of_weights, start,
+            tl.minimum(start + per_part, S), S, D, stride_vs, stride_vd, ROWS, COLUMNS,
+        )  # fmt: skip
+    if STAGE == "values":
+        return
 
-    row = tl.arange(0, ROWS)[:, None]
-    dot = 0.0
-    for first in range(0, S, ROWS):
-        s = first + row
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first_d in range(0, D, COLUMNS):
-            d = first_d + tl.arange(0, COLUMNS)[None, :]
-            c = tl.load(to_context + d, mask=d < D, other=0.0)
-            at = values + s.to(tl.int64) * stride_vs + d.to(tl.int64) * stride_vd
-            sums = tl.fma(tl.load(at, mask=(s < S) & (d < D), other=0.0), c, sums)
-        dw = tl.sum(sums, axis=1, keep_dims=True)
-        dw += tl.load(grad_weights + b * S + s, mask=s < S, other=0.0)
-        dot += tl.sum(tl.where(s < S, tl.load(weights + s, mask=s < S, other=0.0) * dw, 0.0))
-        tl.store(to_scores + s, dw, mask=s < S)
-    tl.debug_barrier()
-
+    # Programs that share a row all store its gradients of scores, the same ones.
+    i = tl.arange(0, _BLOCK)
     largest = tl.load(maxima + b)
     finite = 1
     for first in range(0, S, _BLOCK):
         s = first + i
-        dw = tl.load(to_scores + s, mask=s < S, other=0.0)
+        dw = tl.load(of_weights + s, mask=s < S, other=0.0)
         ds = tl.load(weights + s, mask=s < S, other=0.0) * (dw - dot)
         tl.store(to_scores + s, ds, mask=s < S)
         finite = tl.minimum(finite, tl.min(tl.where((ds - ds == 0.0) | (s >= S), 1, 0)))
@@ -174,7 +228,8 @@ def one_query_backward_kernel(
     moderate = (largest < arithmetic._LARGE) & (finite == 1)  # no: NaN is not
 
     half: tl.constexpr = WIDTH // 2
-    for first in range(0, H, WIDTH):
+    slice = tl.cdiv(tl.cdiv(H, WIDTH), n_parts) * WIDTH
+    for first in range(part * slice, tl.minimum((part + 1) * slice, H), WIDTH):
         h0 = first + tl.arange(0, half)[None, :]
         h1 = h0 + half
         q0 = tl.load(query + b * H + h0, mask=h0 < H, other=0.0)
@@ -209,16 +264,24 @@ class OneQueryBackward:
     """The backward of one_query.OneQuery on a source in float32."""
 
     def __init__(self, keys: Tensor, values: Tensor, v: Tensor):
-        B, S, H = keys.shape
+        (B, S, H), D = keys.shape, values.shape[2]
         keys = keys.contiguous()
         twice = 2 * keys
         maxima = keys.abs().amax((1, 2))
-        shape = shape_of_program(S, H, values.shape[2])
-        self.grid = (B,)
+        shape = shape_of_program(S, H, D)
+        self.B = B
         self.source = (keys, twice.exp(), twice.expm1_(), maxima, values, v)
-        self.sizes = (S, H, values.shape[2])
+        self.sizes = (S, H, D)
         self.strides = (*values.stride(), v.stride(0))
         self.options = shape | dict(EVEN=H % shape["WIDTH"] == 0)
+        idle = multiprocessors(keys) // max(B, 1)
+        self.stages, self.of_weights = {"all": 1}, None
+        if idle > 1 and S * (H + D) >= LEAST_SHARED:
+            self.of_weights = keys.new_empty(B, S)
+            self.stages = {
+                "values": parts(triton.cdiv(S, shape["ROWS"]), min(idle, S * D // LEAST)),
+                "slopes": parts(triton.cdiv(H, shape["WIDTH"]), idle),
+            }
 
     def __call__(
         self,
@@ -232,7 +295,10 @@ class OneQueryBackward:
         to_query: Tensor,
     ) -> None:
         """See one_query_backward_kernel; but for carried, whose rows may lie apart, contiguous."""
-        one_query_backward_kernel[self.grid](
-            grad_context, carried, grad_weights, weights, query, *self.source, to_context,
-            to_scores, to_query, *self.sizes, carried.stride(0), *self.strides, **self.options,
-        )  # fmt: skip
+        of_weights = to_scores if self.of_weights is None else self.of_weights
+        for stage, n_parts in self.stages.items():
+            one_query_backward_kernel[(self.B * n_parts,)](
+                grad_context, carried, grad_weights, weights, query, *self.source, to_context,
+                to_scores, to_query, of_weights, *self.sizes, n_parts, carried.stride(0),
+                *self.strides, STAGE=stage, **self.options,
+            )  # fmt: skip
