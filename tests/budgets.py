@@ -25,7 +25,7 @@ BUDGETS = {
     "forward, C++": Budget(4.2, 0.5),
     "forward, one query, C++": Budget(8, None),
     "backward, C++": Budget(10, 0.5),
-    "backward, one query, C++": Budget(14.5, None),
+    "backward, one query, C++": Budget(10.5, None),
 }
 
 

@@ -135,6 +135,17 @@ def test_queries_and_keys_of_every_magnitude(size, after, **options):
         assert error <= 2 * allowed + rounding, name
 
 
+def test_small_keys_beside_large_ones():
+    """Powers minus one beside powers, in one row."""
+    args = plain.problem(S=50, A=20)
+    with torch.no_grad():
+        args["keys"][:, 16:32] *= 0.01
+    exact, _ = plain.results(args, backend="reference")
+    ours, _ = plain.results(plain.cast(args, torch.float32))
+    for name, want in exact.items():
+        torch.testing.assert_close(ours[name].double(), want, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("size", [1e-3, 6.0, 1e4])
 def test_queries_and_keys_of_every_magnitude_where_rows_are_shared(size):
     test_queries_and_keys_of_every_magnitude(size, False, **SHARED)
@@ -216,7 +227,7 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(cell_type, after):
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_source_that_a_block_has_too_little_memory_for_is_refused_backward(more, monkeypatch):
     monkeypatch.setenv("SEQ2SEQ_FAST_GPU_LOOP", "steps")
-    S = (57 << 10) - 1040 - 2 + more  # of the harness's floats, beside scratch and a context of 2
+    S = (57 << 10) - 1024 - 2 + more  # of the harness's floats, beside scratch and a context of 2
     out = s2s.attention_decoder(**in_float32(dict(B=1, T=1, S=S, A=1, D=2, H=2, L=1), 0))
     if not more:
         out.outputs.sum().backward()

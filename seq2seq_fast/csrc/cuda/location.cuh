@@ -153,11 +153,11 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_slopes(PlaceSlopes
   float* const tile = memory + f.floats();                 // (kPlacesOfBlock, kPlaceThreads)
   float* const g = tile + kPlacesOfBlock * kPlaceThreads;  // (kPlacesOfBlock,)
   float* const sums = g + kPlacesOfBlock;                  // (N, kPlacesOfBlock)
-  const float dot =
-      weighted_sum<kPlaceWarps>(of, b, tile, [&](int s) { return of.of_weights(b, s); });
+  float dot[] = {weighted_sum<kPlaceWarps>(of, b, [&](int s) { return of.of_weights(b, s); })};
+  of_block<kPlaceWarps>(dot, tile, [](int, float x, float y) { return x + y; });
   if (thread < kPlacesOfBlock) {
     const int s = s0 + thread;
-    g[thread] = thread < count ? of.weights(b, s) * (of.of_weights(b, s) - dot) : 0.f;
+    g[thread] = thread < count ? of.weights(b, s) * (of.of_weights(b, s) - dot[0]) : 0.f;
     if (thread < count) of.to_scores(b, s) = g[thread];
   }
   for (int i = thread; i < f.N * kPlacesOfBlock; i += kPlaceThreads) sums[i] = 0.f;

@@ -19,6 +19,9 @@ namespace seq2seq_fast {
 
 constexpr int kQueryBackwardWarps = 16, kQueryBackwardThreads = kWarp * kQueryBackwardWarps;
 constexpr int kValuesOfWarp = 4;
+// Of a row, what its path is chosen by: the largest |query| and |v|, and of the keys' maxima the
+// largest and the smallest.
+constexpr int kExtents = 4;
 
 // Rows are of one step, or of all, (T B, width); those of `carried` are of one step.
 struct OneQueryBackwardArguments {
@@ -54,10 +57,10 @@ inline bool share_rows(OneQueryBackwardArguments& a, int64_t rows, int multiproc
 }
 
 __host__ __device__ inline int64_t one_query_backward_shared_floats(int S, int D, int warps) {
-  return int64_t{S} + D + warps + 2 * warps * kWarp;
+  return int64_t{S} + D + 2 * warps * kWarp;
 }
 
-// Adds g (1 - tanh^2) of two features to sum.
+// Adds g (1 - tanh^2) of two features to sum; with Path::kPairs, without a factor exp(2q).
 template <Path path>
 __device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float2 k) {
   if constexpr (path == Path::kSmall) {  // q = (exp(2q) - 1) / 2, k = exp(2k) - 1
@@ -66,10 +69,9 @@ __device__ __forceinline__ void add_slopes(float2& sum, float g, float2 q, float
     const float r = reciprocal(u0 * u1), y0 = z0 * (u1 * r), y1 = z1 * (u0 * r);
     sum.x += g - g * y0 * y0, sum.y += g - g * y1 * y1;
   } else {
-    const float x0 = q.x * k.x, d0 = 0.5f * x0 + 0.5f;
-    const float x1 = q.y * k.y, d1 = 0.5f * x1 + 0.5f;
+    const float d0 = q.x * k.x + 0.5f, d1 = q.y * k.y + 0.5f;  // q = exp(2q) / 2, k = exp(2k)
     const float r = reciprocal(d0 * d1), r0 = d1 * r, r1 = d0 * r;
-    sum.x += g * r0 * x0 * r0, sum.y += g * r1 * x1 * r1;
+    sum.x += g * r0 * k.x * r0, sum.y += g * r1 * k.y * r1;  // in an order that stays in range
   }
 }
 
@@ -78,10 +80,9 @@ template <int warps>
 struct RowBackward {
   float* const scratch;  // (2, threads)
   float* const dc;       // (D,)
-  float* const sums;     // (warps,)
   float* const grads;    // (S,), of weights, then of scores
   __device__ __forceinline__ RowBackward(float* memory, int D)
-      : scratch(memory), dc(memory + 2 * warps * kWarp), sums(dc + D), grads(sums + warps) {}
+      : scratch(memory), dc(memory + 2 * warps * kWarp), grads(dc + D) {}
 };
 
 // The gradients of weights in a range of the source, which put(s, gradient) takes, of row b of a
@@ -129,42 +130,63 @@ __device__ __forceinline__ void retreat_values(const OneQueryBackwardArguments& 
   __syncthreads();
 }
 
-// sum_s w dw of a row, of which gradient(s) are dw; each is asked for once, by the thread that
-// keeps it.
+// What join(i, x, y) makes of x[i] of all threads of a block. scratch (n, warps)
+template <int warps, int n, typename F>
+__device__ __forceinline__ void of_block(float (&x)[n], float* scratch, F join) {
+  static_assert(kWarp % warps == 0);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto of_lanes = [&](int lanes) {
+    for (; lanes > 0; lanes /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = join(i, x[i], __shfl_xor_sync(kAll, x[i], lanes));
+  };
+  of_lanes(kWarp / 2);
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (lane == 0) scratch[i * warps + warp] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = scratch[i * warps + lane % warps];
+  of_lanes(warps / 2);
+}
+
+// A thread's part of sum_s w dw of a row, of which gradient(s) are dw.
 template <int warps, typename F>
 __device__ __forceinline__ float weighted_sum(const OneQueryBackwardArguments& a, int row,
-                                              float* sums, F gradient) {
-  const int thread = threadIdx.x;
+                                              F gradient) {
   float dot = 0.f;
-  for (int s = thread; s < a.S; s += kWarp * warps) dot += a.weights(row, s) * gradient(s);
-  dot = warp_sum(dot);
-  if (thread % kWarp == 0) sums[thread / kWarp] = dot;
-  __syncthreads();
-  dot = 0.f;
-  for (int w = 0; w < warps; ++w) dot += sums[w];
+  for (int s = threadIdx.x; s < a.S; s += kWarp * warps) dot += a.weights(row, s) * gradient(s);
   return dot;
 }
 
-// The query's gradient in a slice of the features, given those of scores and whether all are
-// finite.
+// A thread's part of a row's extents.
+template <int warps>
+__device__ __forceinline__ void add_extents(const OneQueryBackwardArguments& a, int b, int row,
+                                            float* extents) {
+  for (int h = threadIdx.x; h < a.A; h += kWarp * warps) {
+    extents[0] = larger(extents[0], a.query(row, h));
+    extents[1] = larger(extents[1], a.v(0, 0, h));
+  }
+  for (int i = threadIdx.x; i * kRowsOfBlock < a.S; i += kWarp * warps) {
+    const float k = a.powers.max(b, i);
+    extents[2] = larger(extents[2], k), extents[3] = fminf(extents[3], k);
+  }
+}
+
+// The query's gradient in a slice of the features, given those of scores, whether all are finite,
+// and the row's extents.
 template <int warps>
 __device__ __forceinline__ void retreat_slopes(const OneQueryBackwardArguments& a, int b, int row,
                                                int slice, float* scratch, const float* grads,
-                                               bool all_finite) {
+                                               bool all_finite, const float* extents) {
   constexpr int threads = kWarp * warps;
-  const int thread = threadIdx.x, lane = thread % kWarp;
-  float max_q = 0.f, max_k = 0.f, max_v = 0.f;
-  for (int h = lane; h < a.A; h += kWarp) {
-    max_q = larger(max_q, a.query(row, h)), max_v = larger(max_v, a.v(0, 0, h));
-  }
-  for (int i = lane; i * kRowsOfBlock < a.S; i += kWarp) max_k = larger(max_k, a.powers.max(b, i));
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    max_q = larger(max_q, __shfl_xor_sync(kAll, max_q, lanes));
-    max_k = larger(max_k, __shfl_xor_sync(kAll, max_k, lanes));
-    max_v = larger(max_v, __shfl_xor_sync(kAll, max_v, lanes));
-  }
+  const int thread = threadIdx.x;
+  const float max_q = extents[0], max_v = extents[1], max_k = extents[2], min_k = extents[3];
   const bool finite = all_finite && magnitude(max_v) < 0x7f800000u;
   const Path path = finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
+  // Some keys are powers, some are powers minus one: each is asked then.
+  const float one = max_k < kSmallMagnitude ? 1.f : 0.f;
+  const bool mixed = one == 0.f && min_k < kSmallMagnitude;
 
   const int first = slice * a.pairs_of_slice;
   const int end = min(a.powers.Hp / 2, first + a.pairs_of_slice);
@@ -177,13 +199,32 @@ __device__ __forceinline__ void retreat_slopes(const OneQueryBackwardArguments& 
     const float2 raw = pair_of([&](int i) { return a.query(row, i); });
     const float2 v = pair_of([&](int i) { return a.v(0, 0, i); });
     float2 sum = make_float2(0.f, 0.f);
-    const auto add_keys = [&]<Path form>(float2 q) {
-#pragma unroll 4
-      for (int s = group; s < a.S; s += groups) {
-        float2 k = *reinterpret_cast<const float2*>(a.powers.row(b, s) + h);
-        if (form == Path::kPairs && a.powers.minus_one(b, s)) k.x += 1.f, k.y += 1.f;
-        add_slopes<form>(sum, grads[s], q, k);
-      }
+    const auto add_keys = [&]<Path form, bool asked = false>(float2 q) {
+      constexpr int kAtOnce = 4;
+      const float* from = a.powers.row(b, group) + h;
+      const int64_t step = int64_t{groups} * a.powers.Hp;
+      const auto add = [&](int s, bool all) {  // or what is left of the last ones
+        float2 k[kAtOnce];
+        float g[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const bool there = all || s + j * groups < a.S;
+          k[j] = *reinterpret_cast<const float2*>(from + (there ? j * step : 0));
+          g[j] = there ? grads[s + j * groups] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          float plus = one;
+          if (asked) plus = a.powers.minus_one(b, min(s + j * groups, a.S - 1)) ? 1.f : 0.f;
+          if (form == Path::kPairs) k[j].x += plus, k[j].y += plus;
+          add_slopes<form>(sum, g[j], q, k[j]);
+        }
+        from += kAtOnce * step;
+      };
+      int s = group;
+#pragma unroll 1
+      for (; s + (kAtOnce - 1) * groups < a.S; s += kAtOnce * groups) add(s, true);
+      if (s < a.S) add(s, false);
       sum.x *= v.x, sum.y *= v.y;
     };
     if (group >= groups) {
@@ -191,7 +232,13 @@ __device__ __forceinline__ void retreat_slopes(const OneQueryBackwardArguments& 
       add_keys.template operator()<Path::kSmall>(
           make_float2(0.5f * expm1f(2.f * raw.x), 0.5f * expm1f(2.f * raw.y)));
     } else if (path == Path::kPairs) {
-      add_keys.template operator()<Path::kPairs>(make_float2(expf(2.f * raw.x), expf(2.f * raw.y)));
+      const float x0 = expf(2.f * raw.x), x1 = expf(2.f * raw.y);
+      const float2 half = make_float2(0.5f * x0, 0.5f * x1);
+      if (mixed)
+        add_keys.template operator()<Path::kPairs, true>(half);
+      else
+        add_keys.template operator()<Path::kPairs>(half);
+      sum.x *= x0, sum.y *= x1;
     } else {
       for (int s = group; s < a.S; s += groups) {
         const float2 k = pair_of([&](int i) { return a.keys(b, s, i); });
@@ -221,6 +268,8 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
   const RowBackward<warps> of_row(memory, a.D);
   float* const grads = of_row.grads;
   const bool all = stage == Stage::kAll;
+  float x[1 + kExtents] = {0.f, 0.f, 0.f, 0.f, INFINITY};             // sum_s w dw, and extents
+  if (stage != Stage::kValues) add_extents<warps>(a, b, row, x + 1);  // on their way meanwhile
   if (stage != Stage::kSlopes)
     retreat_values<warps>(
         a, b, row, part, of_row.dc, [](int) { return 0.f; },
@@ -231,17 +280,22 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
             a.of_weights(b, s) = gradient;
         });
   if (stage == Stage::kValues) return;
-  const float dot = weighted_sum<warps>(
-      a, row, of_row.sums, [&](int s) { return all ? grads[s] : grads[s] = a.of_weights(b, s); });
+  x[0] = weighted_sum<warps>(a, row, [&](int s) {
+    if (!all) grads[s] = a.of_weights(b, s);
+    return grads[s];
+  });
+  of_block<warps>(x, of_row.scratch, [](int i, float u, float v) {
+    return i == 0 ? u + v : i == kExtents ? fminf(u, v) : larger(u, v);
+  });
   bool finite = true;
   for (int s = threadIdx.x; s < a.S; s += kWarp * warps) {
-    const float ds = a.weights(row, s) * (grads[s] - dot);
+    const float ds = a.weights(row, s) * (grads[s] - x[0]);
     grads[s] = ds;
     if (part == 0) a.to_scores(row, s) = ds;
     finite = finite && magnitude(ds) < 0x7f800000u;
   }
   const bool all_finite = !__syncthreads_or(!finite);
-  retreat_slopes<warps>(a, b, row, part, of_row.scratch, grads, all_finite);
+  retreat_slopes<warps>(a, b, row, part, of_row.scratch, grads, all_finite, x + 1);
 }
 
 }  // namespace seq2seq_fast
