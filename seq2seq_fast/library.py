@@ -87,8 +87,8 @@ SCHEMAS = {
     # The same on a GPU: steps over a state that stays there, and what they have come to.
     "decode_steps": "(Tensor(a!)[] state, Tensor[] weights, str cell_type, bool query_after,"
     " Tensor[] source, Tensor? mask, Tensor limits, Tensor prefix, Tensor penalties, Tensor? seed,"
-    " int[] whole, float coverage_penalty, float temperature, int top_k, float top_p, int steps)"
-    " -> ()",
+    " int[] whole, float coverage_penalty, float temperature, int top_k, float top_p,"
+    " int[] accumulates, int[] vector, int steps) -> ()",
     # Greedy decoding in one launch; empty where a block of the GPU has too little memory for it.
     "decode_greedy": "(Tensor hidden, Tensor cell, Tensor? context, Tensor[] weights,"
     " str cell_type, bool query_after, Tensor[] source, Tensor? mask, Tensor? limits,"

@@ -22,14 +22,18 @@ PROJECT = [kind for kind in KINDS if kind[1]]  # those that may project values
 LOCATIONS = [("previous",), ("previous", "cumulative")]
 
 
-def make(kind=KINDS[0], V=11, H=13, layers=2, seed=0, pad_idx=0, size=4.0, location=()):
-    """A model whose next tokens are neither certain nor all alike."""
+def make(
+    kind=KINDS[0], V=11, H=13, layers=2, seed=0, pad_idx=0, size=4.0, location=(), O=None,  # noqa: E741
+    activation="tanh",
+):  # fmt: skip
+    """A model whose next tokens are neither certain nor all alike. O: of attentional vectors."""
     cell_type, attention, query_after = kind
     torch.manual_seed(seed)
     encoder = s2s.Encoder(V_SRC, 5, H, layers, 0.0, cell_type=cell_type)
     decoder = s2s.Decoder(
         V, 6, H, layers, 0.0, cell_type=cell_type, attention=attention, query_after=query_after,
-        location=location, location_filters=3, location_kernel_size=5,
+        location=location, location_filters=3, location_kernel_size=5, attentional_dim=O,
+        attentional_activation=activation,
     )  # fmt: skip
     model = s2s.Seq2Seq(encoder, decoder, pad_idx).eval()
     with torch.no_grad():

@@ -133,6 +133,72 @@ def test_the_kernels_decode_as_plain_pytorch_does(
         plain.check_same(model, src, *both(model, src, **options))
 
 
+VECTORS = [None, (1, "tanh"), (9, "none"), (20, "tanh")]  # width and activation
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(plain.PROJECT),
+    location=st.sampled_from([(), *plain.LOCATIONS]),
+    vectors=st.sampled_from(VECTORS),
+    options=plain.OPTIONS,
+    coverage_penalty=st.sampled_from([0.0, 0.0, 0.4]),
+    B=st.integers(1, 3),
+    S=st.sampled_from([1, 7, 33]),
+    H=st.sampled_from([1, 7, 20]),
+    layers=st.integers(1, 3),
+    begun=st.booleans(),
+    seed=st.integers(0, 100),
+    loop=st.sampled_from(["steps", "together"]),
+)
+def test_locations_and_attentional_vectors(
+    kind, location, vectors, options, coverage_penalty, B, S, H, layers, begun, seed, loop
+):
+    O, activation = vectors if vectors and kind[2] else (None, "tanh")  # noqa: E741
+    model = plain.make(
+        kind, 11, H, layers, seed, location=location, O=O, activation=activation
+    )  # fmt: skip
+    src, C = plain.sources(B, S, seed), len(location)
+    source, state = model.encode(src)
+    source = source._replace(keys=PreparedKeys(source.keys.keys))
+    if begun:  # as a search that goes on would
+        fed = torch.randn(B, model.decoder.fed_dim) if kind[2] else None
+        place = torch.rand(B, C, S) * source.mask[:, None] if C else None
+        state = state._replace(context=fed, location=place)
+    options = options | {
+        "n_best": min(options["beam_size"], 1 + seed % 3), "coverage_penalty": coverage_penalty,
+    }  # fmt: skip
+    o = DecodingOptions(bos=BOS, eos=EOS, **options)
+    with torch.no_grad(), mock.patch.dict(os.environ, SEQ2SEQ_FAST_GPU_LOOP=loop):
+        found, want, again = (
+            decode(model.decoder, source, state, o)
+            for decode in (graphed.generate, stepwise.generate, graphed.generate)
+        )
+    if begun:
+        torch.testing.assert_close(found.scores, want.scores, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found.log_probs, want.log_probs, rtol=1e-4, atol=1e-4)
+    else:
+        plain.check_same(model, src, found, want)
+    assert torch.equal(again.tokens, found.tokens) and torch.equal(again.scores, found.scores)
+
+
+def test_a_location_in_a_source_that_is_split():
+    model = plain.make(plain.KINDS[1], 11, 20, location=plain.LOCATIONS[1], O=9)
+    src = plain.sources(1, 2500)
+    for options in ({}, {"beam_size": 3, "n_best": 2}):
+        found, want = both(model, src, max_length=9, return_weights=True, **options)
+        plain.check_same(model, src, found, want)
+
+
+def test_filters_that_change_are_read_anew():
+    model, src = plain.make(location=plain.LOCATIONS[0]), plain.sources(2, 7)
+    for _ in range(3):
+        found, want = both(model, src, max_length=9)
+        plain.check_same(model, src, found, want)
+        with torch.no_grad():
+            model.decoder.attention.location_conv.weight.mul_(-3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3}], ids=str)
 @pytest.mark.parametrize("kind", [plain.KINDS[0], plain.KINDS[5]], ids=str)

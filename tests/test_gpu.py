@@ -297,6 +297,19 @@ class TestDecoding:
         (loop,) = model.decoder.loops.kept.values()
         assert loop.graph is not None
 
+    @pytest.mark.parametrize("O", [None, 24])
+    @pytest.mark.parametrize("location", [(), *decoding_models.LOCATIONS], ids=str)
+    @pytest.mark.parametrize("beam_size", [1, 4])
+    def test_locations_and_attentional_vectors(self, O, location, beam_size):  # noqa: E741
+        kind = decoding_models.KINDS[1]
+        model = decoding_models.make(kind, V=600, H=40, location=location, O=O).cuda()
+        for seed in range(3):
+            src = decoding_models.sources(7, 300, seed)
+            found = self.found(
+                model, src, max_length=20, beam_size=beam_size, return_weights=True
+            )  # fmt: skip
+            decoding_models.check_same(copy.deepcopy(model).cpu(), src, *found)
+
     @pytest.mark.parametrize("kind", decoding_models.KINDS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_one_launch_decodes_as_the_cpu_does(self, kind, dtype, monkeypatch):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..ops.attention_decoder import layer_weights
 from ..ops.modules import bias_of
-from . import sampling, stepwise, together
+from . import native, sampling, stepwise, together
 from .fits import check_fits
 from .options import DecodingOptions
 from .packing import watch_of
@@ -140,7 +140,7 @@ class Loop:
         self.lock = threading.Lock()
         self.graph: Graph | None = None
         self.weights, self.options, self.runs = weights, options, 0
-        self.kind = decoder.cell_type, decoder.query_after
+        self.kind, self.vector = (decoder.cell_type, decoder.query_after), native.vector_of(decoder)
         (L, B, H), K, N = state.hidden.shape, options.beam_size, options.n_best
         M, T = B * K, _up(options.max_length, BLOCK)
         like = weights[0]
@@ -149,11 +149,18 @@ class Loop:
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
         self.source: list[Tensor] = []
-        self.mask, S, D = None, 0, decoder.context_dim
+        self.mask, S = None, 0
+        self.locations, self.attended = new(0), new(0)
+        self.accumulates: tuple[int, ...] = ()
         if not isinstance(source, Tensor):
             S, A = _positions(source), source.v.shape[0]
             keys = new(B, S, A)
-            self.source = [keys, _ops.prepare_keys(keys), new(B, S, D), new(A)]
+            self.source = [keys, _ops.prepare_keys(keys), new(B, S, decoder.context_dim), new(A)]
+            location, self.accumulates = native.located(decoder, source, state)
+            if location:
+                self.source += [torch.empty_like(x) for x in location[:2]]
+                self.locations = new(2, M, len(self.accumulates), S)
+                self.attended = new(M, S)
             self.mask = new(B, S, dtype=torch.bool)
         covers, keeps = options.coverage_penalty > 0, options.return_weights
         lengths = torch.arange(T + 1, dtype=torch.float64, device=like.device)
@@ -166,7 +173,7 @@ class Loop:
         # What csrc/cuda/decode_search.cuh calls Search, beside states and weights.
         self.hidden = new(L, M, H)
         self.cell = new(L, M, H) if decoder.cell_type == "lstm" else new(0)
-        self.context = new(M, D)
+        self.context = new(M, decoder.fed_dim)
         self.covered = new(M, S) if covers else new(0)
         self.counters = new(2, dtype=torch.int32)
         self.watch = Watch(self.counters[1])
@@ -188,6 +195,8 @@ class Loop:
             self.kept,
             new(4, B, N, dtype=torch.int32),
             new(2, B, N, dtype=torch.float64),
+            self.locations,
+            self.attended,
         ]
         first, bos = torch.arange(B, dtype=torch.int32, device=like.device) * K, options.whole[0]
         self.first_rows = torch.stack(
@@ -212,11 +221,17 @@ class Loop:
             float(o.temperature),
             self.most,
             float(o.top_p),
+            self.accumulates,
+            self.vector,
             BLOCK,
         )
 
     def _load(
-        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+        self,
+        source: "stepwise.Source",
+        state: "DecoderState",
+        location: list[Tensor],
+        options: DecodingOptions,
     ) -> None:
         """Puts a call's numbers where the steps read them."""
         (_, B, _), K = state.hidden.shape, options.beam_size
@@ -229,7 +244,7 @@ class Loop:
         else:
             self.context.unflatten(0, (B, K)).copy_(context.unsqueeze(1))
         if not isinstance(source, Tensor):
-            keys, powers, values, v = self.source
+            keys, powers, values, v, *filters = self.source
             mask, S = self.mask, source.values.shape[1]
             assert mask is not None
             keys[:, :S].copy_(source.keys.keys)
@@ -244,6 +259,12 @@ class Loop:
             v.copy_(source.v)
             mask[:, :S] = True if source.mask is None else source.mask
             mask[:, S:] = False
+            if location:
+                *given, before = location
+                for x, y in zip(filters, given, strict=True):
+                    x.copy_(y)
+                self.locations.zero_()
+                self.locations[0, ::K, :, :S].copy_(before)
         if options.max_length_ratio is None:
             self.limits.fill_(options.max_length)  # copied from the host it would be waited for
         else:
@@ -264,19 +285,27 @@ class Loop:
         self.log_probs.zero_()
 
     def run(
-        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+        self,
+        source: "stepwise.Source",
+        state: "DecoderState",
+        location: list[Tensor],
+        options: DecodingOptions,
     ) -> Generated:
         """`generate`, by who holds the lock."""
         self.watch.begin_run()
         try:
-            return self._run(source, state, options)
+            return self._run(source, state, location, options)
         finally:  # who comes next waits for it, whatever has ended it here
             self.watch.end_run()
 
     def _run(
-        self, source: "stepwise.Source", state: "DecoderState", options: DecodingOptions
+        self,
+        source: "stepwise.Source",
+        state: "DecoderState",
+        location: list[Tensor],
+        options: DecodingOptions,
     ) -> Generated:
-        self._load(source, state, options)
+        self._load(source, state, location, options)
         if self.runs == 1:
             try:
                 self.graph = Graph(self._steps)
@@ -409,7 +438,11 @@ def weights_of(
     if decoder.attention is not None:
         weights += [product(cast(decoder.attention.Wa.weight)), cast(bias_of(decoder.attention.Wa))]
     H, readout = decoder.layers.hidden_size, cast(decoder.fc_out.weight)
-    return [*weights, product(readout[:, H:], readout[:, :H]), cast(bias_of(decoder.fc_out))]
+    if decoder.attentional_dim is None:
+        return [*weights, product(readout[:, H:], readout[:, :H]), cast(bias_of(decoder.fc_out))]
+    of_vector = cast(decoder.attentional.weight)
+    weights += [product(of_vector[:, H:], of_vector[:, :H]), cast(bias_of(decoder.attentional))]
+    return [*weights, product(readout), cast(bias_of(decoder.fc_out))]
 
 
 def prepare(decoder: "Decoder") -> None:
@@ -432,12 +465,13 @@ def generate(
         decoder.loops = Loops()
     device = torch.cuda.device_of(decoder.fc_out.weight)
     with torch.inference_mode(False), torch.no_grad(), device:
-        if together.wanted(options):
+        location = [] if isinstance(source, Tensor) else native.located(decoder, source, state)[0]
+        if together.wanted(options) and not location and decoder.attentional_dim is None:
             found = together.generate(decoder, decoder.loops, source, state, options)
             if found is not None:
                 return found
         loop = decoder.loops.take(decoder, source, state, options)
         try:
-            return loop.run(source, state, options)
+            return loop.run(source, state, location, options)
         finally:
             loop.lock.release()

@@ -39,10 +39,6 @@ def refusal(decoder: "Decoder") -> str | None:
         return f"the compiled extension has none for {device}"
     if weight.dtype not in DTYPES:
         return f"the decoder is {weight.dtype}"
-    if device == "cuda" and _channels(decoder):
-        return "the attention sees its location, which is for the CPU"
-    if device == "cuda" and decoder.attentional_dim is not None:
-        return "the decoder has attentional vectors, which are for the CPU"
     if device == "cuda" and attention is not None and attention.Wa.weight.shape[0] > WIDEST:
         return f"the attention is wider than {WIDEST}"
     return decoder.refusal()
@@ -87,27 +83,27 @@ def _source(
     powers = keys.new_empty(0) if powers is None else powers
     context = None if state.context is None else _floats(state.context)
     parts = [keys, powers, _floats(source.values), _floats(source.v)]
-    location, adds_up = _located(decoder, source, state)
+    location, adds_up = located(decoder, source, state)
     return context, _Attended(parts + location, source.mask, adds_up)
 
 
-def _vector(decoder: "Decoder") -> tuple[int, ...]:
+def vector_of(decoder: "Decoder") -> tuple[int, ...]:
     """Width of attentional vectors and whether they are tanh's, or nothing."""
     if decoder.attentional_dim is None:
         return ()
     return decoder.fed_dim, int(decoder.attentional_activation == "tanh")
 
 
-def _channels(decoder: "Decoder") -> tuple[str, ...]:
+def channels_of(decoder: "Decoder") -> tuple[str, ...]:
     return getattr(decoder._modules.get("attention"), "location", ())
 
 
-def _located(
+def located(
     decoder: "Decoder", source: "PreparedSource", state: "DecoderState"
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Filters, their projection, and the state before the first step, if there are any; which of
     its channels add up."""
-    channels = _channels(decoder)
+    channels = channels_of(decoder)
     if not channels:
         return [], ()
     attention = decoder.attention
@@ -155,7 +151,7 @@ def generate_as_is(
     keys, powers = source.keys
     powers = keys.new_empty(0) if powers is None else powers
     parts = [keys, powers, source.values.contiguous(), source.v.contiguous()]
-    location, adds_up = _located(decoder, source, state)
+    location, adds_up = located(decoder, source, state)
     attended = _Attended(parts + location, source.mask, adds_up)
     return _decode(decoder, packed, hidden, cell, context, attended, None, None, options)
 
@@ -195,7 +191,7 @@ def _decode(
             min(options.top_k, decoder.output_dim),
             float(options.top_p),
             attended.accumulates,
-            _vector(decoder),
+            vector_of(decoder),
             options.bos_of_rows("cpu"),
         )
     except RuntimeError:
@@ -225,7 +221,7 @@ def step(
         *_states(state),
         context,
         *attended,
-        _vector(decoder),
+        vector_of(decoder),
     )
     state = type(state)(
         hidden,

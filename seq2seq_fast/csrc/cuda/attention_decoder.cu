@@ -133,7 +133,7 @@ class Forward {
     if (place_) follow(t, true);
     one_query_attention(device_, one, place_ ? *placed_ : s.keys, s.values, s.v, s.softmax,
                         place_ ? std::nullopt : std::optional(s.powers), at(run_.contexts, t + 1),
-                        weights, {to_context().data, to_context().ld, nullptr, &parts_});
+                        weights, {to_context().data, to_context().ld, false, nullptr, &parts_});
   }
 
   // Where else a context goes, to be read.

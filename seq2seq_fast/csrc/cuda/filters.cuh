@@ -1,4 +1,5 @@
-// What location.cuh filters states with, and how it divides places among blocks.
+// What location.cuh filters states with, how it divides places among blocks, and what a step's keys
+// are made of.
 #pragma once
 #include "device.cuh"
 
@@ -19,6 +20,19 @@ struct Filters {
   __host__ __device__ int64_t floats() const {
     return round_up(C * width(), 4) + N * kPlacesOfBlock;
   }
+};
+
+struct PlaceKeysArguments {
+  Filters filters;
+  const float* before;   // (B, C, S)
+  const float* weights;  // (B, S), of the step behind it; null: none
+  float* state;          // (B, C, S), what comes of both; null: not wanted
+  View keys;             // (B / rows_of_source, S, A)
+  float* placed;         // (B, S, A), contiguous; null: not wanted
+  // Of a search: the rows that rows go on from (B,), how many of each source go on, the first ones,
+  // and the step, whose first has none behind it. Null elsewhere.
+  const int *parent, *live, *step;
+  int rows_of_source;
 };
 
 }  // namespace seq2seq_fast

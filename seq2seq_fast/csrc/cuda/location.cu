@@ -27,6 +27,10 @@ Place::Place(const Device& device, const std::vector<Tensor>& location,
                   4 * device.shared_floats_of_block);
 }
 
+void launch_place_keys(const Device& device, const PlaceKeysArguments& a, int64_t rows) {
+  device.launch(place_keys, rows * a.filters.blocks(), dim3(kPlaceThreads), a.filters.floats(), a);
+}
+
 void launch_place_keys(const Device& device, const Place& place, int64_t t, const Tensor& states,
                        const Tensor& weights, const Tensor& keys,
                        const std::optional<Tensor>& placed) {
@@ -36,8 +40,8 @@ void launch_place_keys(const Device& device, const Place& place, int64_t t, cons
   if (t > 0) a.weights = of(weights, t - 1), a.state = of(states, t);
   a.keys = view_of(keys);
   if (placed) a.placed = floats_of(*placed);
-  device.launch(place_keys, keys.size(0) * a.filters.blocks(), dim3(kPlaceThreads),
-                a.filters.floats(), a);
+  a.rows_of_source = 1;
+  launch_place_keys(device, a, keys.size(0));
 }
 
 PlaceBackward::PlaceBackward(const Device& device, const Place& place, const Source& source,

@@ -57,27 +57,21 @@ __device__ __forceinline__ void add_places(const Filters& f, const float* featur
   }
 }
 
-struct PlaceKeysArguments {
-  Filters filters;
-  const float* before;   // (B, C, S)
-  const float* weights;  // (B, S), of the step behind it; null: none
-  float* state;          // (B, C, S), what comes of both; null: not wanted
-  View keys;             // (B, S, A)
-  float* placed;         // the same, contiguous; null: not wanted
-};
-
 static __global__ void __launch_bounds__(kPlaceThreads) place_keys(PlaceKeysArguments a) {
   const Filters& f = a.filters;
   const int b = blockIdx.x / f.blocks(), s0 = blockIdx.x % f.blocks() * kPlacesOfBlock;
-  const int64_t of_state = int64_t{b} * f.C * f.S;
+  const int source = b / a.rows_of_source;
+  if (a.live != nullptr && b % a.rows_of_source >= a.live[source]) return;
+  const int64_t from = a.parent == nullptr ? b : a.parent[b];
+  const bool follows = a.weights != nullptr && (a.step == nullptr || *a.step > 0);
   const float* features = filter_places(f, s0, shared_memory(), [&](int c, int s) {
-    const int64_t at = of_state + int64_t{c} * f.S + s;
-    float x = a.before[at];
-    if (a.weights != nullptr) {
-      const float w = a.weights[int64_t{b} * f.S + s];
+    float x = a.before[(from * f.C + c) * f.S + s];
+    if (follows) {
+      const float w = a.weights[from * f.S + s];
       x = f.accumulates >> c & 1 ? x + w : w;
     }
-    if (a.state != nullptr && s >= s0 && s < s0 + kPlacesOfBlock) a.state[at] = x;
+    if (a.state != nullptr && s >= s0 && s < s0 + kPlacesOfBlock)
+      a.state[(int64_t{b} * f.C + c) * f.S + s] = x;
     return x;
   });
   if (a.placed == nullptr) return;
@@ -86,7 +80,7 @@ static __global__ void __launch_bounds__(kPlaceThreads) place_keys(PlaceKeysArgu
     float x[kPlacesOfBlock];
 #pragma unroll
     for (int i = 0; i < kPlacesOfBlock; ++i)
-      x[i] = a.keys(b, s0 + min(i, count - 1), h);  // behind the last one that one again
+      x[i] = a.keys(source, s0 + min(i, count - 1), h);  // behind the last one that one again
     add_places<8>(f, features, h, x);
     float* to = a.placed + (int64_t{b} * f.S + s0) * f.A + h;
 #pragma unroll

@@ -21,6 +21,9 @@ void launch_place_keys(const Device& device, const Place& place, int64_t t, cons
                        const Tensor& weights, const Tensor& keys,
                        const std::optional<Tensor>& placed);
 
+// The same of a search, for so many rows.
+void launch_place_keys(const Device& device, const PlaceKeysArguments& a, int64_t rows);
+
 struct OneQueryBackwardArguments;
 
 // What attention backward is where scores see where was attended before.

@@ -71,6 +71,7 @@ void one_query_attention(const Device& device, const Tensor& query, const Tensor
   const int64_t rows = query.size(0) * a.T;
   a.context = context.data_ptr(), a.weights = weights.data_ptr();
   a.also = options.also, a.ld_also = options.ld_also, a.live = options.live;
+  a.keys_of_queries = options.keys_of_queries;
   std::optional<Tensor> parts, &kept = options.parts == nullptr ? parts : *options.parts;
   kept = share_parts(device, a, query, kept);
   launch(device, a, rows);

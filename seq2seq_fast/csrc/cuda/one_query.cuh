@@ -25,6 +25,7 @@ constexpr float kToPowerOfTwo = 2.f * 1.44269504f;
 
 struct OneQueryArguments {
   View query, keys, values, v;        // (B, T, H), (B, S, H), (B, S, D), (1, 1, H)
+  bool keys_of_queries;               // each has its own, (B T, S, H), which are not prepared
   bool keys_by_four, values_by_four;  // rows may be read four elements at a time
   Powers powers;                      // of keys, or data null
   Softmax softmax;
@@ -132,6 +133,7 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
   const int s0 = range * a.keys_of_range, n_s = min(a.keys_of_range, a.S - s0);
   const int Hp = static_cast<int>(round_up(a.H, kFeatures));
   const bool prepared = a.powers.data != nullptr;
+  const int of_keys = a.keys_of_queries ? b * a.T + t : b;
 
   float* const qs = memory;  // (2, Hp): exp(2q) / 2 and (exp(2q) - 1) / 2, or c q and q
   float* const vs = qs + 2 * Hp;
@@ -178,7 +180,7 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
         if constexpr (powers) {
           k[j] = a.powers.row(b, key) + 4 * lane;
         } else {
-          k[j] = static_cast<const T*>(a.keys.data) + b * a.keys.stride[0] +
+          k[j] = static_cast<const T*>(a.keys.data) + of_keys * a.keys.stride[0] +
                  key * a.keys.stride[1] + 4 * lane;
         }
       }
@@ -198,7 +200,7 @@ __device__ __forceinline__ void attend_one_query(const OneQueryArguments& a, int
 #pragma unroll
       for (int j = 0; j < kKeysOfWarp; ++j)
         for (int h = lane; h < a.H; h += kWarp)
-          sums[j] += vs[h] * tanhf(a.query(b, t, h) + a.keys(b, s0 + min(s + j, n_s - 1), h));
+          sums[j] += vs[h] * tanhf(a.query(b, t, h) + a.keys(of_keys, s0 + min(s + j, n_s - 1), h));
     };
     const float max_k = prepared ? a.powers.max(b, (s0 + s) / kRowsOfBlock) : 0.f;
     const Path path = prepared ? choose_path(max_q, max_k, max_v) : Path::kExact;

@@ -20,7 +20,8 @@ inline bool goes_one_by_one(const Tensor& query) {
 struct OneQueryOptions {
   float* also = nullptr;  // rows of float32, ld_also apart, that the context goes to as well
   int64_t ld_also = 0;
-  const int* live = nullptr;  // (B,), so many queries of each source are wanted, the first ones
+  bool keys_of_queries = false;  // see one_query.cuh
+  const int* live = nullptr;     // (B,), so many queries of each source are wanted, the first ones
   // What `share_parts` made for an earlier call of the same shapes, which must have ended; made
   // where there is none yet.
   std::optional<Tensor>* parts = nullptr;
