@@ -206,7 +206,7 @@ def decoding(deadline, results, models=gpu_decoding.MODELS, device="cuda", **opt
 def located(deadline, results, systems=gpu_location.SYSTEMS, device="cuda", **options):
     jobs = {}
     for system in systems:
-        for mode in (FORWARD, BOTH):
+        for mode in (FORWARD, BOTH, gpu_location.GREEDY):
             jobs[f"decoder that sees its location, {system.name}, {mode}"] = (
                 lambda at=(system, mode): step_times(
                     gpu_location.measure(*at, device, **options), None, gpu_location.OTHERS

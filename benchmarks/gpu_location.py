@@ -1,5 +1,5 @@
-"""Decoders whose attention sees its location, on a GPU: microseconds a step, all steps given,
-beside a loop over PyTorch's cells."""
+"""Decoders whose attention sees its location, on a GPU: microseconds a step, all steps given or of
+greedy decoding, beside a loop over PyTorch's cells."""
 
 import torch
 from bench_location import SYSTEMS  # noqa: F401, for gpu.py
@@ -10,10 +10,31 @@ from timing import device_seconds
 import seq2seq_fast as s2s
 
 OTHERS = ("eager",)
+GREEDY = "greedy"
+
+
+def decoding(system, device):
+    """{name: call}: all steps of greedy decoding, of so many rows."""
+    theirs, ours = (model.eval().to(device) for model in system.models())
+    values, mask = (x.to(device) for x in system.source())
+    state = s2s.DecoderState(*(None if x is None else x.to(device) for x in system.start()[:2]))
+    options = {"bos": 1, "eos": 2, "max_length": system.T, "min_length": system.T}
+
+    @torch.inference_mode()
+    def library():
+        return s2s.generate(ours, ours.source(values, mask), state, **options)
+
+    @torch.inference_mode()
+    def eager():
+        return theirs.greedy(values, mask, 1, system.T)
+
+    return {f"library, {s2s.backends()['decode'][device][0]}": library, "eager": eager}
 
 
 def calls(system, mode, device, capture=captured):
     """{name: call}: all steps and the readout."""
+    if mode == GREEDY:
+        return decoding(system, device)
     theirs, ours = (model.to(device) for model in system.models())
     values, mask = (x.to(device) for x in system.source())
     values.requires_grad_()

@@ -182,7 +182,7 @@ class OneLayerDecoder(nn.Module):
     @torch.inference_mode()
     def greedy(self, values, mask, bos, steps):
         keys, state = self.attention.Ua(values), self.start(values)
-        tokens = [torch.full((len(values),), bos)]
+        tokens = [torch.full((len(values),), bos, device=values.device)]
         for _ in range(steps):
             logits, state, _ = self.step(tokens[-1], state, keys, values, mask)
             tokens.append(logits.argmax(1))

@@ -164,6 +164,8 @@ def test_decoders_that_see_their_location_measured_on_the_cpu(monkeypatch, tmp_p
                 *(f"eager over {name}" for name in own),
             }
             assert all(found[f"{name}, us a step"] > 1 for name in own)
+        found = results.data[f"decoder that sees its location, {system.name}, greedy"]
+        assert found["library, native, us a step"] > 1 and found["eager over library, native"] > 0
     gpu.located(gpu.Deadline(-1, lambda: 0), results, small[:1], **options)
     name = f"decoder that sees its location, {small[0].name}, {FORWARD}"
     assert results.data[name] == {"skipped": "time was up"}
