@@ -46,6 +46,17 @@ def decoded(decoder, source, state, dtype="float32", **options):
     return found
 
 
+def test_attentional_vectors_are_sought_with():
+    model, src = make(KINDS[1], V, O=9), sources(2, 5)
+    options = {"bos": BOS, "eos": EOS, "max_length": 5, "return_scores": False}
+    want = model.generate(src, backend="reference", **options)
+    model.decoder.packed = packed = pack_decoder(model.decoder, "float32")
+    assert torch.equal(model.generate(src, **options).tokens, want.tokens)
+    for part in (SCALES, BOUNDS):
+        packed.weights.tensors()[part].zero_()
+    assert not torch.equal(model.generate(src, **options).tokens, want.tokens)
+
+
 def check_alike(all_logits, sought, alone):
     for found in (sought, alone):
         assert torch.equal(all_logits.tokens, found.tokens)
@@ -81,12 +92,14 @@ def check_alike(all_logits, sought, alone):
     temperature=st.sampled_from([None, None, 1e-3, 0.7, 1.0, 30.0]),  # None: greedy decoding
     top_k=st.sampled_from([0, 1, 2, 17, 60, 100]),
     top_p=st.sampled_from([1.0, 0.9]),
+    width=st.sampled_from([None, None, 1, 9, 70]),  # of attentional vectors
     seed=st.integers(0, 100),
 )
 def test_the_results_are_those_of_all_logits(
-    kind, options, coverage_penalty, P, B, H, V, size, dtype, temperature, top_k, top_p, seed
+    kind, options, coverage_penalty, P, B, H, V, size, dtype, temperature, top_k, top_p, width, seed
 ):
-    model, src = make(kind, V, H, seed=seed, size=size), sources(B, 9, seed)
+    model = make(kind, V, H, seed=seed, size=size, O=width if kind[1] and kind[2] else None)
+    src = sources(B, 9, seed)
     options = options | {
         "coverage_penalty": coverage_penalty,
         "prefix": torch.randint(3, V, (B, P)) if P else None,

@@ -244,8 +244,7 @@ def _pack(
     joined = None if decoder.attentional_dim is None else decoder.attentional
     packed += _pack_linear(joined, dtype) if joined is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
-    seek = seek and dtype != torch.int8 and joined is None  # its bounds are of output and context
-    return packed + pack_screen(decoder, dtype, seek)
+    return packed + pack_screen(decoder, dtype, seek and dtype != torch.int8)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -318,10 +317,13 @@ def _by_fours(whole: Tensor, zero: int, blocks: int) -> Tensor:
 
 def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor]:
     """What csrc/cpu/screen.h seeks the most probable token with: six bits, with scales, of the
-    hidden state's part of the readout's weights, and int8 of the context's; the bounds (5, P),
-    largest of each panel's columns; the weights (V, K) in dtype. All empty where it is not sought:
-    not wanted, few tokens, or weights that are not finite."""
+    hidden state's part of the readout's weights, or of an attentional vector's, and int8 of the
+    context's, none beside a vector; the bounds (5, P), largest of each panel's columns; the weights
+    (V, K) in dtype. All empty where it is not sought: not wanted, few tokens, or weights that are
+    not finite."""
     linear, H = decoder.fc_out, decoder.layers.hidden_size
+    if decoder.attentional_dim is not None:
+        H = decoder.attentional_dim
     w, bias, (V, K) = linear.weight.detach(), bias_of(linear).detach(), linear.weight.shape
     nothing = w.new_empty(0, 1)
     of_int8 = _by_fours(nothing, 128, 1), w.new_empty(0)
@@ -333,8 +335,8 @@ def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Te
         return empty
     parts = [_bounds(*rows, H) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
     bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
-    of_hidden, of_context = pack_six_bits(w[:, :H]), pack_matrix([w[:, H:]], 1, torch.int8)
-    return [*of_hidden, *of_context, bounds, w.to(dtype)]
+    of_context = pack_matrix([w[:, H:]], 1, torch.int8) if K > H else of_int8
+    return [*pack_six_bits(w[:, :H]), *of_context, bounds, w.to(dtype)]
 
 
 def _bounds(w: Tensor, bias: Tensor, H: int) -> Tensor:
@@ -343,6 +345,9 @@ def _bounds(w: Tensor, bias: Tensor, H: int) -> Tensor:
     bits stand for. Last the rounding of the bias."""
     unit, bounds = 2.0**-24, []  # of float32's rounding
     for part, most in ((w[:, :H], MOST_OF_SIX), (w[:, H:], 127)):
+        if part.shape[1] == 0:
+            bounds += 2 * [w.new_zeros(len(w), dtype=torch.float64)]
+            continue
         whole, scale = _rounded(part, most)
         exact = scale.double() * whole
         of_bits, of_part = exact.norm(dim=1), part.double().norm(dim=1)

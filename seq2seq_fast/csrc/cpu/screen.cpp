@@ -26,7 +26,8 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
       bounds(chunks),
       bias_bounds(chunks) {
   if (panels == 0) return;
-  STD_TORCH_CHECK(parts[kContext].panels == panels && parts[kContext].width == parts[0].width &&
+  STD_TORCH_CHECK((!reads_context() ||
+                   (parts[kContext].panels == panels && parts[kContext].width == parts[0].width)) &&
                       x[4].numel() == (2 * kParts + 1) * panels,
                   "expected six bits of both parts of the readout's weights, and their bounds");
   for (int64_t p = 0; p < panels; ++p) {
@@ -100,7 +101,7 @@ Screen::Screen(const PackedScreen& packed, int64_t most, const Tensor* values)
 
 void Screen::prepare(const StepsLeft& left) {
   ++steps_;
-  if (screened_ || !values_) return;
+  if (screened_ || !values_ || !packed_.reads_context()) return;
   const int64_t B = values_->size(0), S = values_->size(1), D = values_->size(2);
   const int64_t saved = D - B * round_up(S, 4);  // bytes of each token, in a step
   if (saved <= 0) return;
@@ -136,19 +137,26 @@ ScreenStep::ScreenStep(Screen& screen, const StepRows& rows, int64_t n)
     : values_(screen.screened_ ? &*screen.screened_ : nullptr),
       sources_(rows.to.sources),
       n_(n),
+      reads_context_(screen.packed_.reads_context()),
       hidden_(screen.packed_.parts[PackedScreen::kHidden], n, rows.hidden),
       context_(
-          values_ ? values_->matrix() : screen.packed_.parts[PackedScreen::kContext], n,
+          values_ ? values_->matrix() : screen.packed_.parts[PackedScreen::kContext],
+          reads_context_ ? n : 0,
           values_ ? Operand{rows.to.weights, rows.to.ld, values_->positions()} : rows.context) {
   screen.sources_ = sources_;
   for (int64_t m = 0; m < n; ++m)
-    for (int part = 0; part < PackedScreen::kParts; ++part)
-      std::copy_n((part == PackedScreen::kHidden ? hidden_ : context_).norms(m), 2,
-                  screen.norms_ + 2 * (m * PackedScreen::kParts + part));
+    for (int part = 0; part < PackedScreen::kParts; ++part) {
+      float* const norms = screen.norms_ + 2 * (m * PackedScreen::kParts + part);
+      if (part == PackedScreen::kHidden || reads_context_)
+        std::copy_n((part == PackedScreen::kHidden ? hidden_ : context_).norms(m), 2, norms);
+      else
+        norms[0] = norms[1] = 0;
+    }
 }
 
 void ScreenStep::panel(int64_t p, const Sums& to) const {
   hidden_.multiply(p, 0, n_, to);
+  if (!reads_context_) return;
   const Sums onto = {to.out, to.ld, to.out, to.ld};
   if (!values_) return context_.multiply(p, 0, n_, onto);
   for (int64_t m = 0; m < n_; ++m)

@@ -2,8 +2,8 @@
 //
 // Greedy decoding wants one logit of each row, the largest. It is sought with rounded weights, of
 // six bits over the hidden state and eight over the context, a fifth of what floats are to read,
-// and found exactly. With weights w = w' + r, w' a whole number and a scale, and numbers x = x' +
-// d, x' of one digit,
+// and found exactly; an attentional vector stands for both, and is read as the hidden state is.
+// With weights w = w' + r, w' a whole number and a scale, and numbers x = x' + d, x' of one digit,
 //   |w x - w' x'| <= |r| |x| + |w'| |d|
 // in Euclidean norms (Cauchy-Schwarz), for the hidden state and for the context apart, and what
 // rounding may add is known too. A token with w' x' + bound below the greatest w' x' - bound is not
@@ -30,7 +30,8 @@ struct BitBounds {
 
 // The tensors that come from Python: matrix and scales, of kInt6 over the hidden state and of kInt8
 // over the context; the bounds of both, and of the bias' rounding (2 + 2 + 1, panels), the largest
-// of each panel's columns. Empty where nothing is sought.
+// of each panel's columns. Empty where nothing is sought; the context's part alone where readouts
+// read attentional vectors.
 struct PackedScreen {
   static constexpr int kTensors = 5;
   enum Part { kHidden, kContext, kParts };
@@ -40,6 +41,7 @@ struct PackedScreen {
   std::vector<float> bias_bounds;
   float most_of_bits[kParts] = {};  // of all chunks
   PackedScreen(const PackedTensor* tensors, int64_t chunk_panels);
+  bool reads_context() const { return parts[kContext].panels > 0; }
 };
 
 // How many steps there may be from one on, itself among them.
@@ -112,6 +114,7 @@ class ScreenStep {
   const ScreenedValues* const values_;
   const int32_t* const sources_;
   const int64_t n_;
+  const bool reads_context_;
   const Factor hidden_, context_;
 };
 
