@@ -102,7 +102,7 @@ def test_a_split_source(options, after):
 
 
 # Backward, blocks share rows in ranges of the source and slices of the features.
-SHARED = dict(T=2, S=413, A=580, D=64, L=1, H=8, E=3)
+SHARED = dict(T=2, S=413, A=700, D=64, L=1, H=8, E=3)  # elements beyond kLeastLaunched
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -144,6 +144,21 @@ def test_small_keys_beside_large_ones():
     ours, _ = plain.results(plain.cast(args, torch.float32))
     for name, want in exact.items():
         torch.testing.assert_close(ours[name].double(), want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("size", [1e28, 1e34])
+def test_gradients_beyond_what_powers_may_be_left_out_of(size):
+    args = plain.problem(T=1, L=1, S=37, A=20)
+    with torch.no_grad():
+        args["keys"].abs_().add_(9)
+        args["query"][1].sub_(9)
+    exact, ours = (dict(args), plain.cast(args, torch.float32))
+    found = []
+    for x in (exact, ours):
+        out = s2s.attention_decoder(**x, backend="reference" if x is exact else None)
+        scores = (out.contexts * size).sum()
+        found.append(torch.autograd.grad(scores, x["query"][1])[0])
+    torch.testing.assert_close(found[1].double(), found[0], rtol=1e-3, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("size", [1e-3, 6.0, 1e4])

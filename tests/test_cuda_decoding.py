@@ -199,6 +199,35 @@ def test_filters_that_change_are_read_anew():
             model.decoder.attention.location_conv.weight.mul_(-3)
 
 
+def exchanged_filters(decoder, n, width):
+    attention = decoder.attention
+    C, A = attention.location_conv.in_channels, attention.Wa.out_features
+    attention.location_conv = torch.nn.Conv1d(C, n, width, padding=width // 2, bias=False)
+    attention.location_dense = torch.nn.Linear(n, A, bias=False)
+
+
+CHANGES = {
+    "wider filters": lambda decoder: exchanged_filters(decoder, 3, 7),
+    "fewer filters": lambda decoder: exchanged_filters(decoder, 1, 5),
+    "many filters": lambda decoder: exchanged_filters(decoder, 600, 5),
+    "another activation": lambda decoder: setattr(decoder, "attentional_activation", "none"),
+    "another channel": lambda decoder: setattr(decoder.attention, "location", ("cumulative",)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_decoder_between_calls_is_seen(change):
+    model = plain.make(plain.KINDS[1], H=7, location=plain.LOCATIONS[0], O=9)
+    src = plain.sources(2, 7)
+    for _ in range(3):  # launched, captured, replayed
+        found, want = both(model, src, max_length=9)
+        plain.check_same(model, src, found, want)
+    CHANGES[change](model.decoder)
+    for _ in range(3):
+        found, want = both(model, src, max_length=9)
+        plain.check_same(model, src, found, want)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"beam_size": 3}], ids=str)
 @pytest.mark.parametrize("kind", [plain.KINDS[0], plain.KINDS[5]], ids=str)

@@ -37,6 +37,7 @@ OPTIONS = {
     "states dropped, no attention": dict(states_dropped=True, attention=False, dropout=True),
     "contexts dropped": dict(contexts_dropped=True, feedback=[2]),
     "contexts dropped, located": dict(contexts_dropped=True, channels=BOTH, L=1),
+    "rows shared by blocks": dict(channels=BOTH, B=1, T=2, S=413, D=64, L=1),
     "wider than the source": dict(channels=BOTH, B=2, T=3, S=5, N=2, K=41),
 }
 
@@ -123,6 +124,11 @@ def test_what_is_not_finite_is_as_on_the_cpu(where, bad, monkeypatch):
 
 
 def test_more_filters_than_a_block_has_memory_for_are_refused():
+    """Backward needs more than forward does."""
     args = cast(problem(channels=BOTH, N=3000, K=1), torch.float32)
+    out = s2s.attention_decoder(**args)
     with pytest.raises(RuntimeError, match="3000 filters of width 1 take .* shared memory"):
+        out.outputs.sum().backward()
+    args = cast(problem(channels=BOTH, N=4000, K=1), torch.float32)
+    with pytest.raises(RuntimeError, match="4000 filters of width 1 take .* shared memory"):
         s2s.attention_decoder(**args)

@@ -173,6 +173,7 @@ KERNELS = {
         )
         for S, H in itertools.product((32, 64), (48, 64, 112, 128))
     },
+    # The first stage has no reciprocals to budget, and so another name.
     **{
         f"{name} {stage}": (
             one_query_backward.one_query_backward_kernel,

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,25 @@ class Made:
         return self.tensors
 
 
+class Location(NamedTuple):
+    """How a decoder's attention sees its location: nothing where it does not."""
+
+    filters: list[Tensor]  # and their projection
+    before: Tensor | None  # the first step
+    accumulates: tuple[int, ...]
+
+    @classmethod
+    def of(cls, decoder: "Decoder", source: "stepwise.Source", state: "DecoderState") -> "Location":
+        if isinstance(source, Tensor):
+            return cls([], None, ())
+        tensors, accumulates = native.located(decoder, source, state)
+        return cls(tensors[:2], tensors[2] if tensors else None, accumulates)
+
+    @property
+    def form(self) -> tuple:
+        return *(x.shape for x in self.filters), self.accumulates
+
+
 class Loop:
     """The buffers of decoding sources of one shape with the same options, and a graph over them."""
 
@@ -135,12 +154,14 @@ class Loop:
         weights: list[Tensor],
         source: "stepwise.Source",
         state: "DecoderState",
+        location: Location,
         options: DecodingOptions,
     ):
         self.lock = threading.Lock()
         self.graph: Graph | None = None
         self.weights, self.options, self.runs = weights, options, 0
-        self.kind, self.vector = (decoder.cell_type, decoder.query_after), native.vector_of(decoder)
+        self.kind = decoder.cell_type, decoder.query_after
+        self.vector, self.accumulates = native.vector_of(decoder), location.accumulates
         (L, B, H), K, N = state.hidden.shape, options.beam_size, options.n_best
         M, T = B * K, _up(options.max_length, BLOCK)
         like = weights[0]
@@ -151,14 +172,13 @@ class Loop:
         self.source: list[Tensor] = []
         self.mask, S = None, 0
         self.locations, self.attended = new(0), new(0)
-        self.accumulates: tuple[int, ...] = ()
         if not isinstance(source, Tensor):
             S, A = _positions(source), source.v.shape[0]
             keys = new(B, S, A)
-            self.source = [keys, _ops.prepare_keys(keys), new(B, S, decoder.context_dim), new(A)]
-            location, self.accumulates = native.located(decoder, source, state)
-            if location:
-                self.source += [torch.empty_like(x) for x in location[:2]]
+            powers = new(0) if location.filters else _ops.prepare_keys(keys)  # read without alone
+            self.source = [keys, powers, new(B, S, decoder.context_dim), new(A)]
+            if location.filters:
+                self.source += [torch.empty_like(x) for x in location.filters]
                 self.locations = new(2, M, len(self.accumulates), S)
                 self.attended = new(M, S)
             self.mask = new(B, S, dtype=torch.bool)
@@ -230,7 +250,7 @@ class Loop:
         self,
         source: "stepwise.Source",
         state: "DecoderState",
-        location: list[Tensor],
+        location: Location,
         options: DecodingOptions,
     ) -> None:
         """Puts a call's numbers where the steps read them."""
@@ -252,19 +272,19 @@ class Loop:
             keys[:, S:].zero_()
             values[:, S:].zero_()  # nothing of an earlier call, which might not be finite
             ready = source.keys.powers
-            powers.copy_(
-                ready if ready is not None and ready.shape == powers.shape
-                else _ops.prepare_keys(keys)
-            )  # fmt: skip
+            if not location.filters:
+                powers.copy_(
+                    ready if ready is not None and ready.shape == powers.shape
+                    else _ops.prepare_keys(keys)
+                )  # fmt: skip
             v.copy_(source.v)
             mask[:, :S] = True if source.mask is None else source.mask
             mask[:, S:] = False
-            if location:
-                *given, before = location
-                for x, y in zip(filters, given, strict=True):
-                    x.copy_(y)
+            for x, y in zip(filters, location.filters, strict=True):
+                x.copy_(y)
+            if location.before is not None:
                 self.locations.zero_()
-                self.locations[0, ::K, :, :S].copy_(before)
+                self.locations[0, ::K, :, :S].copy_(location.before)
         if options.max_length_ratio is None:
             self.limits.fill_(options.max_length)  # copied from the host it would be waited for
         else:
@@ -288,7 +308,7 @@ class Loop:
         self,
         source: "stepwise.Source",
         state: "DecoderState",
-        location: list[Tensor],
+        location: Location,
         options: DecodingOptions,
     ) -> Generated:
         """`generate`, by who holds the lock."""
@@ -302,7 +322,7 @@ class Loop:
         self,
         source: "stepwise.Source",
         state: "DecoderState",
-        location: list[Tensor],
+        location: Location,
         options: DecodingOptions,
     ) -> Generated:
         self._load(source, state, location, options)
@@ -375,20 +395,22 @@ class Loops:
         decoder: "Decoder",
         source: "stepwise.Source",
         state: "DecoderState",
+        location: Location,
         options: DecodingOptions,
     ) -> Loop:
         """A loop of these shapes, locked."""
-        key = _key(source, state, options)
+        key = *_key(source, state, options), *location.form, *native.vector_of(decoder)
         with self.lock:
             weights = self.weights_of(decoder)
             loop = self.kept.get(key)
             if loop is None:
-                loop = self.kept[key] = Loop(decoder, weights, source, state, options)
+                loop = Loop(decoder, weights, source, state, location, options)
+                self.kept[key] = loop
                 if len(self.kept) > MOST_LOOPS:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
         if not loop.lock.acquire(blocking=False):
-            loop = Loop(decoder, weights, source, state, options)
+            loop = Loop(decoder, weights, source, state, location, options)
             loop.lock.acquire()
         return loop
 
@@ -465,12 +487,12 @@ def generate(
         decoder.loops = Loops()
     device = torch.cuda.device_of(decoder.fc_out.weight)
     with torch.inference_mode(False), torch.no_grad(), device:
-        location = [] if isinstance(source, Tensor) else native.located(decoder, source, state)[0]
-        if together.wanted(options) and not location and decoder.attentional_dim is None:
+        location = Location.of(decoder, source, state)
+        if together.wanted(options) and not location.filters and decoder.attentional_dim is None:
             found = together.generate(decoder, decoder.loops, source, state, options)
             if found is not None:
                 return found
-        loop = decoder.loops.take(decoder, source, state, options)
+        loop = decoder.loops.take(decoder, source, state, location, options)
         try:
             return loop.run(source, state, location, options)
         finally:

@@ -94,7 +94,7 @@ def vector_of(decoder: "Decoder") -> tuple[int, ...]:
     return decoder.fed_dim, int(decoder.attentional_activation == "tanh")
 
 
-def channels_of(decoder: "Decoder") -> tuple[str, ...]:
+def _channels(decoder: "Decoder") -> tuple[str, ...]:
     return getattr(decoder._modules.get("attention"), "location", ())
 
 
@@ -103,7 +103,7 @@ def located(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Filters, their projection, and the state before the first step, if there are any; which of
     its channels add up."""
-    channels = channels_of(decoder)
+    channels = _channels(decoder)
     if not channels:
         return [], ()
     attention = decoder.attention

@@ -1,7 +1,8 @@
 // The recurrence of the attention decoder backward. It is one launch, see
 // decoder_backward_loop.cuh, or for each step of L layers 2 L + 2 of them: for each layer its cell
 // and the product of the gates' gradient with [w_input | w_hidden], whose parts the next kernels
-// add up; attention, and the query's product. Gradients of weights, keys and values are products
+// add up; attention, which is two where blocks share rows, three with a location; and the query's
+// product. Gradients of weights, keys and values are products
 // over all steps, which are left to the caller.
 #include <torch/csrc/stable/library.h>
 

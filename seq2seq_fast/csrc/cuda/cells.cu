@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kCellThreads) make_vector(VectorArguments a) {
   float y = a.product(b, n) + a.bias(b, n);
   if (a.tanh) y = tanhf(y);
   if (a.factors.data != nullptr) y *= a.factors(b, n);
-  a.vector(b, n) = a.to_input(b, n) = y;
+  a.vector(b, n) = y;
+  if (a.to_input.data != nullptr) a.to_input(b, n) = y;
 }
 
 __global__ void __launch_bounds__(kCellThreads) retreat_vector(VectorBackwardArguments a) {

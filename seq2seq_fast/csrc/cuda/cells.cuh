@@ -153,9 +153,10 @@ struct ScaleArguments {
 
 // Attentional vectors behind the product that they are made by, and their gradient before it.
 struct VectorArguments {
-  FloatRows product, bias;     // (B, O), and (O,) for all rows
-  FloatRows factors;           // of dropout, or absent
-  FloatRows vector, to_input;  // where it goes: its place, and that in the next step's product
+  FloatRows product, bias;  // (B, O), and (O,) for all rows
+  FloatRows factors;        // of dropout, or absent
+  // where it goes: its place, and that in the next step's product, which may be absent
+  FloatRows vector, to_input;
   int B, O;
   bool tanh;
 };

@@ -224,7 +224,7 @@ class Steps {
   void make_vector() {
     product(*vector_product_, *features_, *weights_.vector);
     VectorArguments a{float_rows(*vector_product_), {floats(*weights_.b_vector), 0}};
-    a.vector = float_rows(state_.context), a.to_input = float_rows(lowest_, E_);
+    a.vector = float_rows(state_.context);  // from where it follows rows
     a.B = static_cast<int>(M_), a.O = static_cast<int>(F_), a.tanh = tanh_;
     launch_vector(device_, a);
   }

@@ -19,8 +19,10 @@ Place::Place(const Device& device, const std::vector<Tensor>& location,
                   "expected projection (A, N)");
   for (int64_t c = 0; c < C; ++c)
     if (accumulates[c] != 0) filters.accumulates |= 1u << c;
-  const int64_t floats =
-      std::max(PlaceSlopesArguments{filters}.floats(), PlaceSumsArguments{filters}.floats());
+  check_room(device, filters.floats());
+}
+
+void Place::check_room(const Device& device, int64_t floats) const {
   STD_TORCH_CHECK(floats <= device.shared_floats_of_block, filters.N, " filters of width ",
                   filters.K, " take ", 4 * floats,
                   " bytes of a block's shared memory, expected at most ",
@@ -58,6 +60,8 @@ PlaceBackward::PlaceBackward(const Device& device, const Place& place, const Sou
       of_weights_(empty(states, {B_, place.filters.S})),
       dconv_(empty(states, {B_, place.filters.N, place.filters.C * place.filters.K})),
       dstate_(empty(states, dstate.sizes())) {
+  place.check_room(device, std::max(PlaceSlopesArguments{place.filters}.floats(),
+                                    PlaceSumsArguments{place.filters}.floats()));
   copy(dstate_, dstate);
   torch::stable::zero_(dconv_);
 }

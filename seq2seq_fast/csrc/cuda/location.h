@@ -13,6 +13,8 @@ struct Place {
   Filters filters;
   Place(const Device& device, const std::vector<Tensor>& location,
         const std::vector<int64_t>& accumulates, const Tensor& keys);
+  // A block's, of shared memory; forward's is checked already.
+  void check_room(const Device& device, int64_t floats) const;
 };
 
 // The location before step t, from that of the step before it, both of `states` (T + 1, B, C, S),

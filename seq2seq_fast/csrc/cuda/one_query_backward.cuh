@@ -22,6 +22,8 @@ constexpr int kValuesOfWarp = 4;
 // Of a row, what its path is chosen by: the largest |query| and |v|, and of the keys' maxima the
 // largest and the smallest.
 constexpr int kExtents = 4;
+// Of a score, times what exp(-2q) can be where there are powers, and then some.
+constexpr float kMostGradient = 1e28f;
 
 // Rows are of one step, or of all, (T B, width); those of `carried` are of one step.
 struct OneQueryBackwardArguments {
@@ -173,17 +175,17 @@ __device__ __forceinline__ void add_extents(const OneQueryBackwardArguments& a, 
   }
 }
 
-// The query's gradient in a slice of the features, given those of scores, whether all are finite,
-// and the row's extents.
+// The query's gradient in a slice of the features, given those of scores, whether none is too large
+// for what exp(2q) is left out of, and the row's extents.
 template <int warps>
 __device__ __forceinline__ void retreat_slopes(const OneQueryBackwardArguments& a, int b, int row,
                                                int slice, float* scratch, const float* grads,
-                                               bool all_finite, const float* extents) {
+                                               bool all_moderate, const float* extents) {
   constexpr int threads = kWarp * warps;
   const int thread = threadIdx.x;
   const float max_q = extents[0], max_v = extents[1], max_k = extents[2], min_k = extents[3];
-  const bool finite = all_finite && magnitude(max_v) < 0x7f800000u;
-  const Path path = finite ? choose_path(max_q, max_k, 0.f) : Path::kExact;
+  const bool moderate = all_moderate && magnitude(max_v) < 0x7f800000u;
+  const Path path = moderate ? choose_path(max_q, max_k, 0.f) : Path::kExact;
   // Some keys are powers, some are powers minus one: each is asked then.
   const float one = max_k < kSmallMagnitude ? 1.f : 0.f;
   const bool mixed = one == 0.f && min_k < kSmallMagnitude;
@@ -287,15 +289,15 @@ __device__ __forceinline__ void retreat_one_query(const OneQueryBackwardArgument
   of_block<warps>(x, of_row.scratch, [](int i, float u, float v) {
     return i == 0 ? u + v : i == kExtents ? fminf(u, v) : larger(u, v);
   });
-  bool finite = true;
+  bool moderate = true;
   for (int s = threadIdx.x; s < a.S; s += kWarp * warps) {
     const float ds = a.weights(row, s) * (grads[s] - x[0]);
     grads[s] = ds;
     if (part == 0) a.to_scores(row, s) = ds;
-    finite = finite && magnitude(ds) < 0x7f800000u;
+    moderate = moderate && magnitude(ds) < __float_as_uint(kMostGradient);
   }
-  const bool all_finite = !__syncthreads_or(!finite);
-  retreat_slopes<warps>(a, b, row, part, of_row.scratch, grads, all_finite, x + 1);
+  const bool all_moderate = !__syncthreads_or(!moderate);
+  retreat_slopes<warps>(a, b, row, part, of_row.scratch, grads, all_moderate, x + 1);
 }
 
 }  // namespace seq2seq_fast
