@@ -22,8 +22,8 @@ constexpr int kValuesOfWarp = 4;
 // Of a row, what its path is chosen by: the largest |query| and |v|, and of the keys' maxima the
 // largest and the smallest.
 constexpr int kExtents = 4;
-// Of a score, times what exp(-2q) can be where there are powers, and then some.
-constexpr float kMostGradient = 1e28f;
+// Of a score: times exp(21), what exp(2q) left out can add, and any number of keys it stays finite.
+constexpr float kMostGradient = 1e22f;
 
 // Rows are of one step, or of all, (T B, width); those of `carried` are of one step.
 struct OneQueryBackwardArguments {
