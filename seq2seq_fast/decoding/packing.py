@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +24,11 @@ UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 MOST_GATES = 1 << 24  # of all tokens, which are made beforehand where values are projected
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
+MANY_SUMMED = 2048  # of which log-probabilities are made of sixteen bits
 MOST_OF_SIX = 31  # what whole numbers of six bits are not above
+# So many of a row, in sixteen bits, are at most so long before they are rounded: kSixteenBlock of
+# csrc/cpu/loops.h.
+BLOCK_OF_SIXTEEN, LENGTH_OF_SIXTEEN = 64, 2**14.5 - 12
 PART = 1024  # of which the bounds are made at once, in float64
 MOST_INPUTS = 1 << 17  # of int8's products, whose sums fit into whole numbers of 32 bits
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
@@ -54,7 +59,7 @@ class Packed(NamedTuple):
 
 
 _op = torch.ops.seq2seq_fast.pack_panels
-_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+_DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int16)
 
 
 class Panels(NamedTuple):
@@ -97,9 +102,9 @@ def pack_decoder(
 ) -> PackedDecoder:
     """decoder's weights packed as "float32", "bfloat16" or "int8", a copy of all of them.
 
-    In float32 and bfloat16 a large vocabulary's readout is there twice more where `seek`: rounded
-    to six and eight bits, by which greedy decoding seeks the most probable token, and row by row,
-    by which it decides.
+    In float32 and bfloat16 a large vocabulary's readout is there three times more where `seek`:
+    rounded to six and eight bits, by which greedy decoding seeks the most probable token; to
+    sixteen, of which log-probabilities are made; and row by row, by which tokens are decided on.
 
     Embedding, biases and v stay float32, as do the gates that few tokens have beforehand. bfloat16
     is rounded to nearest and summed up in float32. int8 has one scale for each output of a
@@ -244,7 +249,7 @@ def _pack(
     joined = None if decoder.attentional_dim is None else decoder.attentional
     packed += _pack_linear(joined, dtype) if joined is not None else [*nothing, like.new_empty(0)]
     packed += _pack_linear(decoder.fc_out, dtype)
-    return packed + pack_screen(decoder, dtype, seek and dtype != torch.int8)
+    return packed + pack_screens(decoder, dtype, seek and dtype != torch.int8)
 
 
 def _gates_of_tokens(decoder: "Decoder", w_input: Tensor, bias: Tensor) -> Tensor:
@@ -315,44 +320,86 @@ def _by_fours(whole: Tensor, zero: int, blocks: int) -> Tensor:
     return (fours + zero).to(torch.uint8).contiguous()
 
 
-def pack_screen(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor]:
-    """What csrc/cpu/screen.h seeks the most probable token with: six bits, with scales, of the
+def pack_screens(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor | Panels]:
+    """What csrc/cpu/screen.h seeks the most probable tokens with. Of six bits, with scales, of the
     hidden state's part of the readout's weights, or of an attentional vector's, and int8 of the
-    context's, none beside a vector; the bounds (5, P), largest of each panel's columns; the weights
-    (V, K) in dtype. All empty where it is not sought: not wanted, few tokens, or weights that are
-    not finite."""
+    context's, none beside a vector; the bounds (5, P), largest of each panel's columns; no mean.
+    The same of sixteen bits, of all the weights, and their mean. The weights (V, K) in dtype. All
+    empty where nothing is sought: not wanted, few tokens, or weights that are not finite."""
     linear, H = decoder.fc_out, decoder.layers.hidden_size
     if decoder.attentional_dim is not None:
         H = decoder.attentional_dim
     w, bias, (V, K) = linear.weight.detach(), bias_of(linear).detach(), linear.weight.shape
-    nothing = w.new_empty(0, 1)
-    of_int8 = _by_fours(nothing, 128, 1), w.new_empty(0)
-    empty = [*pack_six_bits(nothing), *of_int8, *2 * [w.new_empty(0)]]
+    none = w.new_empty(0)
+    nothing = none[:, None]
+    of_int8 = _by_fours(nothing, 128, 1), none
+    no_sixteen = [*_pack_sixteen_bits(nothing), *of_int8, none, none]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
-        return empty
+        return [*pack_six_bits(nothing), *of_int8, none, none, *no_sixteen, none]
     w = w.to(dtype).to(w.dtype)
     if not (w.isfinite().all() and (bias < torch.inf).all()):
-        return empty
-    parts = [_bounds(*rows, H) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
-    bounds = F.pad(torch.cat(parts, 1), (0, -V % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
+        return [*pack_six_bits(nothing), *of_int8, none, none, *no_sixteen, none]
     of_context = pack_matrix([w[:, H:]], 1, torch.int8) if K > H else of_int8
-    return [*pack_six_bits(w[:, :H]), *of_context, bounds, w.to(dtype)]
+    six, eight = (partial(_rounded, most=most) for most in (MOST_OF_SIX, 127))
+    parts: list[_Part] = [(slice(H), six, None), (slice(H, K), eight, None)]
+    packed: list[Tensor | Panels] = [*pack_six_bits(w[:, :H]), *of_context]
+    packed += [_largest_bounds(w, bias, parts), none]
+    if V < MANY_SUMMED:
+        return [*packed, *no_sixteen, w.to(dtype)]
+    mean = w.mean(0)
+    parts = [(slice(K), _rounded_to_sixteen, mean), (slice(K, K), _rounded_to_sixteen, None)]
+    filled = F.pad(mean, (0, -K % BLOCK_OF_SIXTEEN))
+    packed += [*_pack_sixteen_bits(w - mean), *of_int8, _largest_bounds(w, bias, parts), filled]
+    return [*packed, w.to(dtype)]
 
 
-def _bounds(w: Tensor, bias: Tensor, H: int) -> Tensor:
-    """(5, N), of each row of w (N, K), the first H of its columns and the others: how far a product
-    by their bits can be from that by floats, for a left factor of norm 1; the norm of what the
-    bits stand for. Last the rounding of the bias."""
+def _pack_sixteen_bits(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Panels (P, K / 2, WIDTH, 2) of w (N, K), K filled up with zeros, in whole numbers of sixteen
+    bits, and each column's scale."""
+    whole, scale = _rounded_to_sixteen(w)
+    filled = F.pad(whole.to(torch.int16), (0, -whole.shape[1] % 2))
+    pairs = pack_rows(filled.view(torch.int32), 1).view(torch.int16)
+    return pairs.unflatten(2, (WIDTH, 2)), pack_rows(scale, 1).flatten()
+
+
+def _rounded_to_sixteen(w: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_rounded`, of which no block of a row's numbers is too long: sums of their products fit
+    into whole numbers of 32 bits."""
+    most = w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    # Of numbers up to 1, whose squares are finite.
+    filled = F.pad(w / most, (0, -w.shape[1] % BLOCK_OF_SIXTEEN))
+    length = filled.unflatten(1, (-1, BLOCK_OF_SIXTEEN)).norm(dim=2).amax(1, keepdim=True)
+    scale = (most * (length / LENGTH_OF_SIXTEEN)).clamp_min(torch.finfo(torch.float32).tiny)
+    return (w / scale).round(), scale
+
+
+# Columns of a matrix, how they are rounded, and what was taken from them before.
+_Part = tuple[slice, Callable[[Tensor], tuple[Tensor, Tensor]], Tensor | None]
+
+
+def _largest_bounds(w: Tensor, bias: Tensor, parts: list[_Part]) -> Tensor:
+    """(5, P): the largest of each panel's rows, see `_bounds`."""
+    bounds = [_bounds(*rows, parts) for rows in zip(w.split(PART), bias.split(PART), strict=True)]
+    return F.pad(torch.cat(bounds, 1), (0, -len(w) % WIDTH)).unflatten(1, (-1, WIDTH)).amax(2)
+
+
+def _bounds(w: Tensor, bias: Tensor, parts: list[_Part]) -> Tensor:
+    """(5, N), of each row of w (N, K) and each of two parts of it: how far a product by their bits
+    can be from that by floats, for a left factor of norm 1; the norm of what the bits stand for.
+    Last the rounding of the bias."""
     unit, bounds = 2.0**-24, []  # of float32's rounding
-    for part, most in ((w[:, :H], MOST_OF_SIX), (w[:, H:], 127)):
+    for columns, rounding, mean in parts:
+        part = w[:, columns]
         if part.shape[1] == 0:
             bounds += 2 * [w.new_zeros(len(w), dtype=torch.float64)]
             continue
-        whole, scale = _rounded(part, most)
+        taken = w.new_zeros(1) if mean is None else mean
+        whole, scale = rounding(part - taken)
         exact = scale.double() * whole
         of_bits, of_part = exact.norm(dim=1), part.double().norm(dim=1)
         # Sums of K products, each rounded, and the few roundings of digits and of scales.
-        rounded = (part - exact).norm(dim=1) + (w.shape[1] + 12) * unit * (of_part + of_bits)
+        sizes = of_part + of_bits + taken.double().norm()
+        rounded = (part.double() - taken - exact).norm(dim=1) + (w.shape[1] + 12) * unit * sizes
         bounds += [rounded, of_bits]
     of_bias = 3 * unit * bias.abs().masked_fill(bias == -torch.inf, 0)
     return torch.stack([*bounds, of_bias]).float()

@@ -2,6 +2,7 @@
 // has them.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -59,13 +60,12 @@ class Engine {
         model_(model),
         source_(source),
         step_(step),
-        seeks_(greedy_ && !(o_.sampling && !o_.sampling->seeks(model.V))),
         B_(B * options.n_samples),
         P_(prefix ? prefix->size(1) : 0),
         prefix_(prefix ? static_cast<const int64_t*>(prefix->data_ptr()) : nullptr),
         searches_(B_),
         sums_(B_),
-        late_(model.readout, sums_) {
+        late_(model.readout, step.features(0).K, sums_) {
     for (int64_t b = 0; b < B_; ++b) {
       const auto source = static_cast<int32_t>(b / o_.n_samples);
       searches_[b].limit =
@@ -85,8 +85,7 @@ class Engine {
     while (!live_.empty()) {
       STD_TORCH_CHECK(!interrupted(), "interrupted by a signal");
       const auto rows = static_cast<int64_t>(live_.size());
-      const bool seeks = seeks_ && step_.readout().seeks(rows, o_.keep_scores);
-      step_.run(live_, {least_ - t_, most_ - t_}, seeks);
+      step_.run(live_, {least_ - t_, most_ - t_}, wanted(rows));
       keep_weights();
       if (scores_come_late())
         late_.make_room(rows);
@@ -108,8 +107,9 @@ class Engine {
   void go_on(int32_t b);
   void bar(int32_t m) const;
   int32_t choose(int32_t b, int32_t m) const;
-  bool scores_come_late() const { return o_.keep_scores && step_.readout().sought(); }
-  void take(int32_t b, int32_t token);
+  Made wanted(int64_t rows) const;
+  bool scores_come_late() const { return o_.keep_scores && step_.readout().made() == Made::kToken; }
+  void take(int32_t b);
   void settle();
   void force(Search& search, int32_t token);
   int32_t source(int32_t b) const { return static_cast<int32_t>(b / o_.n_samples); }
@@ -127,7 +127,6 @@ class Engine {
   const PackedDecoder& model_;
   const DecoderSource& source_;
   DecoderStep& step_;
-  const bool seeks_;              // not all logits are needed
   const int64_t B_, P_;           // searches
   const int64_t* prefix_;         // (sources, P)
   int64_t t_ = 0;                 // steps that are behind
@@ -140,12 +139,19 @@ class Engine {
   std::vector<std::vector<float>> weights_;  // of each step, (rows, S)
 };
 
+Made Engine::wanted(int64_t rows) const {
+  if (o_.sampling && !o_.sampling->seeks(model_.V)) return Made::kLogits;
+  // What reads fewer weights is quicker for few rows, whose scores can come late.
+  const bool at_once = !greedy_ || (o_.keep_scores && rows > kFewRows);
+  return at_once ? Made::kScores : Made::kToken;
+}
+
 // A search's continuations by one token, and whether it goes on: `next` is empty if not.
 void Engine::go_on(int32_t b) {
   Search& search = searches_[b];
   search.next.clear();
   if (greedy_)
-    take(b, t_ < P_ ? forced(b) : choose(b, search.first));
+    take(b);
   else if (t_ < P_)
     force(search, forced(b));
   else
@@ -158,14 +164,15 @@ void Engine::go_on(int32_t b) {
 }
 
 // Greedy decoding goes on with a token. What has ended gets its scores from `settle`.
-void Engine::take(int32_t b, int32_t token) {
+void Engine::take(int32_t b) {
   Search& search = searches_[b];
   const int32_t m = search.first;
   const Readout& readout = step_.readout();
-  if (scores_come_late())
-    late_.add(m, b, token, step_.features(0), step_.features(1), m);
-  else if (o_.keep_scores)
-    sums_[b] += readout.normaliser(m).log_prob(readout.logits(m)[token]);
+  const bool late = scores_come_late(), now = o_.keep_scores && !late;
+  const auto normaliser = now ? std::optional(readout.normaliser(m)) : std::nullopt;
+  const int32_t token = t_ < P_ ? forced(b) : choose(b, m);
+  if (late) late_.add(m, b, token, step_.features(0), step_.features(1), m);
+  if (now) sums_[b] += normaliser->log_prob(readout.logit(m, token));
   const Candidate next = {0, m, token};
   if (token == o_.eos)
     end(b, next, true);
@@ -187,7 +194,7 @@ void Engine::force(Search& search, int32_t token) {
   const int32_t m = search.first;
   const Readout& readout = step_.readout();
   const double log_prob =
-      search.log_probs[0] + readout.normaliser(m).log_prob(readout.logits(m)[token]);
+      search.log_probs[0] + readout.normaliser(m).log_prob(readout.logit(m, token));
   if (log_prob > -INFINITY) search.next.push_back({log_prob, m, token});
 }
 
@@ -227,43 +234,62 @@ int32_t Engine::choose(int32_t b, int32_t m) const {
 }
 
 // The 2 K best continuations, of K hypotheses: at most K of them end, so that K go on. Among equals
-// the first row and the first token come first.
+// the first row and the first token come first. Near logits tell which ones may be among them.
 std::vector<Candidate> Engine::best(int32_t b) const {
   const Search& search = searches_[b];
   const size_t most = 2 * o_.beam_size;
-  std::vector<Candidate> best;
-  best.reserve(most + 1);
   const PackedReadout& packed = model_.readout;
   const Readout& readout = step_.readout();
+  std::vector<Candidate> may_be;  // log-probabilities as they are at most
+  std::vector<double> least;      // the largest of what they are at least, descending
+  least.reserve(most + 1);
+  std::vector<Normaliser> normalisers;
   std::vector<int32_t> places(packed.chunk_width());
   for (int32_t k = 0; k < search.count; ++k) {
     const int32_t m = search.first + k;
     const float* logits = readout.logits(m);
-    const Normaliser r = readout.normaliser(m);
+    const Normaliser& r = normalisers.emplace_back(readout.normaliser(m));
     const double so_far = search.log_probs[k];
     choose(b, m);  // for what it bars: one token at least is left
     for (int64_t chunk = 0; chunk < packed.chunks; ++chunk) {
       const int64_t v = chunk * packed.chunk_width();
-      double least = best.size() < most ? -INFINITY : best.back().log_prob;
-      // Below the least by more than rounding; `log_prob` decides on what is left.
-      const double logit = least - so_far + r.log_sum + r.top;
+      const double off = readout.off(m, chunk);
+      double enough = least.size() < most ? -INFINITY : least.back();
+      // Below what is enough by more than rounding; `log_prob` decides on what is left.
+      const double logit = enough - so_far + r.log_sum + r.top - off;
       const auto threshold =
-          static_cast<float>(logit - 1e-6 * (1 + std::abs(logit) + std::abs(r.top)));
+          static_cast<float>(logit - 1e-6 * (1 + off + std::abs(logit) + std::abs(r.top)));
       if (!(readout.peaks(m)[chunk].top > threshold)) continue;
       const int64_t found = loops.above(logits + v, packed.count(chunk), threshold, places.data());
       for (int64_t i = 0; i < found; ++i) {
         const auto token = static_cast<int32_t>(v + places[i]);
-        const double log_prob = so_far + r.log_prob(logits[token]);
-        if (!(log_prob > least)) continue;
-        auto at = best.end();
-        while (at != best.begin() && at[-1].log_prob < log_prob) --at;
-        best.insert(at, {log_prob, m, token});
-        if (best.size() > most) best.pop_back();
-        if (best.size() == most) least = best.back().log_prob;
+        const double near = so_far + r.log_prob(logits[token]);
+        const double margin = off > 0 ? off + 1e-6 * (off + std::abs(near - so_far)) : 0;
+        if (!(near + margin >= enough)) continue;
+        may_be.push_back({near + margin, m, token});
+        auto at = least.end();
+        while (at != least.begin() && at[-1] < near - margin) --at;
+        least.insert(at, near - margin);
+        if (least.size() > most) least.pop_back();
+        if (least.size() == most) enough = least.back();
       }
     }
   }
-  return best;
+  if (least.size() == most)
+    std::erase_if(may_be, [&](const Candidate& c) { return c.log_prob < least.back(); });
+  std::vector<int32_t> tokens;
+  for (auto at = may_be.begin(), row = at; at != may_be.end(); row = at) {
+    tokens.clear();
+    for (; at != may_be.end() && at->row == row->row; ++at) tokens.push_back(at->token);
+    const std::vector<float> logits = readout.exact(row->row, tokens);
+    const int64_t k = row->row - search.first;
+    for (const float logit : logits)
+      (row++)->log_prob = search.log_probs[k] + normalisers[k].log_prob(logit);
+  }
+  std::stable_sort(may_be.begin(), may_be.end(),
+                   [](const Candidate& a, const Candidate& c) { return a.log_prob > c.log_prob; });
+  if (may_be.size() > most) may_be.resize(most);
+  return may_be;
 }
 
 void Engine::beam(int32_t b) {
@@ -431,7 +457,8 @@ Outputs decode(Tensor packed, Tensor layout, std::string cell_type, bool query_a
                   "expected bos and eos of the vocabulary");
   STD_TORCH_CHECK(!project_values || from.attends(), "expected values to project");
   // Whether all logits are needed: of beams, which share their sources, and of draws from the best.
-  const bool all = options.beam_size > 1 || (sampling && !sampling->seeks(model.V));
+  const bool all = (options.beam_size > 1 && !model.readout.makes_scores()) ||
+                   (sampling && !sampling->seeks(model.V));
   const Project project = {project_values && !query_after,
                            project_values && all && model.readout.matrix.type != Weights::kInt8};
   DecoderStep step(model, from, hidden, cell, context, B * each, coverage_penalty > 0, project);
@@ -461,7 +488,7 @@ Outputs decoder_step(Tensor packed, Tensor layout, std::string cell_type, bool q
     live.push_back({b, b, static_cast<int32_t>(token)});
   }
   DecoderStep step(model, from, hidden, cell, context, B, false, {});
-  step.run(live, {1, 1}, false);
+  step.run(live, {1, 1}, Made::kLogits);
   const Operand fed = model.O > 0 ? step.vectors() : step.contexts();  // in the next step
   const Tensor logits = empty(hidden, {B, model.V}), after = empty(hidden, {B, fed.K}),
                attention = empty(hidden, {B, from.S}), h = empty(hidden, hidden.sizes()),

@@ -174,7 +174,7 @@ DecoderStep::DecoderStep(const PackedDecoder& model, const DecoderSource& source
   if (source_.attends() && !model_.query_after) query_all(B);
 }
 
-void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool seek) {
+void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, Made wanted) {
   const auto rows = static_cast<int64_t>(live.size());
   const bool attended = ahead_;
   follow(live);
@@ -187,7 +187,7 @@ void DecoderStep::run(const std::vector<Live>& live, const StepsLeft& left, bool
     attend(live);
     if (model_.O > 0) make_vectors(rows);
   }
-  read_out(rows, left, seek);
+  read_out(rows, left, wanted);
 }
 
 void DecoderStep::copy_states(int64_t rows, float* to_hidden, float* to_cell) const {
@@ -373,13 +373,13 @@ void DecoderStep::make_vectors(int64_t rows) {
 
 // The readout, and meanwhile what the next step has of the same hidden states: its queries, and of
 // few rows its attention, which one thread makes while others read weights.
-void DecoderStep::read_out(int64_t rows, const StepsLeft& left, bool seek) {
+void DecoderStep::read_out(int64_t rows, const StepsLeft& left, Made wanted) {
   const bool asks = source_.attends() && !model_.query_after;
   const int64_t queries = asks ? model_.query.panels : 0, chunks = model_.readout.chunks;
   const bool ahead = asks && left.most > 1 && rows <= kFewRows && chunks >= kManyChunks && !cover_;
   const Factor states = query_factor(queries > 0 ? rows : 0);
   std::atomic<int64_t> to_make = queries;
-  readout_.run({features(0), features(1), attended()}, rows, seek, left, [&](int64_t chunk) {
+  readout_.run({features(0), features(1), attended()}, rows, wanted, left, [&](int64_t chunk) {
     // Chunks are taken from both ends: queries come with the first of them.
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t at = i / 2 % chunks;

@@ -93,9 +93,8 @@ class DecoderStep {
               const Tensor& cell_state, const std::optional<Tensor>& context, int64_t most,
               bool cover, Project project);
 
-  // The first of the steps that are left. Where `seek`, the most probable tokens alone are wanted
-  // of the readout.
-  void run(const std::vector<Live>& live, const StepsLeft& left, bool seek);
+  // The first of the steps that are left, and what is wanted of the readout.
+  void run(const std::vector<Live>& live, const StepsLeft& left, Made wanted);
 
   // After `run`:
   // Copies the states of all layers, (L, rows, H) each.
@@ -126,7 +125,7 @@ class DecoderStep {
   void query(const Factor& states, int64_t panel, int64_t rows);
   void query_all(int64_t rows);
   void make_vectors(int64_t rows);
-  void read_out(int64_t rows, const StepsLeft& left, bool seek);
+  void read_out(int64_t rows, const StepsLeft& left, Made wanted);
   Attended attended() const { return {weights_[kept_], weights_ld_, sources_}; }
   float* hidden(int which, int64_t layer) const { return hidden_[which] + layer * most_ * Hp_; }
   float* cell(int which, int64_t layer) const { return cell_[which] + layer * most_ * Hp_; }

@@ -1,15 +1,23 @@
 // See readout.h.
+#include <algorithm>
+
 #include "readout.h"
 
 namespace seq2seq_fast {
 
-constexpr int64_t kTogether = 96;  // tokens that pay for reading the weights
+// Tokens that pay for reading the weights, and what their logits may take, in bytes.
+constexpr int64_t kTogether = 96, kFewTogether = 8, kMostBytes = int64_t{8} << 20;
 
-LateLogProbs::LateLogProbs(const PackedReadout& packed, std::vector<double>& sums)
-    : packed_(packed), sums_(sums) {}
+LateLogProbs::LateLogProbs(const PackedReadout& packed, int64_t of_first, std::vector<double>& sums)
+    : packed_(packed),
+      no_values_(packed.matrix, 0, nullptr, nothing_),
+      sums_(sums),
+      of_first_(of_first),
+      most_(std::clamp(kMostBytes / static_cast<int64_t>(packed.ld() * sizeof(float)), kFewTogether,
+                       kTogether)) {}
 
 void LateLogProbs::make_room(int64_t n) {
-  if (end_ > 0 && end_ + n > kTogether) flush();
+  if (end_ > 0 && end_ + n > most_) flush();
   begin_ = end_, end_ += n;
   sources_.resize(end_), tokens_.resize(end_), rows_.resize(end_ * packed_.matrix.K);
 }
@@ -23,26 +31,20 @@ void LateLogProbs::add(int64_t i, int32_t source, int32_t token, const Operand& 
 }
 
 void LateLogProbs::flush() {
-  const int64_t n = end_, K = packed_.matrix.K, chunks = packed_.chunks;
+  const int64_t n = end_, K = packed_.matrix.K;
   begin_ = end_ = 0;
   if (n == 0) return;
-  const Factor rows(packed_.matrix, n, {rows_.data(), K, K});
-  const Buffer<Peak> peaks(n * chunks);
-  const Buffer<float> chosen(n);
-  const int64_t width = packed_.chunk_width();
-  parallel_in_turns(
-      chunks, packed_.chunk_panels * packed_.matrix.operations(n), [&](int64_t chunk) {
-        const Buffer<float> logits(n * width);
-        packed_.over_panels(chunk, logits, width,
-                            [&](int64_t p, const Sums& to) { rows.multiply(p, 0, n, to); });
-        for (int64_t i = 0; i < n; ++i) {
-          peaks[i * chunks + chunk] = loops.peak(logits + i * width, packed_.count(chunk));
-          const int64_t at = tokens_[i] - chunk * width;
-          if (at >= 0 && at < width) chosen[i] = logits[i * width + at];
-        }
-      });
-  for (int64_t i = 0; i < n; ++i)
-    sums_[sources_[i]] += Normaliser(peaks + i * chunks, chunks).log_prob(chosen[i]);
+  // Rows come few at a time.
+  if (!readout_) readout_.emplace(packed_, std::max(most_, kFewRows), nullptr, no_values_);
+  const float* const rows = rows_.data();
+  const Operand hidden = {rows, K, of_first_}, context = {rows + of_first_, K, K - of_first_};
+  readout_->run({hidden, context, {}}, n, Made::kScores, {1, 1}, [](int64_t) {});
+  std::vector<float> log_probs(n);
+  parallel(n, packed_.V / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      log_probs[i] = readout_->normaliser(i).log_prob(readout_->logit(i, tokens_[i]));
+  });
+  for (int64_t i = 0; i < n; ++i) sums_[sources_[i]] += log_probs[i];
 }
 
 }  // namespace seq2seq_fast

@@ -48,8 +48,9 @@ enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
 // Those of kInt8 are whole numbers + 128, (K / 4, width, 4), and `scale` is of each column. Those
 // of kInt6 are whole numbers + 32 of as many columns as a panel has at most, (K / 4, 3, kPanel):
 // the k-th block's of four rows are the low bits of the k-th part, and the fourth block's lie above
-// them, two bits in each part, the lowest ones first.
-enum class Weights : uint8_t { kFloat, kBFloat16, kInt8, kInt6 };
+// them, two bits in each part, the lowest ones first. Those of kInt16 are whole numbers, (K / 2,
+// width, 2).
+enum class Weights : uint8_t { kFloat, kBFloat16, kInt8, kInt6, kInt16 };
 
 // Columns of the left factor of a product: rows x, ld apart, of K numbers. Up to kOperands of them
 // lie side by side; those that are not there have no columns.
@@ -71,6 +72,23 @@ struct QuantisedRows {
   int32_t* offsets;  // (rows, count): -128 times the sum of digits, as weights are 128 too large
   float* norms;      // (rows, 2): Euclidean, of x and of what rounding it has taken
 };
+
+// What weights of kInt16 are multiplied by: x = scale * whole number, with a scale for each block
+// of kSixteenBlock numbers, none of which is above kSixteen, nor their Euclidean norm above
+// kSixteenLength. That of as many weights is not above 2^14.5 - 8, so that their products' sums are
+// whole numbers of 32 bits (Cauchy-Schwarz), rounding included.
+struct SixteenRows {
+  int64_t K, ld;      // K is filled up with zeros to an even number
+  int16_t* numbers;   // (rows, ld), whole blocks
+  float* scales;      // (rows, blocks)
+  float* norms;       // (rows, 2): Euclidean, of x and of what rounding it has taken
+  const float* mean;  // (ld,): a row that was taken from all columns of the weights
+  float* shifts;      // (rows,): its products, which all sums of a row begin with
+  int64_t blocks() const;
+};
+constexpr int64_t kSixteenBlock = 64;
+constexpr float kSixteen = 32767, kSixteenLength = 92670;  // 2^16.5 - 12
+inline int64_t SixteenRows::blocks() const { return ld / kSixteenBlock; }
 
 // What exp(x - top) was made with: the largest x, their sum, and sum w (x - top).
 struct Exponentials {
@@ -150,6 +168,10 @@ struct Bytes {
                        const float* scale, const Sums& to);
   float digit;  // the largest where numbers have one: two products must fit where they are added
   bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
+  // Of kInt16, and whether that is quicker than products of floats.
+  void (*panel_of_sixteen)(const SixteenRows& x, int64_t first, int64_t rows, const int16_t* w,
+                           int64_t width, const float* scale, const Sums& to);
+  bool sixteen;
 };
 
 // Units of a cell in some rows, see cells.h: of gates before their nonlinearities, in blocks kBlock
@@ -271,6 +293,7 @@ struct Loops {
   Bytes bytes;
   // One row of [operands side by side], into the same row of x.
   void (*quantise)(const Operand* operands, int64_t row, const QuantisedRows& x);
+  void (*quantise_sixteen)(const Operand* operands, int64_t row, const SixteenRows& x);
   // Columns of x (n, width) as a panel of kInt8 has them, n filled up, and the scale of each; the
   // Euclidean norms of what rounding has taken from a column, and of its bytes times their scale.
   void (*to_bytes)(const float* x, int64_t n, int64_t width, uint8_t* out, float* scales,
@@ -285,6 +308,11 @@ struct Loops {
                const int32_t* places, int64_t n, const float* bias, float* out);
   void (*dots_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
                     const int32_t* places, int64_t n, const float* bias, float* out);
+  // The same sums to other bits, in less time.
+  void (*quick_dots)(const Operand* operands, int64_t row, const float* w, int64_t ld,
+                     const int32_t* places, int64_t n, const float* bias, float* out);
+  void (*quick_dots_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+                          const int32_t* places, int64_t n, const float* bias, float* out);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
   // The largest of x, of which none is NaN.

@@ -199,6 +199,42 @@ void dots_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t 
   dots_of(operands, row, w, ld, places, n, bias, out);
 }
 
+// One row of w after the other, a vector of its numbers at a time.
+template <typename W>
+S2S_INLINE void quick_dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
+                              const int32_t* places, int64_t n, const float* bias, float* out) {
+  constexpr int kTogether = 4;  // so that a sum need not wait for its last addition
+  for (int64_t i = 0; i < n; ++i) {
+    const W* from = w + places[i] * ld;
+    const W* const next = w + places[i + 1 < n ? i + 1 : i] * ld;
+    for (int64_t k = 0; k < ld; k += kLineBytes / static_cast<int64_t>(sizeof(W)))
+      __builtin_prefetch(next + k);
+    Vec acc[kTogether] = {};
+    float rest = 0;
+    for (int s = 0; s < kOperands; ++s) {
+      const int64_t K = operands[s].K;
+      const float* x = operands[s].x + row * operands[s].ld;
+      int64_t k = 0;
+      for (; k + kTogether * kVec <= K; k += kTogether * kVec)
+#pragma GCC unroll 4
+        for (int j = 0; j < kTogether; ++j)
+          acc[j] += load(x + k + j * kVec) * load_weights(from + k + j * kVec);
+      for (; k + kVec <= K; k += kVec) acc[0] += load(x + k) * load_weights(from + k);
+      for (; k < K; ++k) rest += x[k] * one_weight(from[k]);
+      from += K;
+    }
+    out[i] = bias[places[i]] + (sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + rest);
+  }
+}
+void quick_dots(const Operand* operands, int64_t row, const float* w, int64_t ld,
+                const int32_t* places, int64_t n, const float* bias, float* out) {
+  quick_dots_of(operands, row, w, ld, places, n, bias, out);
+}
+void quick_dots_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+                     const int32_t* places, int64_t n, const float* bias, float* out) {
+  quick_dots_of(operands, row, w, ld, places, n, bias, out);
+}
+
 // Whether any lane is set, of the result of a comparison.
 S2S_INLINE bool any_of(const VecInt& lanes) {
 #if defined(S2S_INTRINSICS) && S2S_LANES == 16

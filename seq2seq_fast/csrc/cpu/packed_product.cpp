@@ -10,11 +10,15 @@ constexpr float kTwoDigits = 8191;
 Weights weights_of(const PackedTensor& x) {
   if (x.type == ScalarType::Float) return Weights::kFloat;
   if (x.type == ScalarType::BFloat16) return Weights::kBFloat16;
-  STD_TORCH_CHECK(x.type == ScalarType::Byte, "expected float32, bfloat16 or uint8 weights");
+  if (x.type == ScalarType::Short) return Weights::kInt16;
+  STD_TORCH_CHECK(x.type == ScalarType::Byte, "expected float32, bfloat16, uint8 or int16 weights");
   return x.sizes[3] == kPanel ? Weights::kInt6 : Weights::kInt8;
 }
 
-int64_t quantised_rows(const Matrix& matrix, int64_t rows) { return matrix.quantised() ? rows : 0; }
+int64_t rows_of_bytes(const Matrix& matrix, int64_t rows) { return matrix.of_bytes() ? rows : 0; }
+int64_t rows_of_sixteen(const Matrix& matrix, int64_t rows) {
+  return matrix.of_sixteen() ? rows : 0;
+}
 
 }  // namespace
 
@@ -43,8 +47,9 @@ const float* floats(const PackedTensor& x) {
 
 std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& layout) {
   constexpr int64_t kColumns = 7;
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
-  constexpr int64_t kBytes[] = {4, 2, 1};
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte,
+                                   ScalarType::Short};
+  constexpr int64_t kBytes[] = {4, 2, 1, 2};
   STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.is_contiguous() &&
                       layout.scalar_type() == ScalarType::Long && layout.is_contiguous() &&
                       layout.dim() == 2 && layout.size(1) == kColumns,
@@ -54,7 +59,7 @@ std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& lay
   std::vector<PackedTensor> found(n, PackedTensor(memory));
   for (PackedTensor& x : found) {
     const int64_t type = row[1];
-    STD_TORCH_CHECK(type >= 0 && type < 3 && row[2] >= 0 && row[2] <= 4, "expected a layout");
+    STD_TORCH_CHECK(type >= 0 && type < 4 && row[2] >= 0 && row[2] <= 4, "expected a layout");
     x.data = static_cast<char*>(x.data) + row[0];
     x.type = kTypes[type], x.dim = row[2];
     std::copy_n(row + 3, 4, x.sizes);
@@ -67,17 +72,17 @@ std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& lay
 
 Matrix::Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits_)
     : weights(data.data), scale(floats(scales)), type(weights_of(data)), digits(digits_) {
-  const bool of_six = type == Weights::kInt6;
-  STD_TORCH_CHECK(
-      data.dim == (quantised() ? 4 : 3) && (!of_six || (data.sizes[2] == 3 && digits == 1)),
-      "expected panels (P, K, width), or of uint8 (P, K / 4, width, 4), with one digit "
-      "(P, K / 4, 3, 64)");
-  panels = data.sizes[0], K = data.sizes[1] * (quantised() ? 4 : 1);
+  const bool of_six = type == Weights::kInt6, whole = of_bytes() || of_sixteen();
+  STD_TORCH_CHECK(data.dim == (whole ? 4 : 3) && (!of_six || (data.sizes[2] == 3 && digits == 1)) &&
+                      (!of_sixteen() || data.sizes[3] == 2),
+                  "expected panels (P, K, width), or of uint8 (P, K / 4, width, 4), with one digit "
+                  "(P, K / 4, 3, 64), or of int16 (P, K / 2, width, 2)");
+  panels = data.sizes[0], K = data.sizes[1] * (of_bytes() ? 4 : of_sixteen() ? 2 : 1);
   width = of_six ? kPanel : data.sizes[2];
-  STD_TORCH_CHECK(width % kBlock == 0 && width <= kPanel &&
-                      scales.numel() == (quantised() ? panels * width : 0),
-                  "expected panels of whole units, and a scale for each column of uint8");
-  STD_TORCH_CHECK(!quantised() || K <= (digits == 2 ? 1 << 17 : 1 << 16),
+  STD_TORCH_CHECK(
+      width % kBlock == 0 && width <= kPanel && scales.numel() == (whole ? panels * width : 0),
+      "expected panels of whole units, and a scale for each column of whole numbers");
+  STD_TORCH_CHECK(!of_bytes() || K <= (digits == 2 ? 1 << 17 : 1 << 16),
                   "expected sums of at most 2^17 products of bytes, with one digit of 2^16");
 }
 
@@ -85,16 +90,24 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
     : matrix_(matrix),
       skip_(skip),
       operands_{a, b, c},
-      scales_(quantised_rows(matrix, rows)),
-      norms_(2 * quantised_rows(matrix, rows)),
-      offsets_(matrix.digits * quantised_rows(matrix, rows)),
-      digits_(matrix.digits * quantised_rows(matrix, rows) * matrix.quantised_ld()),
+      scales_(rows_of_bytes(matrix, rows) +
+              rows_of_sixteen(matrix, rows) * (matrix.sixteen_ld() / kSixteenBlock)),
+      norms_(2 * (rows_of_bytes(matrix, rows) + rows_of_sixteen(matrix, rows))),
+      shifts_(rows_of_sixteen(matrix, rows)),
+      offsets_(matrix.digits * rows_of_bytes(matrix, rows)),
+      digits_(matrix.digits * rows_of_bytes(matrix, rows) * matrix.quantised_ld()),
       quantised_{matrix.K,      matrix.quantised_ld(),
                  matrix.digits, matrix.digits == 2 ? kTwoDigits : loops.bytes.digit,
                  digits_,       scales_,
-                 offsets_,      norms_} {
-  parallel(quantised_rows(matrix, rows), matrix.K, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) loops.quantise(operands_, i, quantised_);
+                 offsets_,      norms_},
+      numbers_(rows_of_sixteen(matrix, rows) * matrix.sixteen_ld()),
+      sixteen_{matrix.K, matrix.sixteen_ld(), numbers_, scales_, norms_, matrix.mean, shifts_} {
+  const bool sixteen = matrix.of_sixteen();
+  if (!sixteen && !matrix.of_bytes()) return;
+  parallel(rows, matrix.K, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      sixteen ? loops.quantise_sixteen(operands_, i, sixteen_)
+              : loops.quantise(operands_, i, quantised_);
   });
 }
 
@@ -119,6 +132,9 @@ void Factor::multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) co
     Buffer<uint8_t> unpacked(K * width);
     loops.six_to_eight(w, fours, unpacked);
     as_bytes(unpacked);
+  } else if (matrix_.type == Weights::kInt16) {
+    loops.bytes.panel_of_sixteen(sixteen_, first, rows, panel.template operator()<int16_t>(), width,
+                                 matrix_.scale + i * width, to);
   } else if (matrix_.type == Weights::kFloat) {
     as_floats(panel.template operator()<float>());
   } else if (rows < kLeastUnpacked) {

@@ -22,42 +22,47 @@ struct PackedTensor {
 const float* floats(const PackedTensor& x);
 
 // Those of `memory`; layout (n, 7) int64 has of each its first byte, type (0 float32, 1 bfloat16, 2
-// uint8), number of dimensions and sizes. Made by seq2seq_fast/decoding/packing.py.
+// uint8, 3 int16), number of dimensions and sizes. Made by seq2seq_fast/decoding/packing.py.
 std::vector<PackedTensor> packed_tensors(const Tensor& memory, const Tensor& layout);
 
-// Packed weights, see loops.h; scales are of kInt8 and kInt6 alone, whose left factors have numbers
-// of two digits, of kInt8, or one.
+// Packed weights, see loops.h; scales are of whole numbers alone. The left factors of kInt8 have
+// numbers of two digits, or one, as those of kInt6.
 struct Matrix {
   const void* weights;
   const float* scale;
   Weights type;
   int64_t panels, K, width, digits;
+  const float* mean = nullptr;  // of kInt16, (sixteen_ld,)
   Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits = 2);
-  bool quantised() const { return type == Weights::kInt8 || type == Weights::kInt6; }
+  bool of_bytes() const { return type == Weights::kInt8 || type == Weights::kInt6; }
+  bool of_sixteen() const { return type == Weights::kInt16; }
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
   // From one digit of a row to the next; vectors are stored past its end.
   int64_t quantised_ld() const { return K + kBlock; }
+  int64_t sixteen_ld() const { return round_up(K, kSixteenBlock); }
 };
 
 // The left factor of products with a matrix: rows of operands side by side.
 class Factor {
  public:
-  // They meet the matrix' rows from `skip` on, which must be 0 of quantised ones, up to any.
+  // They meet the matrix' rows from `skip` on, which must be 0 of whole numbers, up to any.
   Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b = {}, Operand c = {},
          int64_t skip = 0);
   // (rows, width) = rows from `first` on times panel i
   void multiply(int64_t i, int64_t first, int64_t rows, const Sums& to) const;
-  // Of quantised ones: Euclidean norms of a row and of what rounding took from it.
+  // Of whole numbers: Euclidean norms of a row and of what rounding took from it.
   const float* norms(int64_t row) const { return norms_ + 2 * row; }
 
  private:
   const Matrix& matrix_;
   const int64_t skip_;
   const Operand operands_[kOperands];
-  Buffer<float> scales_, norms_;
+  Buffer<float> scales_, norms_, shifts_;
   Buffer<int32_t> offsets_;
   Buffer<int8_t> digits_;
   const QuantisedRows quantised_;
+  Buffer<int16_t> numbers_;
+  const SixteenRows sixteen_;
 };
 
 constexpr int64_t kRowsTogether = 48;  // of a panel's gates, which then stay in cache

@@ -64,6 +64,65 @@ void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
   to.count == 2 ? quantise_to<2>(operands, row, to) : quantise_to<1>(operands, row, to);
 }
 
+typedef int16_t VecShort __attribute__((vector_size(2 * S2S_LANES), aligned(2), may_alias));
+
+// A block of a row's numbers, from the k-th on, that lie in several operands: zeros behind them.
+S2S_INLINE void gather_block(const Operand* operands, int64_t row, int64_t k, float* out) {
+  std::memset(out, 0, kSixteenBlock * sizeof(float));
+  int64_t first = 0;  // of an operand's numbers
+  for (int s = 0; s < kOperands; ++s) {
+    const int64_t K = operands[s].K, from = std::max(k, first),
+                  to = std::min(k + kSixteenBlock, first + K);
+    if (from < to)
+      std::memcpy(out + (from - k), operands[s].x + row * operands[s].ld + (from - first),
+                  sizeof(float) * (to - from));
+    first += K;
+  }
+}
+
+void quantise_sixteen(const Operand* operands, int64_t row, const SixteenRows& to) {
+  constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
+  alignas(64) float block[kSixteenBlock];
+  double squares[2] = {}, shift = 0;  // of x, and of what rounding has taken
+  for (int64_t k = 0; k < to.ld; k += kSixteenBlock) {
+    gather_block(operands, row, k, block);
+    Vec of_mean = {};
+    for (int64_t i = 0; i < kSixteenBlock; i += kVec)
+      of_mean += load(block + i) * load(to.mean + k + i);
+    shift += sum(of_mean);
+    int16_t* const numbers = to.numbers + row * to.ld + k;
+    float top = largest(block, kSixteenBlock);
+    // Above zero, and of a reciprocal that is finite: numbers far below it are nothing.
+    top = top <= 1e-30f ? 1e-30f : top;
+    Vec of_block = {}, taken = {};
+    if (top < INFINITY) {
+      for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
+        const Vec x = load(block + i) / top;
+        of_block += x * x;
+      }
+      const float length = __builtin_sqrtf(sum(of_block));
+      const float unit = length * kSixteen <= kSixteenLength ? kSixteen : kSixteenLength / length;
+      for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
+        const Vec scaled = load(block + i) / top * unit, rounded = (scaled + kRound) - kRound;
+        taken += (scaled - rounded) * (scaled - rounded);
+        *reinterpret_cast<VecShort*>(numbers + i) =
+            __builtin_convertvector(__builtin_convertvector(rounded, VecInt), VecShort);
+      }
+      const float scale = top / unit;
+      to.scales[row * to.blocks() + k / kSixteenBlock] = scale;
+      squares[0] += double{top} * top * sum(of_block);
+      squares[1] += double{scale} * scale * sum(taken);
+    } else {
+      std::memset(numbers, 0, kSixteenBlock * sizeof(int16_t));
+      to.scales[row * to.blocks() + k / kSixteenBlock] = NAN;
+      squares[0] = squares[1] = NAN;
+    }
+  }
+  to.shifts[row] = static_cast<float>(shift);
+  for (int i = 0; i < 2; ++i)
+    to.norms[2 * row + i] = static_cast<float>(__builtin_sqrt(squares[i]));
+}
+
 // Columns that are not finite become zeros with NaN for a scale and for norms.
 void to_bytes(const float* x, int64_t n, int64_t width, uint8_t* out, float* scales, float* taken,
               float* norms) {

@@ -5,6 +5,7 @@
 #pragma once
 #include "panel_tiles.h"
 #include "quantised_weights.h"
+#include "sixteen_bits.h"
 
 namespace seq2seq_fast {
 namespace {
@@ -105,12 +106,24 @@ void panel_of_six(const QuantisedRows& x, int64_t first, int64_t rows, const uin
 
 // Instructions that add two products in 16 bits take digits of 7 bits.
 #if defined(S2S_VNNI) || defined(S2S_DOT)
-constexpr Bytes kBytes = {quantised_panel, panel_of_six, 127.f, true};
-#elif defined(S2S_INTRINSICS) || defined(S2S_SANITIZE)  // there is no other under the sanitizers
-constexpr Bytes kBytes = {quantised_panel, panel_of_six, 64.f, true};
+constexpr float kDigit = 127;
 #else
-constexpr Bytes kBytes = {quantised_panel, panel_of_six, 64.f, false};
+constexpr float kDigit = 64;
 #endif
+#if defined(S2S_INTRINSICS) || defined(S2S_DOT) || defined(S2S_SANITIZE)
+constexpr bool kSeek = true;  // there is no other under the sanitizers
+#else
+constexpr bool kSeek = false;
+#endif
+// Of sixteen lanes two instructions multiply and add no more than one does floats; NEON's multiply
+// as few.
+#if (defined(S2S_INTRINSICS) && (defined(S2S_VNNI) || S2S_LANES == 8)) || defined(S2S_SANITIZE)
+constexpr bool kSixteenBits = true;
+#else
+constexpr bool kSixteenBits = false;
+#endif
+constexpr Bytes kBytes = {quantised_panel, panel_of_six,     kDigit,
+                          kSeek,           panel_of_sixteen, kSixteenBits};
 
 }  // namespace
 }  // namespace seq2seq_fast

@@ -27,22 +27,30 @@ PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
       V(V),
       chunk_panels(matrix.panels >= 64 ? kMostChunk : 1),
       chunks((matrix.panels + chunk_panels - 1) / chunk_panels),
-      screen(x + 3, chunk_panels) {
+      six(x + 3, chunk_panels),
+      sixteen(x + 3 + PackedScreen::kTensors, chunk_panels) {
   const PackedTensor& w = x[kTensors - 1];
+  for (const PackedScreen* screen : {&six, &sixteen})
+    STD_TORCH_CHECK(
+        screen->panels == 0 ||
+            (screen->panels == matrix.panels && screen->parts[0].width == matrix.width &&
+             w.numel() == V * matrix.K && w.type == x[0].type && matrix.type != Weights::kInt8),
+        "expected few bits, bounds and rows of the readout's weights");
   STD_TORCH_CHECK(
-      screen.panels == 0 ||
-          (screen.panels == matrix.panels && screen.parts[0].width == matrix.width &&
-           w.numel() == V * matrix.K && w.type == x[0].type && matrix.type != Weights::kInt8),
-      "expected six bits, bounds and rows of the readout's weights");
+      sixteen.panels == 0 || (sixteen.parts[0].of_sixteen() &&
+                              sixteen.parts[0].K == round_up(matrix.K, 2) && six.panels > 0),
+      "expected sixteen bits of all of the readout's weights");
 }
 
 void PackedReadout::logits_at(const Operand* operands, int64_t row, const int32_t* tokens,
-                              int64_t n, float* out) const {
+                              int64_t n, float* out, bool quickly) const {
+  const auto dots = [&](const auto* w, auto of) {
+    of(operands, row, w, matrix.K, tokens, n, bias, out);
+  };
   if (matrix.type == Weights::kFloat)
-    loops.dots(operands, row, static_cast<const float*>(weights), matrix.K, tokens, n, bias, out);
+    dots(static_cast<const float*>(weights), quickly ? loops.quick_dots : loops.dots);
   else
-    loops.dots_half(operands, row, static_cast<const uint16_t*>(weights), matrix.K, tokens, n, bias,
-                    out);
+    dots(static_cast<const uint16_t*>(weights), quickly ? loops.quick_dots_half : loops.dots_half);
 }
 
 Normaliser::Normaliser(const Peak* peaks, int64_t chunks) : top(-INFINITY), log_sum(0) {
@@ -63,45 +71,53 @@ Readout::Readout(const PackedReadout& packed, int64_t most, const Tensor* values
                  const ProjectedValues& projected)
     : packed_(packed),
       projected_(projected),
-      screen_(packed.screen, most, values),
+      six_(packed.six, most, values),
+      sixteen_(packed.sixteen, most, nullptr),
       logits_(most * packed.ld()),
       peaks_(most * packed.chunks),
-      near_(packed.screen.panels > 0 ? most * packed.chunks : 0),
-      least_(most) {}
+      near_(packed.six.panels > 0 ? most * packed.chunks : 0),
+      least_(most),
+      near_rows_(most) {}
 
-bool Readout::seeks(int64_t rows, bool scored) const {
-  return packed_.screen.panels > 0 && loops.bytes.seek && (!scored || rows <= kFewRows);
-}
-
-void Readout::run(const StepRows& rows, int64_t n, bool seek, const StepsLeft& left,
+void Readout::run(const StepRows& rows, int64_t n, Made wanted, const StepsLeft& left,
                   const std::function<void(int64_t chunk)>& beside) {
-  rows_ = rows, sought_ = seek;
-  if (!sought_) return make_all(n, beside);
-  screen_.prepare(left);
+  rows_ = rows, made_ = wanted, screen_ = nullptr;
+  if (wanted == Made::kToken && packed_.six.panels > 0 && loops.bytes.seek) screen_ = &six_;
+  if (wanted == Made::kScores && packed_.makes_scores()) screen_ = &sixteen_;
+  if (!screen_) {
+    made_ = Made::kLogits;
+    return make_all(0, n, beside);
+  }
+  screen_->prepare(left);
   make_near(n, beside);
-  for (int64_t m = 0; m < n; ++m) sought_ &= screen_.finite(m) && least(m) > -INFINITY;
-  if (!sought_) make_all(n, [](int64_t) {});
+  for (int64_t m = 0; m < n; ++m) near_rows_[m] = screen_->finite(m) && least(m) > -INFINITY;
+  for (int64_t m = 0, first; m < n; ++m) {
+    if (near_rows_[m]) continue;
+    for (first = m; m + 1 < n && !near_rows_[m + 1];) ++m;
+    make_all(first, m + 1 - first, [](int64_t) {});
+  }
 }
 
-void Readout::make_all(int64_t n, const std::function<void(int64_t chunk)>& beside) {
+void Readout::make_all(int64_t first, int64_t n, const std::function<void(int64_t chunk)>& beside) {
   const int64_t ld = packed_.ld();
-  const Factor features(packed_.matrix, n, rows_.hidden, projected_ ? Operand() : rows_.context);
+  const Factor features(packed_.matrix, first + n, rows_.hidden,
+                        projected_ ? Operand() : rows_.context);
   const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
   over_pieces(packed_.chunks, work, n, false, [&](int64_t chunk) {
     const int64_t v = chunk * packed_.chunk_width();
-    packed_.over_panels(chunk, logits_ + v, ld, [&](int64_t p, Sums to) {
+    packed_.over_panels(chunk, logits(first) + v, ld, [&](int64_t p, Sums to) {
       if (projected_) to.soon = projected_.of_panel(p);
-      features.multiply(p, 0, n, to);
-      if (projected_) projected_.add(rows_.to, p, 0, n, {to.out, ld, to.out, ld});
+      features.multiply(p, first, n, to);
+      if (projected_) projected_.add(rows_.to, p, first, n, {to.out, ld, to.out, ld});
     });
-    for (int64_t m = 0; m < n; ++m)
+    for (int64_t m = first; m < first + n; ++m)
       peaks_[m * packed_.chunks + chunk] = loops.peak(logits(m) + v, packed_.count(chunk));
     beside(chunk);
   });
 }
 
 void Readout::make_near(int64_t n, const std::function<void(int64_t chunk)>& beside) {
-  const ScreenStep step(screen_, rows_, n);
+  const ScreenStep step(*screen_, rows_, n);
   for (int64_t m = 0; m < n; ++m) least_[m] = -INFINITY;
   const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
   parallel_in_turns(packed_.chunks, work, [&](int64_t chunk) {
@@ -118,8 +134,14 @@ void Readout::note(int64_t m, int64_t chunk) {
   const int64_t first = chunk * packed_.chunk_width(), count = packed_.count(chunk);
   const float* x = logits(m) + first;
   Near& to = near(m)[chunk];
-  to.top = loops.top(x, count);
-  to.bound = screen_.bound(m, chunk);
+  if (made_ == Made::kScores) {
+    Peak& peak = peaks_[m * packed_.chunks + chunk];
+    peak = loops.peak(x, count);
+    to.top = peak.top;
+  } else {
+    to.top = loops.top(x, count);
+  }
+  to.bound = screen_->bound(m, chunk);
   // Another thread's may come in between: any of them is one that the largest is not below.
   float least = least_[m].load(std::memory_order_relaxed);
   if (to.top - to.bound > least)
@@ -141,6 +163,31 @@ float Readout::least(int64_t m) const {
   return least;
 }
 
+// The sum of exp(logit) over all tokens, most of which have their near logits: how far each is off
+// is as good as random, and what is left of that in a mean over many is less than what floats have
+// (tests/test_seeking.py holds it to the rule of all log-probabilities). Those that are no small
+// part of the sum are made of floats; there are at most 1 / kSmallPart of them.
+Normaliser Readout::normaliser(int64_t m) const {
+  constexpr float kSmallPart = 0x1p-12f;
+  const Normaliser near(peaks(m), packed_.chunks);
+  if (made_ != Made::kScores || !sought(m)) return near;
+  const float least = near.top + near.log_sum + std::log(kSmallPart);
+  std::vector<int32_t> tokens;
+  for (int64_t i = 0; i < packed_.chunks; ++i)
+    if (peaks(m)[i].top > least) add_above(logits(m), i, least, tokens);
+  if (tokens.empty()) return near;
+  std::vector<float> floats(tokens.size());
+  const Operand operands[kOperands] = {rows_.hidden, rows_.context};
+  packed_.logits_at(operands, m, tokens.data(), static_cast<int64_t>(tokens.size()), floats.data(),
+                    true);
+  double more = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const double from = logits(m)[tokens[i]];
+    more += std::exp(from - near.top) * std::expm1(floats[i] - from);
+  }
+  return {near.top, static_cast<float>(std::log(std::exp(double{near.log_sum}) + more))};
+}
+
 bool Readout::finite(int64_t m) const {
   return std::all_of(peaks(m), peaks(m) + packed_.chunks,
                      [](const Peak& p) { return p.top < INFINITY; });
@@ -149,7 +196,7 @@ bool Readout::finite(int64_t m) const {
 void Readout::bar(int64_t m, int64_t token) {
   float& logit = logits(m)[token];
   const float before = std::exchange(logit, -INFINITY);
-  if (!sought_) return;
+  if (!sought(m)) return;
   const int64_t chunk = token / packed_.chunk_width();
   Near& of = near(m)[chunk];
   if (before == of.top) {  // others were left out for it
@@ -161,7 +208,7 @@ void Readout::bar(int64_t m, int64_t token) {
 }
 
 int32_t Readout::most_probable(int64_t m) const {
-  if (sought_) return find(m);
+  if (sought(m)) return find(m);
   Peak best = peaks(m)[0];
   for (int64_t i = 1; i < packed_.chunks; ++i) {
     Peak p = peaks(m)[i];
@@ -199,6 +246,10 @@ std::vector<int32_t> Readout::largest(int64_t m) const {
 
 std::vector<float> Readout::exact(int64_t m, const std::vector<int32_t>& tokens) const {
   std::vector<float> found(tokens.size());
+  if (!sought(m)) {
+    for (size_t i = 0; i < tokens.size(); ++i) found[i] = logits(m)[tokens[i]];
+    return found;
+  }
   const Operand operands[kOperands] = {rows_.hidden, rows_.context};
   packed_.logits_at(operands, m, tokens.data(), static_cast<int64_t>(tokens.size()), found.data());
   return found;
@@ -242,12 +293,12 @@ int32_t Readout::find_drawn(int64_t m, const Draw& draw) const {
 
 int32_t Readout::drawn(int64_t m, const Sampling& sampling, const Draw& draw) {
   const int64_t V = packed_.V;
-  if (!sought_ && !finite(m)) {  // though what is not may have been barred
+  if (!sought(m) && !finite(m)) {  // though what is not may have been barred
     const Peak first = loops.peak(logits(m), V);
     if (!(first.top < INFINITY)) return first.index;
   }
-  if (sought_ && !sampling.cuts(V)) return find_drawn(m, draw);
-  if (sought_) {
+  if (sought(m) && !sampling.cuts(V)) return find_drawn(m, draw);
+  if (sought(m)) {
     const std::vector<int32_t> tokens = among_largest(m, sampling.top_k);
     std::vector<float> values = exact(m, tokens);
     cut(sampling, values.data(), static_cast<int64_t>(values.size()));

@@ -26,10 +26,12 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
       bounds(chunks),
       bias_bounds(chunks) {
   if (panels == 0) return;
+  parts[kHidden].mean = floats(x[5]);
   STD_TORCH_CHECK((!reads_context() ||
                    (parts[kContext].panels == panels && parts[kContext].width == parts[0].width)) &&
-                      x[4].numel() == (2 * kParts + 1) * panels,
-                  "expected six bits of both parts of the readout's weights, and their bounds");
+                      x[4].numel() == (2 * kParts + 1) * panels &&
+                      x[5].numel() == (parts[0].of_sixteen() ? parts[0].sixteen_ld() : 0),
+                  "expected few bits of both parts of the readout's weights, and their bounds");
   for (int64_t p = 0; p < panels; ++p) {
     const auto raise = [&](float& most, int64_t i) {
       most = larger(most, floats(x[4])[i * panels + p]);
@@ -138,7 +140,8 @@ ScreenStep::ScreenStep(Screen& screen, const StepRows& rows, int64_t n)
       sources_(rows.to.sources),
       n_(n),
       reads_context_(screen.packed_.reads_context()),
-      hidden_(screen.packed_.parts[PackedScreen::kHidden], n, rows.hidden),
+      hidden_(screen.packed_.parts[PackedScreen::kHidden], n, rows.hidden,
+              reads_context_ ? Operand() : rows.context),
       context_(
           values_ ? values_->matrix() : screen.packed_.parts[PackedScreen::kContext],
           reads_context_ ? n : 0,

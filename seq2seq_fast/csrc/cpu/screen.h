@@ -14,6 +14,10 @@
 // the values meet the context's bytes once, and attention weights their products, in bytes too: S
 // numbers of each token to read and not D. What rounding may have taken there is bounded alike, by
 // the length of all values, which are longer together than any context: eight bits pay there.
+//
+// Where log-probabilities are wanted too, and of many rows, all tokens' logits are made, of weights
+// and numbers of sixteen bits: those that take part in choosing are made again of floats, as above.
+// The others are summed up as they are; see Readout::normaliser.
 #pragma once
 #include <array>
 #include <optional>
@@ -29,11 +33,13 @@ struct BitBounds {
 };
 
 // The tensors that come from Python: matrix and scales, of kInt6 over the hidden state and of kInt8
-// over the context; the bounds of both, and of the bias' rounding (2 + 2 + 1, panels), the largest
-// of each panel's columns. Empty where nothing is sought; the context's part alone where readouts
-// read attentional vectors.
+// over the context, or of kInt16 over both, and of those the mean of all tokens' weights, which was
+// taken from them: what they have in common is not rounded; the bounds of both parts, and of the
+// bias' rounding (2
+// + 2 + 1, panels), the largest of each panel's columns. Empty where nothing is sought; the
+// context's part alone where another has both, or readouts read attentional vectors.
 struct PackedScreen {
-  static constexpr int kTensors = 5;
+  static constexpr int kTensors = 6;
   enum Part { kHidden, kContext, kParts };
   Matrix parts[kParts];
   int64_t panels, chunk_panels, chunks;
