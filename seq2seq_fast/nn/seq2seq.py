@@ -251,10 +251,12 @@ class Seq2Seq(nn.Module):
         those of shared memory by another process, are not seen: call this again after them.) On a
         GPU `generate` keeps what it needs by itself, and this does no more than make it ready.
 
-        But for int8 the readout of a large vocabulary is kept three times, twice in the dtype and
-        in six and eight bits: greedy decoding then reads the bits, and of the dtype's numbers
-        those of the few tokens that the bits leave in question. The result is the same, bit for
-        bit.
+        But for int8 the readout of a large vocabulary is kept four times, twice in the dtype, in
+        six and eight bits and, from 2,048 tokens on, in sixteen: greedy decoding then reads six
+        and eight, and of the dtype's numbers those of the few tokens that the bits leave in
+        question. The tokens are the same. Log-probabilities, and beam search, read sixteen bits of
+        all tokens, and the dtype's numbers of those that may be chosen or are a large part of the
+        sum over all: next to float64 they are as exact as in PyTorch's float32.
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the
@@ -262,11 +264,11 @@ class Seq2Seq(nn.Module):
                 go of what is kept.
             project_values: multiply each source's values by the weights that the context meets
                 once, W (sum_s w[s] v[s]) = sum_s w[s] (W v[s]): those of the first layer, without
-                query_after, and in beam search those of the readout, but for int8. A step then
-                reads S rows of each source in place of the D rows of weights. On the CPU alone,
-                and quicker for one or a few sources that are much shorter than the context is
-                wide (a word; a sentence in beam search); slower for large batches and long
-                sources, and it takes memory for B S rows of gates, and of logits in beam search.
+                query_after, and in beam search those of the readout where its numbers are not
+                read in bits. A step then reads S rows of each source in place of the D rows of
+                weights. On the CPU alone, and quicker for one or a few sources that are much
+                shorter than the context is wide (a word); slower for large batches and long
+                sources, and it takes memory for B S rows of gates, and of such a readout's logits.
                 The tokens' part of the first layer's gates, if they are 64 MiB at most, is made
                 beforehand too, as it always is of 512 tokens or fewer. It rounds differently;
                 either way a row is decoded alike alone and in any batch.
