@@ -17,7 +17,7 @@ from seq2seq_fast.decoding.packing import MANY_SUMMED, MANY_TOKENS, pack_decoder
 
 V = MANY_TOKENS + 70
 # What is sought with, of packed weights: six bits and scales of the hidden state's part
-MATRIX, SCALES, OF_CONTEXT, SCALES_OF_CONTEXT, BOUNDS, *_, WEIGHTS = range(-13, 0)
+MATRIX, SCALES, OF_CONTEXT, SCALES_OF_CONTEXT, BOUNDS, *_, WEIGHTS = range(-15, 0)
 
 
 @pytest.fixture(autouse=True)

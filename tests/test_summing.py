@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import seq2seq_fast as s2s
 from seq2seq_fast.decoding import stepwise
-from seq2seq_fast.decoding.packing import LENGTH_OF_SIXTEEN, MANY_SUMMED, pack_decoder
+from seq2seq_fast.decoding.packing import MANY_SUMMED, MOST_OF_SIXTEEN, pack_decoder
 
 V = MANY_SUMMED + 70
 # Of packed weights: sixteen bits, their scales, how far off they may be, what was taken from them
-MATRIX, SCALES, _, _, BOUNDS, MEAN, WEIGHTS = range(-7, 0)
+MATRIX, SCALES, _, _, BOUNDS, MEAN, DIRECTIONS, WEIGHTS = range(-8, 0)
 OPTIONS = {"bos": BOS, "eos": EOS}
 
 
@@ -41,17 +41,20 @@ def decoded(decoder, source, state, dtype="float32", **options):
     return found
 
 
-def check_accurate(model, src, **options):
-    """By the rule of all of them: next to plain PyTorch's errors against float64."""
+def check_accurate(model, src, each=False, **options):
+    """By the rule of all of them: next to plain PyTorch's errors against float64, at most or of
+    each source. No token is more than certain."""
     source, state = model.encode(src)
     ours = decoded(model.decoder, source, state, **options)
     plain = model.generate(src, backend="reference", **OPTIONS, **options)
     errors = []
     for found in (ours, plain):
-        exact = rescored(model, src, found)
-        errors.append((found.log_probs.double() - exact).abs().max())
-    rounding = torch.finfo(torch.float32).eps * plain.log_probs.abs().max()
-    assert errors[0] <= 2 * errors[1] + rounding, errors
+        errors.append((found.log_probs.double() - rescored(model, src, found)).abs())
+    rounding = torch.finfo(torch.float32).eps * plain.log_probs.abs()
+    if not each:
+        *errors, rounding = (x.max() for x in (*errors, rounding))
+    assert (errors[0] <= 2 * errors[1] + rounding + 1e-12).all(), errors
+    assert (ours.log_probs <= 0).all()
 
 
 def topics(fc_out, rank=12, spread=6.0):
@@ -64,17 +67,69 @@ def topics(fc_out, rank=12, spread=6.0):
     fc_out.bias.copy_(-torch.arange(1.0, N + 1).log()[torch.randperm(N, generator=g)])
 
 
+def clusters(fc_out):
+    """Half of the tokens one way and half the other, all alike but for little: the probable ones
+    have weights in common that are not the mean."""
+    g = torch.Generator().manual_seed(1)
+    N, K = fc_out.weight.shape
+    w = torch.randn(K, generator=g).expand(N, K).clone()
+    w[N // 2 :] *= -1
+    fc_out.weight.copy_(2 * w + 0.02 * torch.randn(N, K, generator=g))
+    fc_out.bias.zero_()
+
+
+@pytest.mark.parametrize("V", [V, 16384])
 @pytest.mark.parametrize("beam_size", [1, 3])
-@pytest.mark.parametrize("weights", [0.3, 4.0, 30.0, "topics", "alike"])
+@pytest.mark.parametrize("weights", [0.3, 4.0, 30.0, topics, clusters, "alike", "outliers"])
 @torch.no_grad()
-def test_accuracy(weights, beam_size):
+def test_accuracy(weights, beam_size, V):
     model = make(V=V, H=96, size=weights if isinstance(weights, float) else 1.0)
     fc_out = model.decoder.fc_out
-    if weights == "topics":
-        topics(fc_out)
+    if callable(weights):
+        weights(fc_out)
     elif weights == "alike":  # what rounding takes from them is the same for all tokens
         fc_out.weight.copy_(fc_out.weight[:1].expand_as(fc_out.weight).clone())
+    elif weights == "outliers":  # far from what the others have in common
+        fc_out.weight[7], fc_out.bias[7] = 1e4 * fc_out.weight[7].sign(), -1e8
     check_accurate(model, sources(40, 9), max_length=6, min_length=2, beam_size=beam_size)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+@pytest.mark.parametrize("logit", [10.0, 15.0, 30.0, 60.0])
+@torch.no_grad()
+def test_certain_tokens(logit, beam_size):
+    """Their part of the sum has the bits that they are chosen by: nothing is left of what rounding
+    takes from logits."""
+    errors = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        decoder, context, state = of_bias(0.9 * torch.rand(200) - 0.45)
+        w, h = decoder.fc_out.weight[:, :200], torch.tanh(decoder.rnn.bias_hh_l0)
+        w.copy_(0.1 * torch.randn(w.shape))
+        w[7] = logit * h / (h @ h)
+        options = {"max_length": 1, "beam_size": beam_size}
+        found = decoded(decoder, context, state, **options)
+        plain = s2s.generate(decoder, context, state, backend="reference", **OPTIONS, **options)
+        want = (w.double() @ h.double()).log_softmax(0)[7]
+        errors.append([(x.log_probs.double() - want).abs().max() for x in (found, plain)])
+        assert (found.log_probs <= 0).all()
+    ours, plain = torch.tensor(errors).amax(0)
+    assert ours <= 2 * plain + 1e-12
+
+
+@pytest.mark.parametrize("beam_size", [1, 2])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e7, 1e12, 1e20, 1e30])
+@torch.no_grad()
+def test_large_logits(size, beam_size):
+    """Near logits that may be far off are no near ones."""
+    torch.manual_seed(0)
+    decoder, context, state = of_bias(0.9 * torch.rand(64) - 0.45)
+    decoder.fc_out.weight.copy_(size * torch.randn(decoder.fc_out.weight.shape))
+    options = {"max_length": 3, "beam_size": beam_size}
+    found = decoded(decoder, context, state, **options)
+    plain = s2s.generate(decoder, context, state, backend="reference", **OPTIONS, **options)
+    assert torch.equal(found.tokens, plain.tokens)
+    torch.testing.assert_close(found.log_probs, plain.log_probs, rtol=1e-6, atol=2e-6)
 
 
 @torch.no_grad()
@@ -102,7 +157,7 @@ def test_a_barred_token_that_is_most_of_the_sum():
     P=st.sampled_from([0, 0, 2]),
     B=st.sampled_from([1, 2, 5, 9]),
     H=st.sampled_from([1, 7, 33, 64]),
-    V=st.sampled_from([MANY_SUMMED, V, 4096 + 5]),
+    V=st.sampled_from([MANY_SUMMED, V, 8192 + 5]),
     size=st.sampled_from([0.1, 1.0, 4.0]),
     dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
     project_values=st.booleans(),
@@ -162,7 +217,7 @@ def test_a_row_that_is_not_finite(value, beam_size):
     model = make(("rnn", False, False), V=V, H=40, layers=1)
     source, state = model.encode(sources(8, 7))
     options = {"max_length": 6, "beam_size": beam_size}
-    for bad in ([2], [0, 3, 4, 7]):  # in runs of several, too
+    for bad in ([2], [0, 3, 4, 7], [1, 2, 3, 4, 5, 6, 7]):
         others = torch.tensor([b for b in range(8) if b not in bad])
         of_others = s2s.DecoderState(state.hidden[:, others], None)
         want = decoded(model.decoder, source[others], of_others, **options)
@@ -189,6 +244,15 @@ def of_bias(hidden, V=V, D=3):
         p.zero_()
     decoder.rnn.bias_hh_l0.copy_(torch.atanh(hidden))
     return decoder, torch.zeros(6, D), s2s.DecoderState(torch.zeros(1, 6, len(hidden)), None)
+
+
+@torch.no_grad()
+def test_rows_none_of_which_is_finite():
+    model = make(("rnn", False, False), V=V, H=40, layers=1)
+    source, state = model.encode(sources(8, 7))
+    for beam_size in (1, 2):
+        found = decoded(model.decoder, source * torch.nan, state, max_length=3, beam_size=beam_size)
+        assert not found.log_probs.isfinite().any()
 
 
 @pytest.mark.parametrize("H", [64, 130])
@@ -221,7 +285,7 @@ def test_what_rounding_hides():
     decoder, context, state = of_bias(torch.full((H,), 0.5))
     w = decoder.fc_out.weight
     w[::2, 0], w[1::2, 0] = -1, 1  # whose steps are large, and whose mean is nothing
-    step = 1 / LENGTH_OF_SIXTEEN
+    step = 1 / MOST_OF_SIXTEEN
     w[5, 1 : H // 2], w[9, 1:H] = 0.51 * step, 0.49 * step  # to one step, and to nothing
     options = {"max_length": 3, "min_length": 3}
     for beam_size in (1, 2):
@@ -235,25 +299,35 @@ def test_what_rounding_hides():
     ]
 
 
+@torch.no_grad()
 def test_what_is_packed():
     """Sixteen bits of all weights, but of int8 and of fewer tokens."""
     decoder = make(V=V, H=45).decoder
+    topics(decoder.fc_out)
     packed = pack_decoder(decoder, "float32").weights.tensors()
-    parts = MATRIX, SCALES, BOUNDS, MEAN, WEIGHTS
-    whole, scales, bounds, mean, weights = (packed[i] for i in parts)
+    parts = MATRIX, SCALES, BOUNDS, MEAN, DIRECTIONS, WEIGHTS
+    whole, scales, bounds, mean, directions, weights = (packed[i] for i in parts)
     P, K = -(-V // 64), weights.shape[1]
-    assert whole.dtype == torch.int16 and whole.shape == (P, -(-K // 2), 64, 2)
-    rows = whole.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
-    restored = (rows.double() * scales.double()[:, None])[:V, :K] + mean[:K]
-    torch.testing.assert_close(mean[:K], weights.mean(0))
-    rounded = (restored - weights).norm(dim=1)
+    even = K + K % 2
+    assert whole.dtype == torch.int16 and whole.shape == (P, (even + 16) // 2, 64, 2)
+    rows = whole.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).double()[:V]
+    exact = rows * scales.double()[:V, None]
+    rounded = (exact[:, :K] + mean[:K].double() - weights).norm(dim=1)
     assert (rounded <= bounds[0].repeat_interleave(64)[:V]).all()
     assert rounded.max() > 0.5 * bounds[0].max()  # and it is not far from what it bounds
-    length = torch.nn.functional.pad(rows.double(), (0, -rows.shape[1] % 64)).unflatten(1, (-1, 64))
-    assert length.norm(dim=2).max() < 2**14.5
+    blocks = torch.nn.functional.pad(rows[:, :even], (0, -even % 64)).unflatten(1, (-1, 64))
+    for part in (blocks, rows[:, None, even:]):
+        assert part.norm(dim=2).max() ** 2 < 2**31 and part.abs().max() < 2**15
+    # Sixteen directions, times 16, and the weights' part of them, as much too small
+    d = directions[:K].double() / 16
+    torch.testing.assert_close(d.T @ d, torch.eye(16).double(), atol=1e-5, rtol=0)
+    rest = weights.double() - mean[:K]
+    torch.testing.assert_close(16 * exact[:, even:], rest @ d, atol=4e-3, rtol=1e-3)
+    assert (rest @ d).norm() > 0.9 * rest.norm()  # there are twelve of them, and noise
+    torch.testing.assert_close(mean[:K], weights.mean(0), atol=0.02, rtol=0)
     for other, dtype in ((decoder, "int8"), (make(V=MANY_SUMMED - 1).decoder, "float32")):
         tensors = pack_decoder(other, dtype).weights.tensors()
-        assert all(tensors[i].numel() == 0 for i in (MATRIX, SCALES, BOUNDS))
+        assert all(tensors[i].numel() == 0 for i in parts[:-1])
 
 
 def test_drawn_tokens_have_their_scores():

@@ -24,11 +24,14 @@ UNIT, WIDTH = 16, 64  # kBlock and kPanel of csrc/cpu/loops.h
 FEW_TOKENS = 512  # of which the first layer's gates are made beforehand
 MOST_GATES = 1 << 24  # of all tokens, which are made beforehand where values are projected
 MANY_TOKENS = 1024  # of which the most probable one is sought among bytes first
-MANY_SUMMED = 2048  # of which log-probabilities are made of sixteen bits
+MANY_SUMMED = 4096  # of which log-probabilities are made of sixteen bits
 MOST_OF_SIX = 31  # what whole numbers of six bits are not above
-# So many of a row, in sixteen bits, are at most so long before they are rounded: kSixteenBlock of
+# What numbers of sixteen bits are at most, and how long so many of a row, before they are rounded;
+# directions that rows have in common, and what their part is too small by: SixteenRows of
 # csrc/cpu/loops.h.
-BLOCK_OF_SIXTEEN, LENGTH_OF_SIXTEEN = 64, 2**14.5 - 12
+MOST_OF_SIXTEEN, BLOCK_OF_SIXTEEN, LENGTH_OF_SIXTEEN = 32767, 64, 46328
+COMMON, SIXTEENTH = 16, 1 / 16
+MOST_LOOKED_AT = 8192  # rows, for what they have in common
 PART = 1024  # of which the bounds are made at once, in float64
 MOST_INPUTS = 1 << 17  # of int8's products, whose sums fit into whole numbers of 32 bits
 MOST_FEATURES = 1 << 16  # whose products fit into whole numbers of 32 bits there
@@ -323,9 +326,10 @@ def _by_fours(whole: Tensor, zero: int, blocks: int) -> Tensor:
 def pack_screens(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[Tensor | Panels]:
     """What csrc/cpu/screen.h seeks the most probable tokens with. Of six bits, with scales, of the
     hidden state's part of the readout's weights, or of an attentional vector's, and int8 of the
-    context's, none beside a vector; the bounds (5, P), largest of each panel's columns; no mean.
-    The same of sixteen bits, of all the weights, and their mean. The weights (V, K) in dtype. All
-    empty where nothing is sought: not wanted, few tokens, or weights that are not finite."""
+    context's, none beside a vector; the bounds (5, P), largest of each panel's columns; neither
+    mean nor directions. The same of sixteen bits, of all the weights, with both. The weights (V, K)
+    in dtype. All empty where nothing is sought: not wanted, few tokens, or weights that are not
+    finite."""
     linear, H = decoder.fc_out, decoder.layers.hidden_size
     if decoder.attentional_dim is not None:
         H = decoder.attentional_dim
@@ -333,48 +337,89 @@ def pack_screens(decoder: "Decoder", dtype: torch.dtype, wanted: bool) -> list[T
     none = w.new_empty(0)
     nothing = none[:, None]
     of_int8 = _by_fours(nothing, 128, 1), none
-    no_sixteen = [*_pack_sixteen_bits(nothing), *of_int8, none, none]
+    no_pairs = _pack_pairs(none.view(0, 1), none.view(0, COMMON))
+    no_sixteen = [no_pairs, none, *of_int8, *3 * [none]]
+    no_six = [*pack_six_bits(nothing), *of_int8, *3 * [none]]
     if not wanted or V < MANY_TOKENS or K > MOST_FEATURES:
-        return [*pack_six_bits(nothing), *of_int8, none, none, *no_sixteen, none]
+        return [*no_six, *no_sixteen, none]
     w = w.to(dtype).to(w.dtype)
     if not (w.isfinite().all() and (bias < torch.inf).all()):
-        return [*pack_six_bits(nothing), *of_int8, none, none, *no_sixteen, none]
+        return [*no_six, *no_sixteen, none]
     of_context = pack_matrix([w[:, H:]], 1, torch.int8) if K > H else of_int8
     six, eight = (partial(_rounded, most=most) for most in (MOST_OF_SIX, 127))
-    parts: list[_Part] = [(slice(H), six, None), (slice(H, K), eight, None)]
     packed: list[Tensor | Panels] = [*pack_six_bits(w[:, :H]), *of_context]
-    packed += [_largest_bounds(w, bias, parts), none]
-    if V < MANY_SUMMED:
-        return [*packed, *no_sixteen, w.to(dtype)]
-    mean = w.mean(0)
-    parts = [(slice(K), _rounded_to_sixteen, mean), (slice(K, K), _rounded_to_sixteen, None)]
-    filled = F.pad(mean, (0, -K % BLOCK_OF_SIXTEEN))
-    packed += [*_pack_sixteen_bits(w - mean), *of_int8, _largest_bounds(w, bias, parts), filled]
-    return [*packed, w.to(dtype)]
+    parts: list[_Part] = [(slice(H), six, w.new_zeros(1)), (slice(H, K), eight, w.new_zeros(1))]
+    packed += [_largest_bounds(w, bias, parts), none, none]
+    return [*packed, *(_pack_sixteen(w, bias) if V >= MANY_SUMMED else no_sixteen), w.to(dtype)]
 
 
-def _pack_sixteen_bits(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Panels (P, K / 2, WIDTH, 2) of w (N, K), K filled up with zeros, in whole numbers of sixteen
-    bits, and each column's scale."""
-    whole, scale = _rounded_to_sixteen(w)
-    filled = F.pad(whole.to(torch.int16), (0, -whole.shape[1] % 2))
-    pairs = pack_rows(filled.view(torch.int32), 1).view(torch.int16)
-    return pairs.unflatten(2, (WIDTH, 2)), pack_rows(scale, 1).flatten()
+def _pack_sixteen(w: Tensor, bias: Tensor) -> list[Tensor]:
+    """Sixteen bits of w (V, K), in the order of `pack_screens`."""
+    (_, K), none = w.shape, w.new_empty(0)
+    mean, directions = _in_common(w)
+    whole, of_common, scale = _rounded_to_sixteen(w - mean, directions)
+
+    def rounding(rest: Tensor) -> tuple[Tensor, Tensor]:
+        return _rounded_to_sixteen(rest, directions)[::2]
+
+    bounds = _largest_bounds(w, bias, [(slice(K), rounding, mean), (slice(K, K), rounding, mean)])
+    # What rounding takes from the rows is met by the directions' part of the weights too, which is
+    # not longer than they are, but for rounding.
+    bounds[1] *= 2.1
+    fill = -K % BLOCK_OF_SIXTEEN
+    directions = F.pad(directions / SIXTEENTH, (0, 0, 0, fill))
+    numbers = _pack_pairs(whole, of_common), pack_rows(scale, 1).flatten()
+    of_int8 = _by_fours(none[:, None], 128, 1), none
+    return [*numbers, *of_int8, bounds, F.pad(mean, (0, fill)), directions]
 
 
-def _rounded_to_sixteen(w: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_rounded`, of which no block of a row's numbers is too long: sums of their products fit
-    into whole numbers of 32 bits."""
-    most = w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+def _pack_pairs(whole: Tensor, of_common: Tensor) -> Tensor:
+    """Panels (P, K / 2, WIDTH, 2) of int16, of whole numbers side by side, the first ones filled up
+    with zeros to an even number of columns."""
+    rows = torch.cat([F.pad(whole, (0, -whole.shape[1] % 2)), of_common], 1).to(torch.int16)
+    return pack_rows(rows.view(torch.int32), 1).view(torch.int16).unflatten(2, (WIDTH, 2))
+
+
+def _in_common(w: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (K,) of rows w (V, K), and (K, COMMON) orthogonal directions that most of what is
+    left lies in: of some rows, without those that are much longer than most. By subspace iteration
+    (Halko, Martinsson and Tropp 2011), in float64, so that what threads there are is not seen."""
+    some = w[:: -(-len(w) // MOST_LOOKED_AT)].double()
+    size = some.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    some = some / size
+    length = some.norm(dim=1)
+    some = some[length <= 4 * length.median()]
+    mean = some.mean(0)
+    some -= mean
+    random = torch.Generator().manual_seed(0)
+    n = min(w.shape[1], COMMON + 8)
+    q = torch.randn(w.shape[1], n, generator=random, dtype=torch.float64).to(w.device)
+    for _ in range(3):
+        q = torch.linalg.qr(some.T @ (some @ q)).Q
+    part = some @ q
+    found = q @ torch.linalg.eigh(part.T @ part)[1][:, -COMMON:]
+    found = F.pad(found, (0, COMMON - found.shape[1]))
+    return (mean * size).to(w.dtype), found.to(w.dtype)
+
+
+def _rounded_to_sixteen(w: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers of w (N, K), and of its part (N, COMMON) in directions, with a scale (N, 1) for
+    both that no block of them is too long for: sums of their products fit into 32 bits."""
+    tiny = torch.finfo(torch.float32).tiny
+    most = w.abs().amax(1, keepdim=True).clamp_min(tiny)
+    part = w @ directions * SIXTEENTH
     # Of numbers up to 1, whose squares are finite.
-    filled = F.pad(w / most, (0, -w.shape[1] % BLOCK_OF_SIXTEEN))
-    length = filled.unflatten(1, (-1, BLOCK_OF_SIXTEEN)).norm(dim=2).amax(1, keepdim=True)
-    scale = (most * (length / LENGTH_OF_SIXTEEN)).clamp_min(torch.finfo(torch.float32).tiny)
-    return (w / scale).round(), scale
+    blocks = F.pad(w / most, (0, -w.shape[1] % BLOCK_OF_SIXTEEN)).unflatten(
+        1, (-1, BLOCK_OF_SIXTEEN)
+    )
+    length = blocks.norm(dim=2).amax(1, keepdim=True).maximum((part / most).norm(dim=1)[:, None])
+    scale = most * (length / LENGTH_OF_SIXTEEN).clamp_min(1 / MOST_OF_SIXTEEN)
+    scale = scale.clamp_min(tiny)
+    return (w / scale).round(), (part / scale).round(), scale
 
 
-# Columns of a matrix, how they are rounded, and what was taken from them before.
-_Part = tuple[slice, Callable[[Tensor], tuple[Tensor, Tensor]], Tensor | None]
+# Columns of a matrix, how they are rounded, and what is taken from all rows before.
+_Part = tuple[slice, Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]
 
 
 def _largest_bounds(w: Tensor, bias: Tensor, parts: list[_Part]) -> Tensor:
@@ -388,12 +433,11 @@ def _bounds(w: Tensor, bias: Tensor, parts: list[_Part]) -> Tensor:
     can be from that by floats, for a left factor of norm 1; the norm of what the bits stand for.
     Last the rounding of the bias."""
     unit, bounds = 2.0**-24, []  # of float32's rounding
-    for columns, rounding, mean in parts:
+    for columns, rounding, taken in parts:
         part = w[:, columns]
         if part.shape[1] == 0:
             bounds += 2 * [w.new_zeros(len(w), dtype=torch.float64)]
             continue
-        taken = w.new_zeros(1) if mean is None else mean
         whole, scale = rounding(part - taken)
         exact = scale.double() * whole
         of_bits, of_part = exact.norm(dim=1), part.double().norm(dim=1)

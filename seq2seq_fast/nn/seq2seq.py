@@ -252,11 +252,11 @@ class Seq2Seq(nn.Module):
         GPU `generate` keeps what it needs by itself, and this does no more than make it ready.
 
         But for int8 the readout of a large vocabulary is kept four times, twice in the dtype, in
-        six and eight bits and, from 2,048 tokens on, in sixteen: greedy decoding then reads six
+        six and eight bits and, from 4,096 tokens on, in sixteen: greedy decoding then reads six
         and eight, and of the dtype's numbers those of the few tokens that the bits leave in
         question. The tokens are the same. Log-probabilities, and beam search, read sixteen bits of
         all tokens, and the dtype's numbers of those that may be chosen or are a large part of the
-        sum over all: next to float64 they are as exact as in PyTorch's float32.
+        sum over all: next to float64 they are about as exact as PyTorch's float32.
 
         Args:
             dtype: "float32"; or "bfloat16" or "int8" (a scale for each output), in which the

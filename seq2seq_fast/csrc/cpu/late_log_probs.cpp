@@ -39,7 +39,7 @@ void LateLogProbs::flush() {
   const float* const rows = rows_.data();
   const Operand hidden = {rows, K, of_first_}, context = {rows + of_first_, K, K - of_first_};
   readout_->run({hidden, context, {}}, n, Made::kScores, {1, 1}, [](int64_t) {});
-  std::vector<float> log_probs(n);
+  std::vector<double> log_probs(n);
   parallel(n, packed_.V / 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       log_probs[i] = readout_->normaliser(i).log_prob(readout_->logit(i, tokens_[i]));

@@ -75,19 +75,25 @@ struct QuantisedRows {
 
 // What weights of kInt16 are multiplied by: x = scale * whole number, with a scale for each block
 // of kSixteenBlock numbers, none of which is above kSixteen, nor their Euclidean norm above
-// kSixteenLength. That of as many weights is not above 2^14.5 - 8, so that their products' sums are
-// whole numbers of 32 bits (Cauchy-Schwarz), rounding included.
+// kSixteenLength before they are rounded, nor that of as many weights above it: sums of
+// their products are whole numbers of 32 bits (Cauchy-Schwarz).
+//
+// What rounding takes from x it takes for all columns alike. So there is one block more: that
+// taken, by the kCommon directions that the weights have most in common, to meet the weights' own
+// part of those. The numbers are kSixteenth too large there, and the weights as much too small,
+// which leaves the scale to the others.
 struct SixteenRows {
-  int64_t K, ld;      // K is filled up with zeros to an even number
+  int64_t K, ld;      // K: without that block, filled up with zeros to an even number
   int16_t* numbers;   // (rows, ld), whole blocks
   float* scales;      // (rows, blocks)
   float* norms;       // (rows, 2): Euclidean, of x and of what rounding it has taken
-  const float* mean;  // (ld,): a row that was taken from all columns of the weights
-  float* shifts;      // (rows,): its products, which all sums of a row begin with
+  const float* mean;  // (ld - kSixteenBlock,): a row that was taken from all columns of the weights
+  const float* directions;  // (ld - kSixteenBlock, kCommon), times kSixteenth
+  float* shifts;            // (rows,): products with the mean, which all sums of a row begin with
   int64_t blocks() const;
 };
-constexpr int64_t kSixteenBlock = 64;
-constexpr float kSixteen = 32767, kSixteenLength = 92670;  // 2^16.5 - 12
+constexpr int64_t kSixteenBlock = 64, kCommon = 16;
+constexpr float kSixteen = 32767, kSixteenLength = 46328;  // 2^15.5 - 12.95
 inline int64_t SixteenRows::blocks() const { return ld / kSixteenBlock; }
 
 // What exp(x - top) was made with: the largest x, their sum, and sum w (x - top).
@@ -308,11 +314,14 @@ struct Loops {
                const int32_t* places, int64_t n, const float* bias, float* out);
   void (*dots_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
                     const int32_t* places, int64_t n, const float* bias, float* out);
-  // The same sums to other bits, in less time.
-  void (*quick_dots)(const Operand* operands, int64_t row, const float* w, int64_t ld,
-                     const int32_t* places, int64_t n, const float* bias, float* out);
-  void (*quick_dots_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
-                          const int32_t* places, int64_t n, const float* bias, float* out);
+  // sum_i exp(near - top) (exp(exact - near) - 1): what a sum of exponentials lacks where `near`,
+  // logits of all tokens, are in place of exact ones, as above but for their last bits.
+  float (*excess)(const Operand* operands, int64_t row, const float* w, int64_t ld,
+                  const int32_t* places, int64_t n, const float* bias, const float* near,
+                  float top);
+  float (*excess_half)(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+                       const int32_t* places, int64_t n, const float* bias, const float* near,
+                       float top);
   // A NaN, if there is one, is the largest.
   Peak (*peak)(const float* x, int64_t n);
   // The largest of x, of which none is NaN.

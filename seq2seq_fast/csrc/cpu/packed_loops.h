@@ -201,38 +201,51 @@ void dots_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t 
 
 // One row of w after the other, a vector of its numbers at a time.
 template <typename W>
-S2S_INLINE void quick_dots_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
-                              const int32_t* places, int64_t n, const float* bias, float* out) {
+S2S_INLINE float excess_of(const Operand* operands, int64_t row, const W* w, int64_t ld,
+                           const int32_t* places, int64_t n, const float* bias, const float* near,
+                           float top) {
   constexpr int kTogether = 4;  // so that a sum need not wait for its last addition
-  for (int64_t i = 0; i < n; ++i) {
-    const W* from = w + places[i] * ld;
-    const W* const next = w + places[i + 1 < n ? i + 1 : i] * ld;
-    for (int64_t k = 0; k < ld; k += kLineBytes / static_cast<int64_t>(sizeof(W)))
-      __builtin_prefetch(next + k);
-    Vec acc[kTogether] = {};
-    float rest = 0;
-    for (int s = 0; s < kOperands; ++s) {
-      const int64_t K = operands[s].K;
-      const float* x = operands[s].x + row * operands[s].ld;
-      int64_t k = 0;
-      for (; k + kTogether * kVec <= K; k += kTogether * kVec)
+  Vec total = {};
+  for (int64_t first = 0; first < n; first += kVec) {
+    const int64_t lanes = std::min(kVec, n - first);
+    Vec exact = {}, rounded = {};
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t place = places[first + i], next = places[std::min(first + i + 1, n - 1)];
+      const W* from = w + place * ld;
+      for (int64_t k = 0; k < ld; k += kLineBytes / static_cast<int64_t>(sizeof(W)))
+        __builtin_prefetch(w + next * ld + k);
+      Vec acc[kTogether] = {};
+      float rest = 0;
+      for (int s = 0; s < kOperands; ++s) {
+        const int64_t K = operands[s].K;
+        const float* x = operands[s].x + row * operands[s].ld;
+        int64_t k = 0;
+        for (; k + kTogether * kVec <= K; k += kTogether * kVec)
 #pragma GCC unroll 4
-        for (int j = 0; j < kTogether; ++j)
-          acc[j] += load(x + k + j * kVec) * load_weights(from + k + j * kVec);
-      for (; k + kVec <= K; k += kVec) acc[0] += load(x + k) * load_weights(from + k);
-      for (; k < K; ++k) rest += x[k] * one_weight(from[k]);
-      from += K;
+          for (int j = 0; j < kTogether; ++j)
+            acc[j] += load(x + k + j * kVec) * load_weights(from + k + j * kVec);
+        for (; k + kVec <= K; k += kVec) acc[0] += load(x + k) * load_weights(from + k);
+        for (; k < K; ++k) rest += x[k] * one_weight(from[k]);
+        from += K;
+      }
+      exact[i] = bias[place] + (sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + rest);
+      rounded[i] = near[place];
     }
-    out[i] = bias[places[i]] + (sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + rest);
+    // Lanes behind the last token have no difference.
+    const Vec shifted = at_least(-87.f, at_most(87.f, rounded - top));
+    total +=
+        exp_moderate(shifted) * expm1_moderate(at_least(-87.f, at_most(87.f, exact - rounded)));
   }
+  return sum(total);
 }
-void quick_dots(const Operand* operands, int64_t row, const float* w, int64_t ld,
-                const int32_t* places, int64_t n, const float* bias, float* out) {
-  quick_dots_of(operands, row, w, ld, places, n, bias, out);
+float excess(const Operand* operands, int64_t row, const float* w, int64_t ld,
+             const int32_t* places, int64_t n, const float* bias, const float* near, float top) {
+  return excess_of(operands, row, w, ld, places, n, bias, near, top);
 }
-void quick_dots_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
-                     const int32_t* places, int64_t n, const float* bias, float* out) {
-  quick_dots_of(operands, row, w, ld, places, n, bias, out);
+float excess_half(const Operand* operands, int64_t row, const uint16_t* w, int64_t ld,
+                  const int32_t* places, int64_t n, const float* bias, const float* near,
+                  float top) {
+  return excess_of(operands, row, w, ld, places, n, bias, near, top);
 }
 
 // Whether any lane is set, of the result of a comparison.
@@ -285,14 +298,26 @@ Peak peak(const float* x, int64_t n) {
   return p;  // +inf - +inf
 }
 
+// The lanes of a comparison that are set, as bits.
+S2S_INLINE uint32_t lanes_of(const VecInt& lanes) {
+#if defined(S2S_INTRINSICS) && S2S_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
+#elif defined(S2S_INTRINSICS)
+  return _mm256_movemask_ps((__m256)lanes);
+#else
+  uint32_t bits = 0;
+  if (any_of(lanes))
+    for (int i = 0; i < kVec; ++i) bits |= static_cast<uint32_t>(lanes[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // Places of x above the threshold, ascending; `out` holds n.
 int64_t above(const float* x, int64_t n, float threshold, int32_t* out) {
   int64_t found = 0, i = 0;
-  for (; i + kVec <= n; i += kVec) {
-    if (!any_of(load(x + i) > threshold)) continue;
-    for (int64_t j = i; j < i + kVec; ++j)
-      if (x[j] > threshold) out[found++] = static_cast<int32_t>(j);
-  }
+  for (; i + kVec <= n; i += kVec)
+    for (uint32_t bits = lanes_of(load(x + i) > threshold); bits != 0; bits &= bits - 1)
+      out[found++] = static_cast<int32_t>(i) + __builtin_ctz(bits);
   for (; i < n; ++i)
     if (x[i] > threshold) out[found++] = static_cast<int32_t>(i);
   return found;

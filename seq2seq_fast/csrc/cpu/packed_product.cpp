@@ -74,7 +74,7 @@ Matrix::Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t dig
     : weights(data.data), scale(floats(scales)), type(weights_of(data)), digits(digits_) {
   const bool of_six = type == Weights::kInt6, whole = of_bytes() || of_sixteen();
   STD_TORCH_CHECK(data.dim == (whole ? 4 : 3) && (!of_six || (data.sizes[2] == 3 && digits == 1)) &&
-                      (!of_sixteen() || data.sizes[3] == 2),
+                      (!of_sixteen() || (data.sizes[3] == 2 && 2 * data.sizes[1] >= kCommon)),
                   "expected panels (P, K, width), or of uint8 (P, K / 4, width, 4), with one digit "
                   "(P, K / 4, 3, 64), or of int16 (P, K / 2, width, 2)");
   panels = data.sizes[0], K = data.sizes[1] * (of_bytes() ? 4 : of_sixteen() ? 2 : 1);
@@ -101,7 +101,14 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
                  digits_,       scales_,
                  offsets_,      norms_},
       numbers_(rows_of_sixteen(matrix, rows) * matrix.sixteen_ld()),
-      sixteen_{matrix.K, matrix.sixteen_ld(), numbers_, scales_, norms_, matrix.mean, shifts_} {
+      sixteen_{matrix.rows_of_numbers(),
+               matrix.sixteen_ld(),
+               numbers_,
+               scales_,
+               norms_,
+               matrix.mean,
+               matrix.directions,
+               shifts_} {
   const bool sixteen = matrix.of_sixteen();
   if (!sixteen && !matrix.of_bytes()) return;
   parallel(rows, matrix.K, [&](int64_t begin, int64_t end) {

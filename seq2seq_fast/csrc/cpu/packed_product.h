@@ -32,14 +32,16 @@ struct Matrix {
   const float* scale;
   Weights type;
   int64_t panels, K, width, digits;
-  const float* mean = nullptr;  // of kInt16, (sixteen_ld,)
+  const float *mean = nullptr, *directions = nullptr;  // of kInt16, see SixteenRows
   Matrix(const PackedTensor& data, const PackedTensor& scales, int64_t digits = 2);
   bool of_bytes() const { return type == Weights::kInt8 || type == Weights::kInt6; }
   bool of_sixteen() const { return type == Weights::kInt16; }
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
   // From one digit of a row to the next; vectors are stored past its end.
   int64_t quantised_ld() const { return K + kBlock; }
-  int64_t sixteen_ld() const { return round_up(K, kSixteenBlock); }
+  // Of kInt16, whose last rows are of what the weights have in common:
+  int64_t rows_of_numbers() const { return K - kCommon; }
+  int64_t sixteen_ld() const { return round_up(rows_of_numbers(), kSixteenBlock) + kSixteenBlock; }
 };
 
 // The left factor of products with a matrix: rows of operands side by side.

@@ -80,47 +80,77 @@ S2S_INLINE void gather_block(const Operand* operands, int64_t row, int64_t k, fl
   }
 }
 
-void quantise_sixteen(const Operand* operands, int64_t row, const SixteenRows& to) {
+// Rounds a block of numbers, and returns their scale: NaN where they are not finite. Adds to
+// products the squares of the numbers, and what rounding has taken times them.
+S2S_INLINE float round_block(const float* x, int16_t* numbers, double products[2]) {
   constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
-  alignas(64) float block[kSixteenBlock];
-  double squares[2] = {}, shift = 0;  // of x, and of what rounding has taken
-  for (int64_t k = 0; k < to.ld; k += kSixteenBlock) {
-    gather_block(operands, row, k, block);
-    Vec of_mean = {};
-    for (int64_t i = 0; i < kSixteenBlock; i += kVec)
-      of_mean += load(block + i) * load(to.mean + k + i);
-    shift += sum(of_mean);
-    int16_t* const numbers = to.numbers + row * to.ld + k;
-    float top = largest(block, kSixteenBlock);
-    // Above zero, and of a reciprocal that is finite: numbers far below it are nothing.
-    top = top <= 1e-30f ? 1e-30f : top;
-    Vec of_block = {}, taken = {};
-    if (top < INFINITY) {
-      for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
-        const Vec x = load(block + i) / top;
-        of_block += x * x;
-      }
-      const float length = __builtin_sqrtf(sum(of_block));
-      const float unit = length * kSixteen <= kSixteenLength ? kSixteen : kSixteenLength / length;
-      for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
-        const Vec scaled = load(block + i) / top * unit, rounded = (scaled + kRound) - kRound;
-        taken += (scaled - rounded) * (scaled - rounded);
-        *reinterpret_cast<VecShort*>(numbers + i) =
-            __builtin_convertvector(__builtin_convertvector(rounded, VecInt), VecShort);
-      }
-      const float scale = top / unit;
-      to.scales[row * to.blocks() + k / kSixteenBlock] = scale;
-      squares[0] += double{top} * top * sum(of_block);
-      squares[1] += double{scale} * scale * sum(taken);
-    } else {
-      std::memset(numbers, 0, kSixteenBlock * sizeof(int16_t));
-      to.scales[row * to.blocks() + k / kSixteenBlock] = NAN;
-      squares[0] = squares[1] = NAN;
-    }
+  float top = largest(x, kSixteenBlock);
+  if (!(top < INFINITY)) {
+    std::memset(numbers, 0, kSixteenBlock * sizeof *numbers);
+    return NAN;
   }
+  // Above zero, and of a reciprocal that is finite: numbers far below it are nothing.
+  top = top <= 1e-30f ? 1e-30f : top;
+  Vec sums[2] = {};
+  for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
+    const Vec y = load(x + i) / top;
+    sums[0] += y * y;
+  }
+  const float length = __builtin_sqrtf(sum(sums[0]));
+  const float unit = length * kSixteen <= kSixteenLength ? kSixteen : kSixteenLength / length;
+  for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
+    const Vec scaled = load(x + i) / top * unit, rounded = (scaled + kRound) - kRound;
+    sums[1] += (scaled - rounded) * scaled;
+    *reinterpret_cast<VecShort*>(numbers + i) =
+        __builtin_convertvector(__builtin_convertvector(rounded, VecInt), VecShort);
+  }
+  const double scale = double{top} / unit;
+  products[0] += double{top} * top * sum(sums[0]), products[1] += scale * scale * sum(sums[1]);
+  return static_cast<float>(scale);
+}
+
+// A row that is not finite has NaN for scales and norms. Probable tokens are those whose weights
+// lie along x: what rounding takes is made orthogonal to it, by scales that are a little larger.
+void quantise_sixteen(const Operand* operands, int64_t row, const SixteenRows& to) {
+  alignas(64) float block[kSixteenBlock], common[kSixteenBlock] = {};
+  constexpr int64_t kParts = kCommon / kVec;
+  int16_t* const numbers = to.numbers + row * to.ld;
+  float* const scales = to.scales + row * to.blocks();
+  const int64_t K = to.ld - kSixteenBlock;
+  double products[2] = {}, none[2];
+  for (int64_t k = 0; k < K; k += kSixteenBlock) {
+    gather_block(operands, row, k, block);
+    scales[k / kSixteenBlock] = round_block(block, numbers + k, products);
+  }
+  const double found = products[0] - products[1];  // x times its whole numbers
+  const float larger = found > 0 ? static_cast<float>(products[1] / found) : 0.f;
+  double shift = 0, taken = 0;
+  Vec sums[kParts] = {};
+  for (int64_t k = 0; k < K; k += kSixteenBlock) {
+    gather_block(operands, row, k, block);
+    float& scale = scales[k / kSixteenBlock];
+    scale += larger * scale;
+    Vec of_mean = {}, squares = {};
+    for (int64_t i = 0; i < kSixteenBlock; i += kVec) {
+      const Vec x = load(block + i);
+      of_mean += x * load(to.mean + k + i);
+      const auto whole = *reinterpret_cast<const VecShort*>(numbers + k + i);
+      const Vec rest =
+          x - scale * __builtin_convertvector(__builtin_convertvector(whole, VecInt), Vec);
+      squares += rest / scale * (rest / scale);
+      store(block + i, rest);
+    }
+    shift += sum(of_mean), taken += double{scale} * scale * sum(squares);
+    const float* directions = to.directions + k * kCommon;
+    for (int64_t i = 0; i < kSixteenBlock; ++i, directions += kCommon)
+      for (int p = 0; p < kParts; ++p) sums[p] += block[i] * load(directions + p * kVec);
+  }
+  for (int p = 0; p < kParts; ++p) store(common + p * kVec, sums[p]);
+  scales[K / kSixteenBlock] = round_block(common, numbers + K, none);
   to.shifts[row] = static_cast<float>(shift);
-  for (int i = 0; i < 2; ++i)
-    to.norms[2 * row + i] = static_cast<float>(__builtin_sqrt(squares[i]));
+  to.norms[2 * row] = static_cast<float>(__builtin_sqrt(products[0]));
+  to.norms[2 * row + 1] = static_cast<float>(__builtin_sqrt(taken));
+  if (!(found >= 0)) std::fill_n(to.norms + 2 * row, 2, NAN);
 }
 
 // Columns that are not finite become zeros with NaN for a scale and for norms.

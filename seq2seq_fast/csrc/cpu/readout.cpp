@@ -37,30 +37,40 @@ PackedReadout::PackedReadout(const PackedTensor* x, int64_t V)
              w.numel() == V * matrix.K && w.type == x[0].type && matrix.type != Weights::kInt8),
         "expected few bits, bounds and rows of the readout's weights");
   STD_TORCH_CHECK(
-      sixteen.panels == 0 || (sixteen.parts[0].of_sixteen() &&
-                              sixteen.parts[0].K == round_up(matrix.K, 2) && six.panels > 0),
+      sixteen.panels == 0 ||
+          (sixteen.parts[0].of_sixteen() &&
+           sixteen.parts[0].rows_of_numbers() == round_up(matrix.K, 2) && six.panels > 0),
       "expected sixteen bits of all of the readout's weights");
 }
 
 void PackedReadout::logits_at(const Operand* operands, int64_t row, const int32_t* tokens,
-                              int64_t n, float* out, bool quickly) const {
-  const auto dots = [&](const auto* w, auto of) {
-    of(operands, row, w, matrix.K, tokens, n, bias, out);
-  };
+                              int64_t n, float* out) const {
   if (matrix.type == Weights::kFloat)
-    dots(static_cast<const float*>(weights), quickly ? loops.quick_dots : loops.dots);
+    loops.dots(operands, row, static_cast<const float*>(weights), matrix.K, tokens, n, bias, out);
   else
-    dots(static_cast<const uint16_t*>(weights), quickly ? loops.quick_dots_half : loops.dots_half);
+    loops.dots_half(operands, row, static_cast<const uint16_t*>(weights), matrix.K, tokens, n, bias,
+                    out);
+}
+
+float PackedReadout::excess(const Operand* operands, int64_t row,
+                            const std::vector<int32_t>& tokens, const float* near,
+                            float top) const {
+  const auto n = static_cast<int64_t>(tokens.size());
+  if (matrix.type == Weights::kFloat)
+    return loops.excess(operands, row, static_cast<const float*>(weights), matrix.K, tokens.data(),
+                        n, bias, near, top);
+  return loops.excess_half(operands, row, static_cast<const uint16_t*>(weights), matrix.K,
+                           tokens.data(), n, bias, near, top);
 }
 
 Normaliser::Normaliser(const Peak* peaks, int64_t chunks) : top(-INFINITY), log_sum(0) {
-  float sum = 0;
+  double sum = 0;
   for (int64_t i = 0; i < chunks; ++i) {
     if (peaks[i].top != peaks[i].top) {
       top = log_sum = NAN;
       return;
     }
-    top = std::max(top, peaks[i].top);
+    top = std::max(top, double{peaks[i].top});
   }
   for (int64_t i = 0; i < chunks; ++i)
     if (peaks[i].top > -INFINITY) sum += peaks[i].sum * std::exp(peaks[i].top - top);
@@ -86,39 +96,76 @@ void Readout::run(const StepRows& rows, int64_t n, Made wanted, const StepsLeft&
   if (wanted == Made::kScores && packed_.makes_scores()) screen_ = &sixteen_;
   if (!screen_) {
     made_ = Made::kLogits;
-    return make_all(0, n, beside);
+    return make_all(n, beside);
   }
   screen_->prepare(left);
-  make_near(n, beside);
-  for (int64_t m = 0; m < n; ++m) near_rows_[m] = screen_->finite(m) && least(m) > -INFINITY;
-  for (int64_t m = 0, first; m < n; ++m) {
-    if (near_rows_[m]) continue;
-    for (first = m; m + 1 < n && !near_rows_[m + 1];) ++m;
-    make_all(first, m + 1 - first, [](int64_t) {});
-  }
+  if (!make_near(n, beside)) make_all(n, beside);
 }
 
-void Readout::make_all(int64_t first, int64_t n, const std::function<void(int64_t chunk)>& beside) {
+void Readout::make_all(int64_t n, const std::function<void(int64_t chunk)>& beside) {
   const int64_t ld = packed_.ld();
-  const Factor features(packed_.matrix, first + n, rows_.hidden,
-                        projected_ ? Operand() : rows_.context);
-  const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
-  over_pieces(packed_.chunks, work, n, false, [&](int64_t chunk) {
+  const Factor features(packed_.matrix, n, rows_.hidden, projected_ ? Operand() : rows_.context);
+  over_chunks(n, [&](int64_t chunk) {
     const int64_t v = chunk * packed_.chunk_width();
-    packed_.over_panels(chunk, logits(first) + v, ld, [&](int64_t p, Sums to) {
+    packed_.over_panels(chunk, logits_ + v, ld, [&](int64_t p, Sums to) {
       if (projected_) to.soon = projected_.of_panel(p);
-      features.multiply(p, first, n, to);
-      if (projected_) projected_.add(rows_.to, p, first, n, {to.out, ld, to.out, ld});
+      features.multiply(p, 0, n, to);
+      if (projected_) projected_.add(rows_.to, p, 0, n, {to.out, ld, to.out, ld});
     });
-    for (int64_t m = first; m < first + n; ++m)
-      peaks_[m * packed_.chunks + chunk] = loops.peak(logits(m) + v, packed_.count(chunk));
+    for (int64_t m = 0; m < n; ++m) meet(m, chunk);
     beside(chunk);
   });
 }
 
-void Readout::make_near(int64_t n, const std::function<void(int64_t chunk)>& beside) {
+// All logits of the rows whose near ones do not tell; values are projected for no near ones.
+void Readout::make_others(int64_t n) {
+  std::vector<int64_t> others;
+  for (int64_t m = 0; m < n; ++m)
+    if (!near_rows_[m]) others.push_back(m);
+  const auto count = static_cast<int64_t>(others.size());
+  if (count == 0) return;
+  const int64_t K = packed_.matrix.K, width = packed_.chunk_width();
+  const Buffer<float> rows(count * K);
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = rows + i * K;
+    for (const Operand* x : {&rows_.hidden, &rows_.context})
+      to = std::copy_n(x->x + others[i] * x->ld, x->K, to);
+  }
+  const Factor features(packed_.matrix, count, {rows, K, K});
+  over_chunks(count, [&](int64_t chunk) {
+    const Buffer<float> made(count * width);
+    packed_.over_panels(chunk, made, width,
+                        [&](int64_t p, const Sums& to) { features.multiply(p, 0, count, to); });
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(made + i * width, packed_.count(chunk), logits(others[i]) + chunk * width);
+      meet(others[i], chunk);
+    }
+  });
+}
+
+void Readout::meet(int64_t m, int64_t chunk) {
+  peaks_[m * packed_.chunks + chunk] =
+      loops.peak(logits(m) + chunk * packed_.chunk_width(), packed_.count(chunk));
+}
+
+void Readout::over_chunks(int64_t rows, const std::function<void(int64_t chunk)>& f) const {
+  over_pieces(packed_.chunks, packed_.chunk_panels * packed_.matrix.operations(rows), rows, false,
+              f);
+}
+
+// Whether they tell of any row.
+bool Readout::make_near(int64_t n, const std::function<void(int64_t chunk)>& beside) {
   const ScreenStep step(*screen_, rows_, n);
-  for (int64_t m = 0; m < n; ++m) least_[m] = -INFINITY;
+  bool any = false;
+  for (int64_t m = 0; m < n; ++m) {
+    near_rows_[m] = screen_->tells(m);
+    any |= near_rows_[m] != 0;
+    least_[m] = -INFINITY;
+  }
+  if (!any) {
+    made_ = Made::kLogits;
+    return false;
+  }
   const int64_t work = packed_.chunk_panels * packed_.matrix.operations(n);
   parallel_in_turns(packed_.chunks, work, [&](int64_t chunk) {
     const int64_t v = chunk * packed_.chunk_width();
@@ -127,6 +174,12 @@ void Readout::make_near(int64_t n, const std::function<void(int64_t chunk)>& bes
     for (int64_t m = 0; m < n; ++m) note(m, chunk);
     beside(chunk);
   });
+  for (int64_t m = 0; m < n; ++m) {
+    const float most = least(m);
+    if (!(most > -INFINITY && most < INFINITY)) near_rows_[m] = 0;
+  }
+  make_others(n);
+  return true;
 }
 
 // A chunk's logits are made, and still in the cache.
@@ -163,29 +216,50 @@ float Readout::least(int64_t m) const {
   return least;
 }
 
-// The sum of exp(logit) over all tokens, most of which have their near logits: how far each is off
-// is as good as random, and what is left of that in a mean over many is less than what floats have
-// (tests/test_seeking.py holds it to the rule of all log-probabilities). Those that are no small
-// part of the sum are made of floats; there are at most 1 / kSmallPart of them.
+// The smallest part of the sum of exp(logit) that a token may have and be made of floats. What
+// rounding takes from a near logit is some three sqrt(K) times less than its bound, which all of it
+// would have to point one way for; a sum of parts p that each are off by that is off by
+// sqrt(sum p^2) of it. Where that is little, so is what is left.
+float Readout::small_part(int64_t m) const {
+  constexpr float kLeast = 0x1p-11f, kMost = 0x1p-9f, kOff = 1.5e-6f;
+  float bound = 0;
+  for (int64_t i = 0; i < packed_.chunks; ++i) bound = std::max(bound, near(m)[i].bound);
+  const float part = kOff * 3 / bound;
+  return std::clamp(part * part * static_cast<float>(packed_.matrix.K), kLeast, kMost);
+}
+
+// The sum of exp(logit) over all tokens, most of which have their near logits. How far each is off
+// has little to do with how far another is, and the sum over many hides it; those that are no small
+// part of it are made of floats, large ones to the very bits that they have where they are chosen,
+// so that a certain token is certain.
 Normaliser Readout::normaliser(int64_t m) const {
-  constexpr float kSmallPart = 0x1p-12f;
+  constexpr float kLargePart = 0x1p-5f;
   const Normaliser near(peaks(m), packed_.chunks);
   if (made_ != Made::kScores || !sought(m)) return near;
-  const float least = near.top + near.log_sum + std::log(kSmallPart);
-  std::vector<int32_t> tokens;
-  for (int64_t i = 0; i < packed_.chunks; ++i)
-    if (peaks(m)[i].top > least) add_above(logits(m), i, least, tokens);
+  const auto above = [&](float part) {
+    const auto least = static_cast<float>(near.top + near.log_sum + std::log(part));
+    std::vector<int32_t> tokens;
+    for (int64_t i = 0; i < packed_.chunks; ++i)
+      if (peaks(m)[i].top > least) add_above(logits(m), i, least, tokens);
+    return tokens;
+  };
+  std::vector<int32_t> tokens = above(small_part(m));
   if (tokens.empty()) return near;
-  std::vector<float> floats(tokens.size());
+  const std::vector<int32_t> large = above(kLargePart);
+  const std::vector<float> values = exact(m, large);
+  std::erase_if(
+      tokens, [&](int32_t token) { return std::binary_search(large.begin(), large.end(), token); });
   const Operand operands[kOperands] = {rows_.hidden, rows_.context};
-  packed_.logits_at(operands, m, tokens.data(), static_cast<int64_t>(tokens.size()), floats.data(),
-                    true);
-  double more = 0;
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    const double from = logits(m)[tokens[i]];
-    more += std::exp(from - near.top) * std::expm1(floats[i] - from);
+  double sum = std::exp(near.log_sum) +
+               packed_.excess(operands, m, tokens, logits(m), static_cast<float>(near.top));
+  for (size_t i = 0; i < large.size(); ++i) {
+    const double before = logits(m)[large[i]];
+    sum += std::exp(before - near.top) * std::expm1(values[i] - before);
   }
-  return {near.top, static_cast<float>(std::log(std::exp(double{near.log_sum}) + more))};
+  const double log_sum = std::log(sum);
+  if (large.empty()) return {near.top, log_sum};
+  const double top = *std::max_element(values.begin(), values.end());
+  return {top, std::max(log_sum + near.top - top, 0.)};  // exp(top) itself is in it
 }
 
 bool Readout::finite(int64_t m) const {

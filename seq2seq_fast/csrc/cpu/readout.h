@@ -36,17 +36,20 @@ struct PackedReadout {
     for (int64_t p = first; p < std::min(matrix.panels, first + chunk_panels); ++p, out += width)
       f(p, Sums{bias + p * width, 0, out, ld});
   }
-  // Logits of n tokens in a row [operands side by side]; quickly, to other bits.
-  void logits_at(const Operand* operands, int64_t row, const int32_t* tokens, int64_t n, float* out,
-                 bool quickly = false) const;
+  // Logits of n tokens in a row [operands side by side].
+  void logits_at(const Operand* operands, int64_t row, const int32_t* tokens, int64_t n,
+                 float* out) const;
+  // What the sum of exp(logit - top) lacks where some tokens have near logits; see Loops.
+  float excess(const Operand* operands, int64_t row, const std::vector<int32_t>& tokens,
+               const float* near, float top) const;
 };
 
-// What makes logits log-probabilities, in the two roundings of torch's log_softmax.
+// What makes logits log-probabilities.
 struct Normaliser {
-  float top, log_sum;
+  double top, log_sum;
   Normaliser(const Peak* peaks, int64_t chunks);
-  Normaliser(float top, float log_sum) : top(top), log_sum(log_sum) {}
-  float log_prob(float logit) const { return (logit - top) - log_sum; }
+  Normaliser(double top, double log_sum) : top(top), log_sum(log_sum) {}
+  double log_prob(float logit) const { return (logit - top) - log_sum; }
 };
 
 // What is known of a chunk's near logits, which one thread makes and another asks for: the largest,
@@ -99,12 +102,16 @@ class Readout {
   int32_t drawn(int64_t m, const Sampling& sampling, const Draw& draw);
 
  private:
-  void make_all(int64_t first, int64_t n, const std::function<void(int64_t chunk)>& beside);
-  void make_near(int64_t n, const std::function<void(int64_t chunk)>& beside);
+  void make_all(int64_t n, const std::function<void(int64_t chunk)>& beside);
+  bool make_near(int64_t n, const std::function<void(int64_t chunk)>& beside);
+  void make_others(int64_t n);
+  void meet(int64_t m, int64_t chunk);
+  void over_chunks(int64_t rows, const std::function<void(int64_t chunk)>& f) const;
   bool sought(int64_t m) const { return made_ != Made::kLogits && near_rows_[m]; }
   void note(int64_t m, int64_t chunk);
   Near* near(int64_t m) const { return near_ + m * packed_.chunks; }
   float least(int64_t m) const;
+  float small_part(int64_t m) const;
   std::vector<int32_t> largest(int64_t m) const;
   int32_t find(int64_t m) const;
   int32_t find_drawn(int64_t m, const Draw& draw) const;

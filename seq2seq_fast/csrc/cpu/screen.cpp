@@ -10,6 +10,7 @@ constexpr float kSlack = 1.001f;      // for sums of squares in float32
 constexpr float kUnderflow = 1e-28f;  // more than products of 2^16 tiny numbers can lose
 constexpr float kFurthest = 1e30f;    // numbers that no sum of theirs overflows
 constexpr float kRounding = 0x1p-24f;
+constexpr float kNear = 0.125f;
 // Numbers of a byte that are read while one is made of the values' products, and rounded.
 constexpr int64_t kReadMeanwhile = 7;
 
@@ -26,11 +27,12 @@ PackedScreen::PackedScreen(const PackedTensor* x, int64_t chunk_panels_)
       bounds(chunks),
       bias_bounds(chunks) {
   if (panels == 0) return;
-  parts[kHidden].mean = floats(x[5]);
+  parts[kHidden].mean = floats(x[5]), parts[kHidden].directions = floats(x[6]);
+  const int64_t numbers = parts[0].of_sixteen() ? parts[0].sixteen_ld() - kSixteenBlock : 0;
   STD_TORCH_CHECK((!reads_context() ||
                    (parts[kContext].panels == panels && parts[kContext].width == parts[0].width)) &&
-                      x[4].numel() == (2 * kParts + 1) * panels &&
-                      x[5].numel() == (parts[0].of_sixteen() ? parts[0].sixteen_ld() : 0),
+                      x[4].numel() == (2 * kParts + 1) * panels && x[5].numel() == numbers &&
+                      x[6].numel() == kCommon * numbers,
                   "expected few bits of both parts of the readout's weights, and their bounds");
   for (int64_t p = 0; p < panels; ++p) {
     const auto raise = [&](float& most, int64_t i) {
@@ -127,7 +129,9 @@ float Screen::bound(int64_t m, int64_t chunk) const {
          kUnderflow;
 }
 
-bool Screen::finite(int64_t m) const {
+bool Screen::tells(int64_t m) const {
+  for (int64_t chunk = 0; packed_.parts[0].of_sixteen() && chunk < packed_.chunks; ++chunk)
+    if (!(bound(m, chunk) < kNear)) return false;
   const float of_context = screened_ ? screened_->most_of_bits(sources_[m])
                                      : packed_.most_of_bits[PackedScreen::kContext];
   return norms(m, PackedScreen::kHidden)[0] * packed_.most_of_bits[PackedScreen::kHidden] <

@@ -33,13 +33,12 @@ struct BitBounds {
 };
 
 // The tensors that come from Python: matrix and scales, of kInt6 over the hidden state and of kInt8
-// over the context, or of kInt16 over both, and of those the mean of all tokens' weights, which was
-// taken from them: what they have in common is not rounded; the bounds of both parts, and of the
-// bias' rounding (2
-// + 2 + 1, panels), the largest of each panel's columns. Empty where nothing is sought; the
-// context's part alone where another has both, or readouts read attentional vectors.
+// over the context, or of kInt16 over both; the bounds of both parts, and of the bias' rounding,
+// (5, panels), the largest of each panel's columns; mean and directions of kInt16, see SixteenRows.
+// Empty where nothing is sought; the context's part alone where another has both, or readouts read
+// attentional vectors.
 struct PackedScreen {
-  static constexpr int kTensors = 6;
+  static constexpr int kTensors = 7;
   enum Part { kHidden, kContext, kParts };
   Matrix parts[kParts];
   int64_t panels, chunk_panels, chunks;
@@ -91,8 +90,9 @@ class Screen {
   // How far a logit of a chunk may be from that of the product of floats, in row m of the last
   // step.
   float bound(int64_t m, int64_t chunk) const;
-  // Whether all of that is finite: norms of rows that are not are NaN.
-  bool finite(int64_t m) const;
+  // Whether all of that is finite: norms of rows that are not are NaN. Of sixteen bits, whether
+  // logits are near enough to be summed up.
+  bool tells(int64_t m) const;
 
  private:
   friend class ScreenStep;
