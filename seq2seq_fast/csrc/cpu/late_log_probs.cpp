@@ -5,8 +5,10 @@
 
 namespace seq2seq_fast {
 
-// Tokens that pay for reading the weights, and what their logits may take, in bytes.
+// Tokens that pay for reading the weights, and what their logits may take, in bytes. No step has
+// more than the fewest.
 constexpr int64_t kTogether = 96, kFewTogether = 8, kMostBytes = int64_t{8} << 20;
+static_assert(kFewTogether >= kFewRows);
 
 LateLogProbs::LateLogProbs(const PackedReadout& packed, int64_t of_first, std::vector<double>& sums)
     : packed_(packed),
@@ -34,8 +36,7 @@ void LateLogProbs::flush() {
   const int64_t n = end_, K = packed_.matrix.K;
   begin_ = end_ = 0;
   if (n == 0) return;
-  // Rows come few at a time.
-  if (!readout_) readout_.emplace(packed_, std::max(most_, kFewRows), nullptr, no_values_);
+  if (!readout_) readout_.emplace(packed_, most_, nullptr, no_values_);
   const float* const rows = rows_.data();
   const Operand hidden = {rows, K, of_first_}, context = {rows + of_first_, K, K - of_first_};
   readout_->run({hidden, context, {}}, n, Made::kScores, {1, 1}, [](int64_t) {});

@@ -80,7 +80,7 @@ struct QuantisedRows {
 //
 // What rounding takes from x it takes for all columns alike. So there is one block more: that
 // taken, by the kCommon directions that the weights have most in common, to meet the weights' own
-// part of those. The numbers are kSixteenth too large there, and the weights as much too small,
+// part of those. The numbers are sixteen times too large there, and the weights as much too small,
 // which leaves the scale to the others.
 struct SixteenRows {
   int64_t K, ld;      // K: without that block, filled up with zeros to an even number
@@ -88,7 +88,7 @@ struct SixteenRows {
   float* scales;      // (rows, blocks)
   float* norms;       // (rows, 2): Euclidean, of x and of what rounding it has taken
   const float* mean;  // (ld - kSixteenBlock,): a row that was taken from all columns of the weights
-  const float* directions;  // (ld - kSixteenBlock, kCommon), times kSixteenth
+  const float* directions;  // (ld - kSixteenBlock, kCommon), times sixteen
   float* shifts;            // (rows,): products with the mean, which all sums of a row begin with
   int64_t blocks() const;
 };
