@@ -11,7 +11,7 @@ import torch
 from decoding_models import BOS, EOS, KINDS, PROJECT, make, sources
 
 import seq2seq_fast as s2s
-from seq2seq_fast.decoding import packing
+from seq2seq_fast.decoding import packing, stepwise
 from seq2seq_fast.decoding.packing import FEW_TOKENS, pack_decoder, pack_matrix
 
 
@@ -49,9 +49,10 @@ def test_reduced_weights_decode_as_the_same_numbers_in_float32(V, dtype, kind):
 
 def first_log_probs(model, source, state):
     """(B, V) of the first token: as many beams as there are tokens."""
-    V = model.decoder.output_dim
+    decoder = getattr(model, "decoder", model)
+    V = decoder.output_dim
     found = s2s.generate(
-        model.decoder, source, state, bos=BOS, eos=EOS, max_length=1, beam_size=V, n_best=V
+        decoder, source, state, bos=BOS, eos=EOS, max_length=1, beam_size=V, n_best=V
     )
     order = found.tokens.squeeze(2).argsort(1)
     return found.log_probs.gather(1, order)
@@ -102,6 +103,41 @@ def test_int8_and_any_size_of_what_it_multiplies(size):
     )
     ours = first_log_probs(model.prepare_inference("int8"), torch.zeros(5, 33), state)
     torch.testing.assert_close(ours, want.log_softmax(1).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[4]], ids=str)
+@pytest.mark.parametrize("H", [33, 1030])
+def test_int8_rows_are_alike_alone_and_in_any_batch(kind, H):
+    """Bit for bit: sums are exact, and added up alike where there are several."""
+    model, src = make(kind, V=70, H=H, layers=1).prepare_inference("int8"), sources(40, 7)
+    source, state = model.encode(src)
+    options = {"bos": BOS, "eos": EOS, "max_length": 3, "min_length": 3}
+    want = s2s.generate(model.decoder, source, state, **options)
+    for rows in ([7], [3, 8], [5, 1, 9], range(3, 8), range(7, 21), range(1, 36)):
+        some = torch.tensor(rows)
+        one = stepwise.take_source(source, some), stepwise.take_state(state, some)
+        found = s2s.generate(model.decoder, *one, **options)
+        assert torch.equal(found.tokens, want.tokens[some])
+        assert torch.equal(found.log_probs, want.log_probs[some])
+
+
+@pytest.mark.parametrize("H", [1024, 1025, 2048, 3000])
+@torch.no_grad()
+def test_int8_sums_that_nearly_fill_32_bits(H):
+    """All numbers and all weights are as large as the largest, and their products have one sign."""
+    decoder = make(("rnn", False, False), V=70, H=H, layers=1).decoder
+    signs = 1 - 2 * torch.randint(0, 2, (2 * H,), generator=torch.Generator().manual_seed(0))
+    for p in decoder.parameters():
+        p.zero_()
+    decoder.rnn.bias_hh_l0.copy_(30 * signs[:H])  # the hidden state, after tanh
+    logits = torch.randn(70)
+    decoder.fc_out.weight.copy_(logits[:, None] * signs / (2 * H))
+    decoder.prepare_inference("int8")
+    for B in (1, 2, 5, 20):
+        state = s2s.DecoderState(torch.zeros(1, B, H), None)
+        found = first_log_probs(decoder, signs[H:].float().expand(B, H), state)
+        want = logits.double().log_softmax(0).float().expand(B, 70)
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", PROJECT, ids=str)

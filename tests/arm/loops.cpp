@@ -45,18 +45,26 @@ void quantised(int64_t count, int64_t rows, int64_t K, int64_t width) {
   const QuantisedRows to{K4,
                          ld,
                          count,
-                         count == 2 ? 8191 : kBytesNeonDot.digit,
+                         kBytesNeonDot.pairs,
+                         count == 2 ? kTwoDigits : kBytesNeonDot.digit,
                          digits.data(),
                          scales.data(),
                          offsets.data(),
                          norms.data()};
+  // The same as plain code takes them
+  std::vector<int8_t> plain_digits(digits.size());
+  std::vector<int32_t> plain_offsets(offsets.size());
+  QuantisedRows to_plain = to;
+  to_plain.pairs = kLoopsDefault.bytes.pairs;
+  to_plain.digits = plain_digits.data(), to_plain.offsets = plain_offsets.data();
   Operand operands[kOperands] = {};
   operands[0] = {x.data(), K, K};
-  for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);
+  for (int64_t row = 0; row < rows; ++row)
+    kLoopsDefault.quantise(operands, row, to), kLoopsDefault.quantise(operands, row, to_plain);
   const std::vector<float> before = numbers(rows * width);
   std::vector<float> plain = before, own = before;
   const auto onto = [&](std::vector<float>& x) { return Sums{x.data(), width, x.data(), width}; };
-  kLoopsDefault.bytes.panel(to, 0, rows, w.data(), width, scale.data(), onto(plain));
+  kLoopsDefault.bytes.panel(to_plain, 0, rows, w.data(), width, scale.data(), onto(plain));
   kBytesNeonDot.panel(to, 0, rows, w.data(), width, scale.data(), onto(own));
   compare("quantised_panel", own, {plain.begin(), plain.end()}, 0);
   std::vector<double> lengths(2 * rows);
@@ -80,8 +88,8 @@ void six_bits(int64_t rows, int64_t K) {
   std::vector<float> scales(rows), norms(2 * rows);
   std::vector<int32_t> offsets(rows);
   const float most = kBytesNeonDot.digit;
-  const QuantisedRows to{K4,          ld, 1, most, digits.data(), scales.data(), offsets.data(),
-                         norms.data()};
+  const QuantisedRows to{
+      K4, ld, 1, false, most, digits.data(), scales.data(), offsets.data(), norms.data()};
   Operand operands[kOperands] = {};
   operands[0] = {x.data(), K, K};
   for (int64_t row = 0; row < rows; ++row) kLoopsDefault.quantise(operands, row, to);

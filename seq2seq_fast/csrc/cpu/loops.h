@@ -62,16 +62,28 @@ constexpr int kOperands = 3;
 
 // What weights of kInt8 and kInt6 are multiplied by: x = scale * (128 * digit + digit), both of
 // them from -64 to 64. Twice 7 bits are much finer than the weights, and products of bytes are
-// quick. With one digit for a number x = scale * digit.
+// quick, where an instruction adds up four. Where it takes two to add up two digits' products of
+// four weights, 128 * digit + digit lies in 16 bits, and two are multiplied at once: of each four
+// numbers the second and the third change places, to meet weights' even bytes and odd ones. With
+// one digit for a number x = scale * digit.
 struct QuantisedRows {
-  int64_t K, ld;     // K is filled up with zeros to a multiple of 4
-  int64_t count;     // digits of a number, which
-  float most;        // is at most this: 8191, or Bytes::digit
-  int8_t* digits;    // (rows, count, ld): the high ones of a row, the low ones
+  int64_t K, ld;  // K is filled up with zeros to a multiple of 4
+  int64_t count;  // digits of a number, two of which may lie in 16 bits: Bytes::pairs
+  bool pairs;
+  float most;        // what a number is at most: kTwoDigits, or Bytes::digit
+  int8_t* digits;    // (rows, count, ld): the high ones of a row, the low ones; or (rows, ld) int16
   float* scales;     // (rows,)
-  int32_t* offsets;  // (rows, count): -128 times the sum of digits, as weights are 128 too large
+  int32_t* offsets;  // (rows, parts, count): -128 times sums of a part, weights being 128 too large
   float* norms;      // (rows, 2): Euclidean, of x and of what rounding it has taken
+  int64_t parts() const;
 };
+constexpr float kTwoDigits = 8191;
+// Rows that are multiplied in 32 bits: of two digits, as many as 128 * 8191 times is below 2^31.
+constexpr int64_t kTwoDigitsPart = 2048;
+inline int64_t parts_of_digits(int64_t K, int64_t count) {
+  return count == 2 && K > kTwoDigitsPart ? (K + kTwoDigitsPart - 1) / kTwoDigitsPart : 1;
+}
+inline int64_t QuantisedRows::parts() const { return parts_of_digits(K, count); }
 
 // What weights of kInt16 are multiplied by: x = scale * whole number, with a scale for each block
 // of kSixteenBlock numbers, none of which is above kSixteen, nor their Euclidean norm above
@@ -172,6 +184,7 @@ struct Bytes {
   // Of kInt6, and of numbers of one digit.
   void (*panel_of_six)(const QuantisedRows& x, int64_t first, int64_t rows, const uint8_t* w,
                        const float* scale, const Sums& to);
+  bool pairs;   // whether it takes numbers of two digits as whole ones, see QuantisedRows
   float digit;  // the largest where numbers have one: two products must fit where they are added
   bool seek;    // whether products with one digit are quick enough to seek with, see readout.h
   // Of kInt16, and whether that is quicker than products of floats.

@@ -5,7 +5,6 @@ namespace seq2seq_fast {
 namespace {
 
 constexpr int64_t kLeastUnpacked = 12;  // rows that pay for making floats of a panel's weights
-constexpr float kTwoDigits = 8191;
 
 Weights weights_of(const PackedTensor& x) {
   if (x.type == ScalarType::Float) return Weights::kFloat;
@@ -94,12 +93,17 @@ Factor::Factor(const Matrix& matrix, int64_t rows, Operand a, Operand b, Operand
               rows_of_sixteen(matrix, rows) * (matrix.sixteen_ld() / kSixteenBlock)),
       norms_(2 * (rows_of_bytes(matrix, rows) + rows_of_sixteen(matrix, rows))),
       shifts_(rows_of_sixteen(matrix, rows)),
-      offsets_(matrix.digits * rows_of_bytes(matrix, rows)),
+      offsets_(matrix.quantised_offsets() * rows_of_bytes(matrix, rows)),
       digits_(matrix.digits * rows_of_bytes(matrix, rows) * matrix.quantised_ld()),
-      quantised_{matrix.K,      matrix.quantised_ld(),
-                 matrix.digits, matrix.digits == 2 ? kTwoDigits : loops.bytes.digit,
-                 digits_,       scales_,
-                 offsets_,      norms_},
+      quantised_{matrix.K,
+                 matrix.quantised_ld(),
+                 matrix.digits,
+                 loops.bytes.pairs,
+                 matrix.digits == 2 ? kTwoDigits : loops.bytes.digit,
+                 digits_,
+                 scales_,
+                 offsets_,
+                 norms_},
       numbers_(rows_of_sixteen(matrix, rows) * matrix.sixteen_ld()),
       sixteen_{matrix.rows_of_numbers(),
                matrix.sixteen_ld(),

@@ -39,6 +39,7 @@ struct Matrix {
   int64_t operations(int64_t rows) const { return rows * K * width / 2; }
   // From one digit of a row to the next; vectors are stored past its end.
   int64_t quantised_ld() const { return K + kBlock; }
+  int64_t quantised_offsets() const { return digits * parts_of_digits(K, digits); }  // of a row
   // Of kInt16, whose last rows are of what the weights have in common:
   int64_t rows_of_numbers() const { return K - kCommon; }
   int64_t sixteen_ld() const { return round_up(rows_of_numbers(), kSixteenBlock) + kSixteenBlock; }

@@ -7,6 +7,7 @@ namespace seq2seq_fast {
 namespace {
 
 typedef int8_t VecByte __attribute__((vector_size(S2S_LANES), aligned(1), may_alias));
+typedef int16_t VecShort __attribute__((vector_size(2 * S2S_LANES), aligned(2), may_alias));
 
 S2S_INLINE int32_t sum(const VecInt& x) {
   int32_t total = 0;
@@ -14,9 +15,19 @@ S2S_INLINE int32_t sum(const VecInt& x) {
   return total;
 }
 
+// The second and the third of each four numbers change places. K is a multiple of 4.
+S2S_INLINE void even_before_odd(int16_t* numbers, int64_t K) {
+  for (int64_t k = 0; k < K; k += 4) {
+    uint64_t four;
+    std::memcpy(&four, numbers + k, sizeof four);
+    four = (four & 0xffff00000000ffff) | (four & 0xffff0000) << 16 | (four >> 16 & 0xffff0000);
+    std::memcpy(numbers + k, &four, sizeof four);
+  }
+}
+
 // Rounds one row to whole numbers, and those to digits. A row that is not finite becomes zeros with
 // NaN for a scale and for norms.
-template <int kCount>
+template <int kCount, bool kPairs>
 S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const QuantisedRows& to) {
   constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
   float top = 1e-30f;                   // above zero, and of a reciprocal that is finite
@@ -24,12 +35,12 @@ S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const Quantise
     const float most = largest(operands[s].x + row * operands[s].ld, operands[s].K);
     top = top < most || most != most ? most : top;
   }
-  int8_t* digits[kCount];  // the high ones, the low ones
-  for (int i = 0; i < kCount; ++i) digits[i] = to.digits + (row * kCount + i) * to.ld;
-  VecInt sums[kCount] = {};
+  int8_t* const digits = to.digits + row * kCount * to.ld;   // the high ones, then the low ones
+  auto* const numbers = reinterpret_cast<int16_t*>(digits);  // in place of both
   Vec squares[2] = {};
   if (top < INFINITY) {
     const float inverse = to.most / top;
+    int64_t at = 0;
     for (int s = 0; s < kOperands; ++s) {
       const int64_t K = operands[s].K;
       const float* x = operands[s].x + row * operands[s].ld;
@@ -38,33 +49,51 @@ S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const Quantise
         const Vec rounded = (scaled + kRound) - kRound, taken = scaled - rounded;
         squares[0] += scaled * scaled, squares[1] += taken * taken;
         const VecInt whole = __builtin_convertvector(rounded, VecInt);
+        if constexpr (kPairs) {
+          *reinterpret_cast<VecShort*>(numbers + at + k) = __builtin_convertvector(whole, VecShort);
+          continue;
+        }
         VecInt digit[kCount] = {whole};
         if constexpr (kCount == 2) {
           digit[0] = (whole + 64) >> 7;
           digit[1] = whole - (digit[0] << 7);
         }
-        for (int i = 0; i < kCount; ++i) {
-          *reinterpret_cast<VecByte*>(digits[i] + k) = __builtin_convertvector(digit[i], VecByte);
-          sums[i] += digit[i];
-        }
+        for (int i = 0; i < kCount; ++i)
+          *reinterpret_cast<VecByte*>(digits + i * to.ld + at + k) =
+              __builtin_convertvector(digit[i], VecByte);
       }
-      for (int i = 0; i < kCount; ++i) digits[i] += K;
+      at += K;
     }
-    for (int i = 0; i < kCount; ++i) std::memset(digits[i], 0, 4);
+    if constexpr (kPairs) {
+      std::memset(numbers + at, 0, 4 * sizeof *numbers);
+      even_before_odd(numbers, to.K);
+    } else {
+      for (int i = 0; i < kCount; ++i) std::memset(digits + i * to.ld + at, 0, 4);
+    }
   } else {
-    std::memset(digits[0], 0, kCount * to.ld);
+    std::memset(digits, 0, kCount * to.ld);
     top = NAN;
   }
   const float scale = to.scales[row] = top / to.most;
-  for (int i = 0; i < kCount; ++i) to.offsets[kCount * row + i] = -128 * sum(sums[i]);
+  int32_t* offsets = to.offsets + row * to.parts() * kCount;
+  for (int64_t k = 0, parts = to.parts(), next; parts > 0; --parts, k = next, offsets += kCount) {
+    next = parts > 1 ? k + kTwoDigitsPart : to.K;
+    for (int i = 0; i < kCount; ++i) {
+      int32_t total = 0;
+      if constexpr (kPairs)
+        for (int64_t j = k; j < next && i == 0; ++j) total += numbers[j];
+      else
+        for (int64_t j = k; j < next; ++j) total += digits[i * to.ld + j];
+      offsets[i] = -128 * total;
+    }
+  }
   for (int i = 0; i < 2; ++i) to.norms[2 * row + i] = scale * __builtin_sqrtf(sum(squares[i]));
 }
 
 void quantise(const Operand* operands, int64_t row, const QuantisedRows& to) {
-  to.count == 2 ? quantise_to<2>(operands, row, to) : quantise_to<1>(operands, row, to);
+  if (to.count == 1) return quantise_to<1, false>(operands, row, to);
+  to.pairs ? quantise_to<2, true>(operands, row, to) : quantise_to<2, false>(operands, row, to);
 }
-
-typedef int16_t VecShort __attribute__((vector_size(2 * S2S_LANES), aligned(2), may_alias));
 
 // A block of a row's numbers, from the k-th on, that lie in several operands: zeros behind them.
 S2S_INLINE void gather_block(const Operand* operands, int64_t row, int64_t k, float* out) {
@@ -196,7 +225,7 @@ void six_to_eight(const uint8_t* w, int64_t fours, uint8_t* out) {
       SixBits::load(w + 4 * at, b);
       for (int j = 0; j < kBlocks; ++j) {
         b[j] += four_times(128 - 32);
-        std::memcpy(out + 4 * (at + j * SixBits::kApart), &b[j], sizeof b[j]);
+        std::memcpy(out + 4 * (at + j * kBlock), &b[j], sizeof b[j]);
       }
     }
   }

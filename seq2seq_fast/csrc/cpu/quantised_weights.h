@@ -23,19 +23,19 @@ constexpr bool kSigned = false;
 #endif
 
 struct EightBits {
-  static constexpr int64_t kApart = kVec;                    // columns, from one vector to the next
+  static int64_t at(int64_t j) { return j * kVec; }          // the j-th vector's first column
   static int64_t bytes(int64_t width) { return 4 * width; }  // of four rows
   static int32_t offset(int32_t of_128) { return kSigned ? 0 : of_128; }
   template <int N>
   S2S_INLINE static void load(const uint8_t* w, VecInt (&b)[N]) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j)
-      b[j] = four_bytes(w + 4 * j * kApart) ^ (kSigned ? four_times(128) : 0);
+      b[j] = four_bytes(w + 4 * j * kVec) ^ (kSigned ? four_times(128) : 0);
   }
 };
 
 struct SixBits {
-  static constexpr int64_t kApart = kBlock;
+  static int64_t at(int64_t j) { return j % kBlocks * kBlock + j / kBlocks * kVec; }
   static int64_t bytes(int64_t) { return 3 * kPanel; }
   static int32_t offset(int32_t of_128) { return of_128 / 4; }  // they are 32 too large
   S2S_INLINE static void load(const uint8_t* w, VecInt (&b)[kBlocks]) {
@@ -44,6 +44,15 @@ struct SixBits {
            (parts[2] >> 2 & four_times(3 << 4));
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) b[j] = parts[j] & four_times(63);
+  }
+  S2S_INLINE static void load(const uint8_t* w, VecInt (&b)[2 * kBlocks]) {
+    VecInt half[kBlocks];
+#pragma GCC unroll 2
+    for (int at = 0; at < 2; ++at) {
+      load(w + 4 * at * kVec, half);
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlocks; ++j) b[at * kBlocks + j] = half[j];
+    }
   }
 };
 
