@@ -70,11 +70,13 @@ struct QuantisedRows {
   int64_t K, ld;  // K is filled up with zeros to a multiple of 4
   int64_t count;  // digits of a number, two of which may lie in 16 bits: Bytes::pairs
   bool pairs;
-  float most;        // what a number is at most: kTwoDigits, or Bytes::digit
-  int8_t* digits;    // (rows, count, ld): the high ones of a row, the low ones; or (rows, ld) int16
-  float* scales;     // (rows,)
-  int32_t* offsets;  // (rows, parts, count): -128 times sums of a part, weights being 128 too large
-  float* norms;      // (rows, 2): Euclidean, of x and of what rounding it has taken
+  float most;      // what a number is at most: kTwoDigits, or Bytes::digit
+  int8_t* digits;  // (rows, count, ld): the high ones of a row, the low ones; or (rows, ld) int16
+  float* scales;   // (rows,)
+  // (rows, parts, count): -128 times the sum of a part's digits, or numbers, as weights are 128 too
+  // large; of whole numbers the second is not looked at
+  int32_t* offsets;
+  float* norms;  // (rows, 2): Euclidean, of x and of what rounding it has taken
   int64_t parts() const;
 };
 constexpr float kTwoDigits = 8191;

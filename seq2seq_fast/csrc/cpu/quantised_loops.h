@@ -9,12 +9,6 @@ namespace {
 typedef int8_t VecByte __attribute__((vector_size(S2S_LANES), aligned(1), may_alias));
 typedef int16_t VecShort __attribute__((vector_size(2 * S2S_LANES), aligned(2), may_alias));
 
-S2S_INLINE int32_t sum(const VecInt& x) {
-  int32_t total = 0;
-  for (int i = 0; i < kVec; ++i) total += x[i];
-  return total;
-}
-
 // The second and the third of each four numbers change places. K is a multiple of 4.
 S2S_INLINE void even_before_odd(int16_t* numbers, int64_t K) {
   for (int64_t k = 0; k < K; k += 4) {
@@ -26,8 +20,8 @@ S2S_INLINE void even_before_odd(int16_t* numbers, int64_t K) {
 }
 
 // Rounds one row to whole numbers, and those to digits. A row that is not finite becomes zeros with
-// NaN for a scale and for norms.
-template <int kCount, bool kPairs>
+// NaN for a scale and for norms. kWhole: QuantisedRows::pairs.
+template <int kCount, bool kWhole>
 S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const QuantisedRows& to) {
   constexpr float kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
   float top = 1e-30f;                   // above zero, and of a reciprocal that is finite
@@ -49,7 +43,7 @@ S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const Quantise
         const Vec rounded = (scaled + kRound) - kRound, taken = scaled - rounded;
         squares[0] += scaled * scaled, squares[1] += taken * taken;
         const VecInt whole = __builtin_convertvector(rounded, VecInt);
-        if constexpr (kPairs) {
+        if constexpr (kWhole) {
           *reinterpret_cast<VecShort*>(numbers + at + k) = __builtin_convertvector(whole, VecShort);
           continue;
         }
@@ -64,7 +58,7 @@ S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const Quantise
       }
       at += K;
     }
-    if constexpr (kPairs) {
+    if constexpr (kWhole) {
       std::memset(numbers + at, 0, 4 * sizeof *numbers);
       even_before_odd(numbers, to.K);
     } else {
@@ -78,12 +72,9 @@ S2S_INLINE void quantise_to(const Operand* operands, int64_t row, const Quantise
   int32_t* offsets = to.offsets + row * to.parts() * kCount;
   for (int64_t k = 0, parts = to.parts(), next; parts > 0; --parts, k = next, offsets += kCount) {
     next = parts > 1 ? k + kTwoDigitsPart : to.K;
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < (kWhole ? 1 : kCount); ++i) {
       int32_t total = 0;
-      if constexpr (kPairs)
-        for (int64_t j = k; j < next && i == 0; ++j) total += numbers[j];
-      else
-        for (int64_t j = k; j < next; ++j) total += digits[i * to.ld + j];
+      for (int64_t j = k; j < next; ++j) total += kWhole ? numbers[j] : digits[i * to.ld + j];
       offsets[i] = -128 * total;
     }
   }
