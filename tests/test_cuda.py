@@ -75,6 +75,12 @@ def test_the_harness_shows_that_blocks_have_not_met(ops, fault):
     assert all(torch.equal(y, x.roll(-1)) for y in results) == (fault == 0)
 
 
+def test_blocks_meet_where_their_count_begins_again(ops):
+    x = torch.arange(5.0)
+    for _ in range(4):
+        assert torch.equal(ops.broken_together(x, 10)[5:], x.roll(-1))
+
+
 def test_the_harness_refuses_blocks_that_wait_for_ever(ops):
     with pytest.raises(RuntimeError, match="blocks wait for others that never come"):
         ops.broken_together(torch.arange(5.0), 7)

@@ -15,7 +15,8 @@ enum Fault {
   kDivergent,
   kLateWarp,
   kShuffle,
-  kNoFence
+  kNoFence,
+  kFarOn,  // no fault: a count near its end
 };
 
 struct Arguments {
@@ -23,6 +24,7 @@ struct Arguments {
   float* out;
   unsigned* arrived;
   int fault;
+  unsigned before = 0;  // of `arrived`
 };
 
 // out[i] = x[n - 1 - i] of a block of n = 64, through shared memory and an asynchronous copy; then
@@ -44,14 +46,14 @@ void reversed(Arguments a) {
   a.out[n + blockIdx.x] = a.fault == kOrder ? static_cast<float>(before) : 0.f;
 }
 
-// out[block] = what the block's successor had left before they met.
+// out[n + block] = what the block's successor had left before they met.
 void exchanged(Arguments a) {
   const unsigned block = blockIdx.x, n = gridDim.x;
   if (threadIdx.x == 0) a.out[block] = a.x[block];
   __syncthreads();
   if (threadIdx.x == 0 && a.fault != kNoBarrier) {
     if (a.fault != kLateWarp || block != 0) announce(a.arrived);
-    await(a.arrived, n);
+    await(a.arrived, a.before + n);
   }
   __syncthreads();
   if (threadIdx.x == 0) a.out[n + block] = a.out[(block + 1) % n];
@@ -83,11 +85,12 @@ void gathered(Arguments a) {
 torch::stable::Tensor broken_together(torch::stable::Tensor x, int64_t fault) {
   constexpr int kBlocks = 5;
   auto out = empty(x, {2 * kBlocks});
-  unsigned arrived = 0;
+  const unsigned before = fault == kFarOn ? -3u : 0u;
+  unsigned arrived = before;
   Device(x).launch_together(
       exchanged, kBlocks, dim3(64), 0,
       {static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr()), &arrived,
-       static_cast<int>(fault)});
+       static_cast<int>(fault), before});
   return out;
 }
 

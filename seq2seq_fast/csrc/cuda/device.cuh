@@ -24,6 +24,12 @@ struct Grid {
 
 namespace seq2seq_fast {
 
+// Whether a count has come to `target`. Counts go on from 0 behind 2^32 - 1, and those compared are
+// fewer than 2^31 apart.
+__device__ __forceinline__ bool reached(unsigned seen, unsigned target) {
+  return static_cast<int>(seen - target) >= 0;
+}
+
 #ifdef __CUDACC__
 
 using Half = __half;
@@ -90,7 +96,7 @@ __device__ __forceinline__ void await(const unsigned* count, unsigned target) {
   unsigned seen;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-  } while (seen < target);
+  } while (!reached(seen, target));
 }
 
 // Stores what other threads may store at the same place and time, all of them the same.
