@@ -15,6 +15,8 @@ SIZES = [
     (1700, 20, 50),
     (3, 400, 700),
     (15, 500, 41),
+    (20, 1030, 70),
+    (1100, 40, 400),
 ]
 LAYOUTS = {
     "rows": lambda x: x.contiguous(),
@@ -50,22 +52,28 @@ def test_nothing_to_multiply(blas):
     assert of((0, 4), (4, 3)).shape == (0, 3) and of((2, 4), (4, 0)).shape == (2, 0)
 
 
-def test_what_is_no_number_stays_in_its_row_and_column():
-    a, b = torch.randn(20, 30), torch.randn(30, 40)
-    a[3, 5], b[7, 11] = torch.nan, torch.inf
-    found = torch.ops.seq2seq_fast.product(a, b, blas=False)
-    finite = torch.ones(20, 40, dtype=torch.bool)
-    finite[3], finite[:, 11] = False, False
-    assert torch.equal(found.isfinite(), finite)
+@pytest.mark.parametrize("M", [6, 7, 8, 13, 14, 20])  # rows are copied six or eight at a time
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_no_number_stays_in_its_row_and_column(layout, M):
+    b = torch.randn(30, 40)
+    b[7, 11] = torch.inf
+    for row in range(M):
+        a = torch.randn(M, 30)
+        a[row, 5] = torch.nan
+        found = torch.ops.seq2seq_fast.product(LAYOUTS[layout](a), b, blas=False)
+        finite = torch.ones(M, 40, dtype=torch.bool)
+        finite[row], finite[:, 11] = False, False
+        assert torch.equal(found.isfinite(), finite)
 
 
-def test_the_same_bits_with_any_number_of_threads():
-    a, b = torch.randn(700, 300), torch.randn(300, 200)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_with_any_number_of_threads(layout):
+    a, b = LAYOUTS[layout](torch.randn(1100, 600)), torch.randn(600, 400)
     threads, found = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 5):
             torch.set_num_threads(n)
-            found.append(torch.ops.seq2seq_fast.product(a.T.contiguous().T, b, blas=False))
+            found.append(torch.ops.seq2seq_fast.product(a, b, blas=False))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, found[0]) for x in found)
@@ -80,9 +88,9 @@ def test_the_faster_one_is_a_product(dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_several_products_are_the_product_of_each(layout):
-    a = LAYOUTS[layout](torch.randn(530, 270))
+    a = LAYOUTS[layout](torch.randn(530, 620))
     b = [
-        LAYOUTS[name](torch.randn(270, n)) for name, n in zip(LAYOUTS, (100, 1, 64, 0), strict=True)
+        LAYOUTS[name](torch.randn(620, n)) for name, n in zip(LAYOUTS, (100, 1, 64, 0), strict=True)
     ]
     found = products(a, b)
     assert len(found) == len(b) and products(a, []) == []

@@ -25,7 +25,7 @@ namespace {
 // Bytes of a chunk's logits: enough rows for the products, few enough for the third level of the
 // cache. At V = 10,000 products take 5 % longer with 64 rows than with 384. A chunk goes through
 // the weights four times, so where K rows have many bytes, they are the more.
-constexpr int64_t kLeastBytes = int64_t{16} << 20, kMostBytes = int64_t{32} << 20;
+constexpr int64_t kLeastBytes = int64_t{20} << 20, kMostBytes = int64_t{32} << 20;
 int64_t rows_of_chunk(int64_t V, int64_t K, int64_t bytes_each) {
   const int64_t row = V * bytes_each;
   return std::clamp(std::min<int64_t>(K, 4096) / 2 * row, kLeastBytes, kMostBytes) / row;
@@ -123,8 +123,11 @@ class CrossEntropy {
     double sum = 0;
     for (const bool made : {false, true}) {
       const std::vector<Row>& rows = rows_[made];
-      for (size_t i = 0; i < rows.size(); i += most_)
-        sum += chunk(rows.data() + i, std::min<int64_t>(most_, rows.size() - i), made);
+      const auto n = static_cast<int64_t>(rows.size()), chunks = (n + most_ - 1) / most_;
+      for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t first = n * i / chunks;
+        sum += chunk(rows.data() + first, n * (i + 1) / chunks - first, made);
+      }
     }
     if (first_) {
       std::fill_n(row_of(d_.weight, 0), d_.weight.numel(), A(0));

@@ -40,6 +40,7 @@ constexpr float kSmallKeys = 1.f;
 // Weights are packed into panels of kBlocks blocks of kBlock outputs, (K, kBlocks, kBlock): what a
 // step of the product reads lies together.
 constexpr int64_t kBlock = 16, kBlocks = 4, kPanel = kBlocks * kBlock;
+constexpr int64_t kStrip = 6;  // rows whose sums stay in registers; see product_panel
 
 // What the loops read of a query, each (T, width) apart for every group: exp(2q), exp(2q) - 1 and q
 enum Stream { kPower, kPowerMinusOne, kRaw, kStreams };
@@ -266,13 +267,19 @@ struct Loops {
                        const double* init, int64_t ld_init, int64_t block_init, double* out,
                        int64_t ldo, int64_t block_out, const int64_t* used);
 
-  // out (m, n), ldo apart, = init + a b. a is (m, K), lda apart, or where `across` (K, m); b (K, n)
-  // has rows kPanel apart, whose last vector can be read to its end. init may be null, or out.
-  void (*product_panel)(const float* a, int64_t lda, bool across, int64_t m, int64_t K,
+  // out (m, n), ldo apart, = init + a b. a is (m, K), lda apart, or strips of kStrip of its rows,
+  // (K, kStrip), lda apart; b (K, n) has rows kPanel apart, whose last vector can be read to its
+  // end. init may be null, or out.
+  void (*product_panel)(const float* a, int64_t lda, bool strips, int64_t m, int64_t K,
                         const float* b, int64_t n, const float* init, int64_t ld_init, float* out,
                         int64_t ldo);
-  // out (m,), = the sum of n rows, ld apart, or += it.
-  void (*sum_rows)(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, float* out);
+  // To strips, ld_strip apart, = n rows (n, m), ld apart, of their columns. Two numbers behind each
+  // strip are written too.
+  void (*pack_strips)(const float* rows, int64_t ld, int64_t n, int64_t m, float* strips,
+                      int64_t ld_strip);
+  // out (m,), = the sums of n numbers of each row of strips, or += them.
+  void (*sum_strips)(const float* strips, int64_t ld_strip, int64_t n, int64_t m, bool add,
+                     float* out);
   // to (N, M), ld_to apart, = from (M, N) transposed
   void (*transpose)(const float* from, int64_t ld, int64_t M, int64_t N, float* to, int64_t ld_to);
 

@@ -1,6 +1,7 @@
 // See product.h. A task has some rows of the result and some panels of kPanel columns. It goes
 // through k in pieces, so that the piece of a panel, copied together, stays in the first levels of
-// the cache while all of the task's rows pass by.
+// the cache while all of the task's rows pass by. Rows whose numbers are not next to each other are
+// copied too, in strips of as many as meet a panel at once.
 #include "product.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <numeric>
 #include <string_view>
 #include <vector>
@@ -21,23 +23,26 @@
 namespace seq2seq_fast {
 namespace {
 
-constexpr int64_t kPiece = 256;  // of k: 64 KiB of a panel
-// Of a task: enough for what is copied to be little, but such that a piece of them stays in the
-// cache's second level.
+constexpr int64_t kPiece = 512;  // of k: 128 KiB of a panel
+// Of a task: enough for what is copied to be little, but such that most of a piece of them stays in
+// the cache's second level.
 constexpr int64_t kLeastRows = 96, kMostRows = 512;
+// What a task does beside multiplying, in multiply-adds: to copy a number, and to have one from the
+// third level of the cache that another task has had already.
+constexpr int64_t kOfCopy = 32, kOfReading = 3;
+constexpr int64_t kLine = 16;   // of floats, by which strips do not begin in the same set
+constexpr double kIdle = 0.03;  // of a task, in which threads wait for the last one
 // Rows that meet a weight as it lies: at most kInPlace, and one for each kOfSums of k, beside which
 // adding up lanes at the end is little.
 constexpr int64_t kInPlace = 16, kOfSums = 32;
-constexpr int64_t kLine = 16;  // of floats, by which copied rows do not begin in the same set
 
 // Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
 // no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150 to 210
 // GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only one that
-// has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to 215, the
-// most for small results. Without AVX-512 (measured on a Zen 4 that hides it) it is 30 to 155
-// against 55 to 168, all that two cores can do, but for large results, where MKL has a tenth more.
-// On Intel's processors (measured on Emerald Rapids) these loops have the edge for small products,
-// and where several have one factor; MKL, by a tenth, for large ones.
+// has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 190 against 165 to 215, of
+// 230 that two cores can do; with AVX2 alone 30 to 190 against 55 to 205. On Intel's processors
+// (measured on Emerald Rapids) these loops have the edge for small products, and where several have
+// one factor; MKL, by a tenth, for large ones.
 int64_t most_of_ours() {
   static const int64_t most = []() -> int64_t {
     const std::string_view name = loops.name;
@@ -47,7 +52,7 @@ int64_t most_of_ours() {
     unsigned a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0) return 0;
     const unsigned family = (a >> 8 & 15) + (a >> 20 & 255);
-    if (__builtin_cpu_is("amd") && family >= 25) return wide ? INT64_MAX : int64_t{1} << 31;
+    if (__builtin_cpu_is("amd") && family >= 25) return INT64_MAX;
     if (__builtin_cpu_is("intel") && wide) return int64_t{1} << 29;
 #endif
     return 0;
@@ -82,6 +87,15 @@ struct Strided {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) to[r * ld + c] = from[r * row + c * column];
     }
+  }
+
+  // To strips (see loops.h), ld apart, = those rows from (i, j) on.
+  void pack(int64_t i, int64_t j, int64_t rows, int64_t columns, float* strips, int64_t ld) const {
+    const float* from = at(i, j);
+    if (row == 1) return loops.pack_strips(from, column, columns, rows, strips, ld);
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t r = 0; r < rows; ++r)
+        strips[r / kStrip * ld + c * kStrip + r % kStrip] = from[r * row + c * column];
   }
 };
 
@@ -120,6 +134,29 @@ int64_t rows_of(const RowRuns& runs, int64_t all) {
                                         [](int64_t n, RowRun run) { return n + run.count; });
 }
 
+struct Task {
+  int64_t rows, panels;
+};
+// Of a (M, K), copied or not, by so many panels: such that all tasks together take the least time.
+Task divide(int64_t M, int64_t panels, bool copied) {
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const auto parts = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
+  const int64_t fewest = parts(M, kMostRows), most = std::max(fewest, M / kLeastRows);
+  Task best = {};
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t chunks = fewest; chunks <= std::min(most, fewest + threads); ++chunks)
+    for (int64_t turns = 1; turns <= 8; turns *= 2) {
+      const int64_t groups = std::clamp<int64_t>(parts(turns * threads, chunks), 1, panels);
+      const Task task = {parts(M, chunks), parts(panels, groups)};
+      const int64_t tasks = parts(M, task.rows) * parts(panels, task.panels);
+      const int64_t columns = task.panels * kPanel, of_row = copied ? kOfCopy : kOfReading;
+      const int64_t operations = task.rows * columns + kOfCopy * columns + of_row * task.rows;
+      const double time = (parts(tasks, threads) + kIdle) * static_cast<double>(operations);
+      if (time < least) least = time, best = task;
+    }
+  return best;
+}
+
 // What a (M, K) is multiplied by may be columns of several matrices: a is read once for all, and
 // for the sums (M,) of its rows. Those, and the choice of K's rows, can be had of an `a` that is
 // copied, its columns not next to each other; the choice of M's of one that is not.
@@ -129,30 +166,26 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nul
   const int64_t M = rows_of(of_m, a_.size(0)), K = rows_of(of_k, a_.size(1));
   const int64_t panels = static_cast<int64_t>(all.size());
   if (M == 0 || panels == 0) return;
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  // As many chunks of rows for each thread as it takes to stay below the most.
-  const int64_t most = threads * ((M + threads * kMostRows - 1) / (threads * kMostRows));
-  const int64_t chunks = std::clamp<int64_t>(M / kLeastRows, 1, most);
-  const int64_t groups = std::clamp<int64_t>(threads / chunks, 1, panels);
-  const int64_t rows = (M + chunks - 1) / chunks, each = (panels + groups - 1) / groups;
-  const int64_t ld_copied = rows + kLine;
+  const bool copies = a.column != 1;
+  const Task each = divide(M, panels, copies);
+  const int64_t chunks = (M + each.rows - 1) / each.rows;
+  const int64_t groups = (panels + each.panels - 1) / each.panels;
   // Pieces of one size: the results are read and written again for each.
   const int64_t piece = K == 0 ? 0 : (K - 1) / ((K + kPiece - 1) / kPiece) + 1;
-  parallel_in_turns(chunks * groups, rows * each * K * kPanel / 16, [&](int64_t task) {
-    const int64_t first = task % chunks * rows, m = std::min(rows, M - first);
-    const int64_t first_panel = task / chunks * each;
-    if (m <= 0) return;
-    Buffer<float> panel(piece * kPanel), copied(a.column == 1 ? 0 : piece * ld_copied);
+  const int64_t ld_strip = piece * kStrip + kLine;
+  parallel_in_turns(chunks * groups, each.rows * each.panels * K * kPanel / 16, [&](int64_t task) {
+    const int64_t first = task % chunks * each.rows, m = std::min(each.rows, M - first);
+    const int64_t first_panel = task / chunks * each.panels;
+    Buffer<float> panel(piece * kPanel), strips(copies ? ld_strip * ((m - 1) / kStrip + 1) : 0);
     for (int64_t k = 0; k < K || k == 0; k += std::max<int64_t>(piece, 1)) {
       const int64_t n_k = std::min(piece, K - k);
-      const bool across = a.column != 1;
-      if (across)
+      if (copies)
         over_runs(of_k, k, k + n_k, [&](int64_t from, int64_t n, int64_t before) {
-          a.transposed().copy(from, first, n, m, copied + before * ld_copied, ld_copied);
+          a.pack(first, from, m, n, strips + before * kStrip, ld_strip);
         });
       if (sums != nullptr && first_panel == 0)
-        loops.sum_rows(copied, ld_copied, n_k, m, k > 0, sums + first);
-      for (int64_t i = first_panel; i < std::min(panels, first_panel + each); ++i) {
+        loops.sum_strips(strips, ld_strip, n_k, m, k > 0, sums + first);
+      for (int64_t i = first_panel; i < std::min(panels, first_panel + each.panels); ++i) {
         const Panel& p = all[i];
         const int64_t filled = round_up(p.n, kBlock);
         over_runs(of_k, k, k + n_k, [&](int64_t from, int64_t n, int64_t before) {
@@ -163,7 +196,7 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nul
         over_runs(of_m, first, first + m, [&](int64_t row, int64_t n, int64_t) {
           float* const out = p.out + row * p.ldo;
           const float* const init = k > 0 ? out : p.init ? p.init + row * p.ld_init : nullptr;
-          loops.product_panel(across ? copied : a.at(row, k), across ? ld_copied : a.row, across, n,
+          loops.product_panel(copies ? strips : a.at(row, k), copies ? ld_strip : a.row, copies, n,
                               n_k, panel, p.n, init, k > 0 ? p.ldo : p.ld_init, out, p.ldo);
         });
       }

@@ -2,17 +2,18 @@
 #pragma once
 #include <algorithm>
 
+#include "loops.h"
 #include "vec.h"
 
 namespace seq2seq_fast {
 namespace {
 
 // Rows and vectors whose sums stay in registers.
-constexpr int kSumVectors = kRegisters / 8, kSumRows = 6;
+constexpr int kSumVectors = kRegisters / 8, kSumRows = kStrip;
 
-// out (M, N vectors, of which n columns are there) = init + a b. Where kAcross, a is (K, M), else
-// (M, K), rows lda apart.
-template <bool kAcross, int M, int N>
+// out (M, N vectors, of which n columns are there) = init + a b. Where kStrips, a is strips
+// (K, kStrip), else rows (M, K), lda apart.
+template <bool kStrips, int M, int N>
 S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float* b, int64_t n,
                              const float* init, int64_t ld_init, float* out, int64_t ldo) {
   Vec acc[M][N] = {};
@@ -21,7 +22,9 @@ S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float
     Vec row[N];
     for (int j = 0; j < N; ++j) row[j] = load(b + j * kVec);
     for (int i = 0; i < M; ++i)
-      for (int j = 0; j < N; ++j) acc[i][j] += (kAcross ? a[k * lda + i] : a[i * lda + k]) * row[j];
+      for (int j = 0; j < N; ++j)
+        acc[i][j] +=
+            (kStrips ? a[i / kStrip * lda + k * kStrip + i % kStrip] : a[i * lda + k]) * row[j];
   }
   // Only the last vector may not be there in full. Where the compiler does not know which sums a
   // turn is about, it keeps all of them in memory, and begins with a loop that clears it.
@@ -36,14 +39,15 @@ S2S_INLINE void product_tile(const float* a, int64_t lda, int64_t K, const float
     }
 }
 
-template <bool kAcross, int N>
+template <bool kStrips, int N>
 S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, const float* b,
                              int64_t n, const float* init, int64_t ld_init, float* out,
                              int64_t ldo) {
   const auto rows = [&]<int M>() S2S_LAMBDA {
-    product_tile<kAcross, M, N>(a, lda, K, b, n, init, ld_init, out, ldo);
+    product_tile<kStrips, M, N>(a, lda, K, b, n, init, ld_init, out, ldo);
     if (init != nullptr) init += M * ld_init;
-    a += kAcross ? M : M * lda, out += M * ldo, m -= M;
+    a += !kStrips ? M * lda : M < kStrip ? M : M / kStrip * lda;
+    out += M * ldo, m -= M;
   };
   if constexpr (2 * N <= kSumVectors)
     while (m >= 2 * kSumRows) rows.template operator()<2 * kSumRows>();
@@ -53,12 +57,12 @@ S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, 
   if (m > 0) rows.template operator()<1>();
 }
 
-void product_panel(const float* a, int64_t lda, bool across, int64_t m, int64_t K, const float* b,
+void product_panel(const float* a, int64_t lda, bool strips, int64_t m, int64_t K, const float* b,
                    int64_t n, const float* init, int64_t ld_init, float* out, int64_t ldo) {
   for (int64_t j = 0; j < n; j += kSumVectors * kVec) {
     const int64_t vectors = (std::min(n - j, kSumVectors * kVec) + kVec - 1) / kVec;
     const auto go = [&]<int N>() S2S_LAMBDA {
-      if (across)
+      if (strips)
         product_rows<true, N>(a, lda, m, K, b + j, n - j, init ? init + j : init, ld_init, out + j,
                               ldo);
       else
@@ -74,24 +78,42 @@ void product_panel(const float* a, int64_t lda, bool across, int64_t m, int64_t 
   }
 }
 
-// out (m,), = the sum of n rows, ld apart, or += it.
-void sum_rows(const float* rows, int64_t ld, int64_t n, int64_t m, bool add, float* out) {
-  constexpr int kTogether = 4;  // vectors
-  int64_t i = 0;
-  for (; i + kTogether * kVec <= m; i += kTogether * kVec) {
-    Vec acc[kTogether] = {};
-    for (int64_t k = 0; k < n; ++k)
-      for (int j = 0; j < kTogether; ++j) acc[j] += load(rows + k * ld + i + j * kVec);
-#pragma GCC unroll 4
-    for (int j = 0; j < kTogether; ++j) {
-      float* const to = out + i + j * kVec;
-      store(to, add ? load(to) + acc[j] : acc[j]);
-    }
+// Several rows at a time, so that whole lines are written, and for each strip eight numbers, of
+// which the next row's overwrite two.
+void pack_strips(const float* rows, int64_t ld, int64_t n, int64_t m, float* strips,
+                 int64_t ld_strip) {
+  typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+  constexpr int64_t kTogether = 8;
+  const int64_t eights = m < 8 ? 0 : (m - 8) / kStrip + 1;  // strips behind which two can be read
+  for (int64_t first = 0; first < n; first += kTogether) {
+    const int64_t end = std::min(n, first + kTogether);
+    for (int64_t s = 0; s < eights; ++s)
+      for (int64_t k = first; k < end; ++k)
+        *reinterpret_cast<Eight*>(strips + s * ld_strip + k * kStrip) =
+            *reinterpret_cast<const Eight*>(rows + k * ld + s * kStrip);
+    for (int64_t i = eights * kStrip; i < m; ++i)
+      for (int64_t k = first; k < end; ++k)
+        strips[i / kStrip * ld_strip + k * kStrip + i % kStrip] = rows[k * ld + i];
   }
-  for (; i < m; ++i) {
-    float sum = 0.f;
-    for (int64_t k = 0; k < n; ++k) sum += rows[k * ld + i];
-    out[i] = add ? out[i] + sum : sum;
+}
+
+// kVec / 2 numbers of each row of a strip are three vectors.
+void sum_strips(const float* strips, int64_t ld_strip, int64_t n, int64_t m, bool add, float* out) {
+  constexpr int64_t kVectors = 3, kTurn = kVectors * kVec;
+  static_assert(kTurn % kStrip == 0);
+  for (; m > 0; strips += ld_strip, out += kStrip, m -= kStrip) {
+    Vec acc[kVectors] = {};
+    int64_t at = 0;
+    for (; at + kTurn <= n * kStrip; at += kTurn)
+      for (int j = 0; j < kVectors; ++j) acc[j] += load(strips + at + j * kVec);
+    float lanes[kTurn];
+    for (int j = 0; j < kVectors; ++j) store(lanes + j * kVec, acc[j]);
+    for (int64_t i = 0; i < std::min(m, kStrip); ++i) {
+      float sum = 0.f;
+      for (int64_t j = i; j < kTurn; j += kStrip) sum += lanes[j];
+      for (int64_t j = at + i; j < n * kStrip; j += kStrip) sum += strips[j];
+      out[i] = add ? out[i] + sum : sum;
+    }
   }
 }
 
