@@ -39,10 +39,10 @@ constexpr int64_t kInPlace = 16, kOfSums = 32;
 // Multiply-adds of a product up to which the loops here are faster than MKL, in float32. MKL makes
 // no use of AMD's AVX-512. From Zen 5 (family 26) on that is half of what there is: 150 to 210
 // GFLOP/s on two cores, where these loops have 350 to 460. On Zen 4 (of family 25 the only one that
-// has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 190 against 165 to 215, of
-// 230 that two cores can do; with AVX2 alone 30 to 190 against 55 to 205. On Intel's processors
-// (measured on Emerald Rapids) these loops have the edge for small products, and where several have
-// one factor; MKL, by a tenth, for large ones.
+// has AVX-512), whose vectors of 512 bits take two turns, it is 80 to 195 against 120 to 215,
+// large ones from 165 on, of 230 that two cores can do; with AVX2 alone 30 to 190 against 55 to
+// 205. On Intel's processors (measured on Emerald Rapids) these loops have the edge for small
+// products, and where several have one factor; MKL, by a tenth, for large ones.
 int64_t most_of_ours() {
   static const int64_t most = []() -> int64_t {
     const std::string_view name = loops.name;
@@ -134,13 +134,14 @@ int64_t rows_of(const RowRuns& runs, int64_t all) {
                                         [](int64_t n, RowRun run) { return n + run.count; });
 }
 
+int64_t parts(int64_t n, int64_t each) { return (n + each - 1) / each; }
+
 struct Task {
   int64_t rows, panels;
 };
 // Of a (M, K), copied or not, by so many panels: such that all tasks together take the least time.
 Task divide(int64_t M, int64_t panels, bool copied) {
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const auto parts = [](int64_t n, int64_t each) { return (n + each - 1) / each; };
   const int64_t fewest = parts(M, kMostRows), most = std::max(fewest, M / kLeastRows);
   Task best = {};
   double least = std::numeric_limits<double>::infinity();
@@ -168,15 +169,14 @@ void by_loops(const Tensor& a_, const std::vector<Panel>& all, float* sums = nul
   if (M == 0 || panels == 0) return;
   const bool copies = a.column != 1;
   const Task each = divide(M, panels, copies);
-  const int64_t chunks = (M + each.rows - 1) / each.rows;
-  const int64_t groups = (panels + each.panels - 1) / each.panels;
+  const int64_t chunks = parts(M, each.rows), groups = parts(panels, each.panels);
   // Pieces of one size: the results are read and written again for each.
-  const int64_t piece = K == 0 ? 0 : (K - 1) / ((K + kPiece - 1) / kPiece) + 1;
+  const int64_t piece = K == 0 ? 0 : parts(K, parts(K, kPiece));
   const int64_t ld_strip = piece * kStrip + kLine;
   parallel_in_turns(chunks * groups, each.rows * each.panels * K * kPanel / 16, [&](int64_t task) {
     const int64_t first = task % chunks * each.rows, m = std::min(each.rows, M - first);
     const int64_t first_panel = task / chunks * each.panels;
-    Buffer<float> panel(piece * kPanel), strips(copies ? ld_strip * ((m - 1) / kStrip + 1) : 0);
+    Buffer<float> panel(piece * kPanel), strips(copies ? parts(m, kStrip) * ld_strip : 0);
     for (int64_t k = 0; k < K || k == 0; k += std::max<int64_t>(piece, 1)) {
       const int64_t n_k = std::min(piece, K - k);
       if (copies)
@@ -217,14 +217,13 @@ void by_rows(const Tensor& out, const Tensor& a_, const Tensor& b_, const Tensor
   const int64_t ld_init = init && init->dim() == 2 ? init->stride(0) : 0;
   auto* const to = static_cast<float*>(out.data_ptr());
   const auto* const from = init ? static_cast<const float*>(init->data_ptr()) : nullptr;
-  parallel((N + kBlock - 1) / kBlock, std::max(M, kRowsOfReading) * K,
-           [&](int64_t begin, int64_t end) {
-             for (int64_t j = begin * kBlock; j < std::min(N, end * kBlock); j += kBlock) {
-               const int64_t n = std::min(kBlock, N - j);
-               product_in_place(a.data, a.row, M, K, w.at(j, 0), w.row, n,
-                                from ? from + j : nullptr, ld_init, to + j, ldo, n);
-             }
-           });
+  parallel(parts(N, kBlock), std::max(M, kRowsOfReading) * K, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kBlock; j < std::min(N, end * kBlock); j += kBlock) {
+      const int64_t n = std::min(kBlock, N - j);
+      product_in_place(a.data, a.row, M, K, w.at(j, 0), w.row, n, from ? from + j : nullptr,
+                       ld_init, to + j, ldo, n);
+    }
+  });
 }
 bool are_few(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Float && a.stride(1) == 1 && b.stride(0) == 1 &&

@@ -8,8 +8,8 @@
 namespace seq2seq_fast {
 namespace {
 
-// Rows and vectors whose sums stay in registers.
-constexpr int kSumVectors = kRegisters / 8, kSumRows = kStrip;
+// Vectors of which, beside kStrip rows, the sums stay in registers.
+constexpr int kSumVectors = kRegisters / 8;
 
 // out (M, N vectors, of which n columns are there) = init + a b. Where kStrips, a is strips
 // (K, kStrip), else rows (M, K), lda apart.
@@ -50,8 +50,8 @@ S2S_INLINE void product_rows(const float* a, int64_t lda, int64_t m, int64_t K, 
     out += M * ldo, m -= M;
   };
   if constexpr (2 * N <= kSumVectors)
-    while (m >= 2 * kSumRows) rows.template operator()<2 * kSumRows>();
-  while (m >= kSumRows) rows.template operator()<kSumRows>();
+    while (m >= 2 * kStrip) rows.template operator()<2 * kStrip>();
+  while (m >= kStrip) rows.template operator()<kStrip>();
   if (m >= 4) rows.template operator()<4>();
   if (m >= 2) rows.template operator()<2>();
   if (m > 0) rows.template operator()<1>();
